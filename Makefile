@@ -1,0 +1,51 @@
+# make demo        the whole curriculum from the embedded teacher, on CPU; a second run prints its summary
+# make demo FRESH=1            start over
+# make demo ARGS="--smoke"     flags for the run
+# make test | test-all | lint | clean
+#
+# Where pip would bring a CUDA build of torch and none is wanted:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+TEST_TIMEOUT ?= 300
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+
+.PHONY: demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/torchrun examples/pretrain_byte_kd.sh $(if $(filter-out 0,$(FRESH)),--fresh) $(ARGS)
+
+test: $(INSTALLED_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout $(TEST_TIMEOUT) -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 $(ARGS)
+
+lint: $(INSTALLED_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +
+
+# torch first and alone, so that an index given in TORCH is not asked for the rest.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(INSTALLED_TEST): $(INSTALLED)
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@

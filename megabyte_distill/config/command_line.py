@@ -1,0 +1,181 @@
+"""The command line made from the config dataclasses: flags in, one resolved :class:`Settings` out, or every problem."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from megabyte_distill.config.errors import ConfigError
+from megabyte_distill.config.flags import ReadFlags, read_flags
+from megabyte_distill.config.layers import Layer, all_options, known_stages, settings_from_layers
+from megabyte_distill.config.options import NONE_WORD, Option
+from megabyte_distill.config.presets import PRESETS, SMOKE
+from megabyte_distill.config.training import ModelFlags, RunConfig, Settings
+from megabyte_distill.config.validation import problems_of
+
+EXIT_CODE_CONFIG = 2
+HELP_FLAGS = ("-h", "--help")
+_TITLES = {
+    "run": ("run", ""),
+    "model": ("model", ""),
+    "byte_side": ("byte side", "what is built around the teacher's transformer"),
+    "stage": ("stages", "--NAME sets every selected stage, --2a.NAME one of them"),
+    "data": ("data", ""),
+    "checkpoint": ("checkpoints", ""),
+    "parallel": ("parallelism", ""),
+}
+
+
+def parse_arguments(
+    argv: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    world_size: int = 1,
+    warn: Callable[[str], None] | None = None,
+) -> Settings:
+    """Settings for a job of ``world_size`` ranks.
+
+    Weakest first: the dataclasses' defaults, the caller's ``defaults`` (by field name, for the whole run or all
+    stages), the preset, ``--smoke``, flags, flags for one stage. ``warn`` is told of flags that have no effect.
+    Raises ConfigError with every problem at once.
+    """
+    read = read_flags(argv, all_options())
+    settings, preset_problems = _resolve(read, defaults or {})
+    problems = [*read.problems, *preset_problems, *problems_of(settings, world_size=world_size)]
+    if problems:
+        raise ConfigError(problems)
+    if warn is not None:
+        for message in _without_effect(read, settings):
+            warn(message)
+    return settings
+
+
+def parse_or_exit(
+    argv: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    program: str = "pretrain_byte_kd.sh",
+) -> Settings:
+    """:func:`parse_arguments` for a program: ``--help`` prints and exits 0, a ConfigError is printed and exits 2.
+
+    Only rank 0 prints.
+    """
+
+    def say(message: str) -> None:
+        if rank == 0:
+            print(message, file=sys.stderr)
+
+    if any(word in HELP_FLAGS for word in argv):
+        if rank == 0:
+            print(help_text(argv, defaults, program=program), end="")
+        raise SystemExit(0)
+    try:
+        return parse_arguments(argv, defaults, world_size=world_size, warn=lambda message: say(f"warning: {message}"))
+    except ConfigError as error:
+        say(f"{program}: {error}")
+        raise SystemExit(EXIT_CODE_CONFIG) from None
+
+
+def help_text(
+    argv: Sequence[str] = (), defaults: Mapping[str, Any] | None = None, *, program: str = "pretrain_byte_kd.sh"
+) -> str:
+    """The help page. Its defaults are those of the preset (and stages) that ``argv`` selects."""
+    options = all_options()
+    chosen = [word for word in argv if word not in HELP_FLAGS]
+    settings, _ = _resolve(read_flags(chosen, options), defaults or {})
+    parser = argparse.ArgumentParser(
+        prog=program,
+        allow_abbrev=False,
+        description="Distil a token-trained language model into a byte-level one, stage by stage.",
+        epilog=f"Presets: {', '.join(PRESETS)}. The defaults shown are those of --preset {settings.model.preset}.",
+    )
+    groups: dict[str, Any] = {}
+    for item in options.values():
+        if item.section not in groups:
+            title, description = _TITLES[item.section]
+            groups[item.section] = parser.add_argument_group(title, description or None)
+        _add_to_help(groups[item.section], item, _default_text(item, settings))
+    return parser.format_help()
+
+
+def _resolve(read: ReadFlags, defaults: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """(settings of everything that could be read, problems with the preset's name)."""
+    problems: list[str] = []
+    preset = read.common.get("preset", defaults.get("preset", ModelFlags().preset))
+    if preset not in PRESETS:
+        close = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        problems.append(f"--preset: got {preset!r}, expected one of {', '.join(PRESETS)}{hint}")
+        preset = ModelFlags().preset
+    layers = [Layer(common=defaults), PRESETS[preset]]
+    if read.common.get("smoke", defaults.get("smoke", False)):
+        layers.append(SMOKE)
+    layers += [read.layer(), Layer(common={"preset": preset})]
+    stages = read.common.get("stages", defaults.get("stages", RunConfig().stages))
+    return settings_from_layers(layers, known_stages(RunConfig(stages=stages).stage_names)), problems
+
+
+def _without_effect(read: ReadFlags, settings: Settings) -> list[str]:
+    """Flags that were given and that no selected stage listens to."""
+    options = all_options()
+    selected = ",".join(settings.stages)
+    messages = [
+        f"--{stage}.{options[name].flag} has no effect: stage {stage} is not among --stages {selected}"
+        for stage, values in read.stages.items()
+        if stage not in settings.stages
+        for name in values
+    ]
+    for name in read.common:
+        acts_in = options[name].stages
+        if acts_in and not set(acts_in) & set(settings.stages):
+            messages.append(f"--{options[name].flag} has no effect: it acts in {', '.join(acts_in)} only")
+    return messages
+
+
+def _add_to_help(group: Any, item: Option, default: str) -> None:
+    """Show one option; argparse only formats here, :mod:`flags` reads."""
+    where = f" Acts in {', '.join(item.stages)}." if item.stages else ""
+    text = f"{item.help()} (default: {default}).{where}".replace("%", "%%")
+    if item.is_bool:
+        action = argparse.BooleanOptionalAction if item.negatable else "store_true"
+        group.add_argument(f"--{item.flag}", action=action, help=text, default=argparse.SUPPRESS)
+        return
+    kind = item.kind
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        metavar = "{" + ",".join(str(member.value) for member in kind) + "}"
+    else:
+        metavar = item.name.upper().rpartition("_")[2]
+    group.add_argument(f"--{item.flag}", metavar=metavar, nargs="+" if item.is_list else None, help=text)
+
+
+def _default_text(item: Option, settings: Settings) -> str:
+    """The default in words; one value a stage where the stages differ."""
+    if item.section == "stage":
+        relevant = {
+            stage: _value_text(getattr(config, item.name))
+            for stage, config in settings.stages.items()
+            if not item.stages or stage in item.stages
+        }
+        if len(set(relevant.values())) > 1:
+            return ", ".join(f"{stage} {text}" for stage, text in relevant.items())
+        return next(iter(relevant.values()), _value_text(item.default))
+    holder = settings.model.byte_side if item.section == "byte_side" else getattr(settings, item.section)
+    return _value_text(getattr(holder, item.name))
+
+
+def _value_text(value: Any) -> str:
+    if value is None or value == ():
+        return NONE_WORD
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, tuple):
+        return " ".join(str(part) for part in value)
+    return str(value)

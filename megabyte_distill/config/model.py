@@ -1,0 +1,78 @@
+"""What a student is made of: the sizes of its byte side and of the backbone it inherits from the teacher.
+
+Imports nothing but the standard library: the Hugging Face export carries this file as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class ByteMixer(str, Enum):
+    """Which layer mixes bytes along the sequence in the encoder and the decoder."""
+
+    MAMBA2 = "mamba2"
+    CONV = "conv"
+
+
+class DechunkMode(str, Enum):
+    """How chunk states come back to bytes (RECIPE section 2)."""
+
+    HARD = "hard"
+    """Byte t reads h of the last chunk that ended at or before t. What stepping does exactly."""
+    CAUSAL = "causal"
+    """The end byte reads h_j, the bytes after it s_j = P_j h_j + (1 − P_j) s_{j−1}."""
+    OFFICIAL = "official"
+    """The paper's EMA, weighted by p at the chunk's end; it sees one byte ahead."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByteSideConfig:
+    """Byte embedding, encoder, router and decoder. Defaults are the paper's; widths in units of features."""
+
+    backbone_width: int = field(metadata={"help": "E: width of the teacher's hidden state"})
+    byte_width: int = field(default=1536, metadata={"help": "D: width of the byte encoder and decoder"})
+    encoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the encoder"})
+    decoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the decoder"})
+    byte_mixer: ByteMixer = field(default=ByteMixer.MAMBA2, metadata={"help": "layer that mixes bytes"})
+    byte_ffn_hidden_size: int = field(
+        default=4096, metadata={"help": "hidden width of the SwiGLU heads D → E (encoder) and E → D (decoder)"}
+    )
+    router_hidden_size: int = field(default=8192, metadata={"help": "hidden width of the router's two SwiGLUs"})
+    mamba_state_dim: int = field(default=128, metadata={"help": "Mamba-2 state size"})
+    mamba_head_dim: int = field(default=64, metadata={"help": "Mamba-2 head width"})
+    mamba_expand: int = field(default=2, metadata={"help": "Mamba-2 inner width over D"})
+    mamba_conv_kernel: int = field(default=4, metadata={"help": "Mamba-2 causal convolution length, in bytes"})
+    mamba_scan_chunk: int = field(default=256, metadata={"help": "Mamba-2 scan block, in bytes (speed only)"})
+    conv_kernel: int = field(default=4, metadata={"help": "taps of the conv mixer's depthwise convolution"})
+    conv_dilations: tuple[int, ...] = field(
+        default=(1, 2, 4, 8), metadata={"help": "dilation of conv block i, taken in turn"}
+    )
+    conv_ffn_hidden_size: int = field(default=4096, metadata={"help": "hidden width of the conv block's gated MLP"})
+    norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the byte side's RMSNorms"})
+    dechunk_mode: DechunkMode = field(default=DechunkMode.HARD, metadata={"help": "how chunk states reach bytes"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneConfig:
+    """A teacher's transformer, family-neutral. Filled from a Hugging Face config by conversion."""
+
+    family: str
+    """Name of the conversion table: "llama" (the others come with the conversion work)."""
+    num_layers: int
+    hidden_size: int
+    """E."""
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    head_dim: int
+    vocab_size: int
+    """W: rows of the embedding table that have a meaning."""
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, float] | None = None
+    """Llama 3's frequency scaling (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings)."""
+    tied_embeddings: bool = False
+    max_position_embeddings: int = 2048

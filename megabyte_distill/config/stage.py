@@ -1,0 +1,123 @@
+"""The settings of one stage of the curriculum: each may be given for all stages (``--lr``) or for one (``--2a.lr``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from megabyte_distill.config.options import option
+
+STAGE_ORDER = ("1a", "1b", "1c", "2a", "2b")
+"""The order that chains: 1c freezes the encoder that 1b still changes (RECIPE section 3)."""
+
+
+class BoundarySource(str, Enum):
+    """Which boundary bits a stage feeds to chunking and dechunking."""
+
+    GOLD = "gold"
+    """The teacher tokenizer's; the same bits that are labels."""
+    ROUTER = "router"
+    """The router's own, as the paper does; its lookahead reaches the decoder."""
+
+
+class LrDecayStyle(str, Enum):
+    """Shape of the learning rate after warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class AlignLossScale(str, Enum):
+    """What the squared error of stage 1a is divided by."""
+
+    MEAN = "mean"
+    """Nothing beyond the mean over gold ends and E (the paper)."""
+    TABLE_VARIANCE = "table_variance"
+    """The variance of the teacher's embedding table as well, so that clipping means the same for every teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """How one stage trains. Rows are packed rows of ``seq_length`` bytes; learning rates are AdamW's."""
+
+    train_iters: int = option(100, "updates of the stage", unit="updates", low=1)
+    seq_length: int = option(4096, "size P of a packed row", unit="bytes", above=1)
+    micro_batch_size: int = option(1, "rows a rank takes through one forward and backward", unit="rows", low=1)
+    global_batch_size: int = option(4, "rows of one update, over all ranks", unit="rows", low=1)
+    chunk_bucket: int = option(
+        64, "the number of chunks of a row is padded to a multiple of this", unit="chunks", low=1
+    )
+
+    lr: float = option(1e-3, "highest learning rate", low=0)
+    min_lr: float | None = option(None, "learning rate at the stage's end; or give --min-lr-ratio", low=0)
+    min_lr_ratio: float | None = option(
+        None, "the same as a share of --lr (and of --backbone-lr); neither given means 0", low=0, high=1
+    )
+    lr_decay_style: LrDecayStyle = option(LrDecayStyle.COSINE, "shape of the learning rate after warm-up")
+    lr_warmup_fraction: float | None = option(
+        None, "share of the updates that warm up; or give --lr-warmup-iters; neither given means none", low=0, high=1
+    )
+    lr_warmup_iters: int | None = option(None, "updates that warm up", unit="updates", low=0)
+    backbone_lr: float | None = option(
+        None, "highest learning rate of the backbone and its token head; none means --lr", low=0, stages=("1b", "2b")
+    )
+    weight_decay: float = option(0.1, "AdamW's decoupled weight decay", low=0)
+    clip_grad: float = option(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
+    adam_beta1: float = option(0.9, "decay of AdamW's first moment", low=0, below=1)
+    adam_beta2: float = option(0.95, "decay of AdamW's second moment", low=0, below=1)
+    adam_eps: float = option(1e-8, "AdamW's epsilon", above=0)
+
+    boundary_source: BoundarySource = option(
+        BoundarySource.GOLD, "where the boundary bits come from", stages=("2a", "2b")
+    )
+    align_loss_scale: AlignLossScale = option(
+        AlignLossScale.TABLE_VARIANCE, "what the alignment error is divided by", stages=("1a",)
+    )
+    router_loss_weight: float = option(
+        1.0, "weight of the router's BCE beside the byte cross-entropy", low=0, stages=("2b",)
+    )
+    freeze_backbone: bool = option(False, "train the byte side through a fixed backbone", stages=("1b", "2b"))
+
+    eval_interval: int = option(100, "evaluate every so many updates; 0 means at the stage's end only", low=0)
+    eval_iters: int = option(
+        4, "global batches of held-out rows an evaluation takes; 0 means no evaluation", unit="batches", low=0
+    )
+    save_interval: int = option(
+        100, "save every so many updates, and always at the stage's end; 0 means there only", low=0
+    )
+
+    @property
+    def floor_ratio(self) -> float:
+        """Lowest learning rate over the highest, in [0, 1]; holds for the backbone's learning rate as well."""
+        if self.min_lr is not None:
+            return self.min_lr / self.lr if self.lr > 0 else 0.0
+        return self.min_lr_ratio if self.min_lr_ratio is not None else 0.0
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Updates over which the learning rate rises from 0."""
+        if self.lr_warmup_iters is not None:
+            return self.lr_warmup_iters
+        return round((self.lr_warmup_fraction or 0.0) * self.train_iters)
+
+    @property
+    def backbone_peak_lr(self) -> float:
+        """The backbone's highest learning rate."""
+        return self.lr if self.backbone_lr is None else self.backbone_lr
+
+    @property
+    def bytes_per_update(self) -> int:
+        """Bytes of one update over all ranks, padding included."""
+        return self.seq_length * self.global_batch_size
+
+    def micro_batches(self, data_parallel_size: int) -> int:
+        """Micro-batches a rank accumulates into one update; ValueError where the sizes do not divide."""
+        rows = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % rows:
+            raise ValueError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} × {data_parallel_size} data-parallel ranks = {rows}; "
+                f"{max(rows, self.global_batch_size // rows * rows)} would be"
+            )
+        return self.global_batch_size // rows

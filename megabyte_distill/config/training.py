@@ -1,0 +1,138 @@
+"""The settings of a run beside its stages' own: model, data, checkpoints, parallelism, the run; and all together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
+from megabyte_distill.config.model import ByteSideConfig
+from megabyte_distill.config.options import option
+from megabyte_distill.config.stage import StageConfig
+
+WIDTH_OF_TEACHER = 0
+"""Value of ``backbone_width`` that means: whatever the teacher has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFlags:
+    """What the student looks like, apart from what its teacher decides."""
+
+    preset: str = option("tiny", "named set of defaults for the model and every stage")
+    document_mask: bool = option(True, "documents packed into one row do not see each other; off is the paper's way")
+    byte_side: ByteSideConfig = field(default_factory=lambda: ByteSideConfig(backbone_width=WIDTH_OF_TEACHER))
+
+    def byte_side_for(self, teacher_width: int) -> ByteSideConfig:
+        """The byte side for a teacher of hidden size E; ValueError where --backbone-width asks for another one."""
+        expected = self.byte_side.backbone_width
+        if expected not in (WIDTH_OF_TEACHER, teacher_width):
+            raise ValueError(
+                f"the teacher's hidden size is {teacher_width}, but --preset {self.preset} or --backbone-width "
+                f"expects {expected}; choose the preset of this teacher, or --backbone-width {teacher_width}"
+            )
+        return replace(self.byte_side, backbone_width=teacher_width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where rows come from: one blend cut by ``split``, two blends, or random bytes."""
+
+    data_path: tuple[str, ...] = option((), "data set stem, or a blend: w1 stem1 w2 stem2 …; cut by --split")
+    split: str | None = option(
+        None, "shares of each set's documents for training, validation, test; with --data-path, 969,30,1 if not given"
+    )
+    train_data_path: tuple[str, ...] = option((), "stem or blend for training only; needs --valid-data-path")
+    valid_data_path: tuple[str, ...] = option((), "stem or blend of held-out documents")
+    mock_data: bool = option(False, "random bytes and tokens instead of data, to try a machine")
+
+    @property
+    def blend(self) -> tuple[BlendEntry, ...]:
+        """The blend that ``split`` cuts; empty where there are separate sets or mock data."""
+        return parse_blend(self.data_path)
+
+    @property
+    def train_blend(self) -> tuple[BlendEntry, ...]:
+        """The blend for training only."""
+        return parse_blend(self.train_data_path)
+
+    @property
+    def valid_blend(self) -> tuple[BlendEntry, ...]:
+        """The held-out blend."""
+        return parse_blend(self.valid_data_path)
+
+    @property
+    def split_shares(self) -> tuple[float, float, float]:
+        """(training, validation, test), summing to 1."""
+        return parse_split(self.split)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is read at the start and where the run is written: RUN/<stage>/iter_0000100/."""
+
+    load: str | None = option(None, "a converted teacher, or a run, whose last complete stage is taken")
+    save: str | None = option(None, "folder of the run; started again with the same folder, a run goes on")
+    ckpt_step: int | None = option(None, "take this iteration of --load instead of its latest", low=1)
+    no_load_optim: bool = option(False, "leave the optimizer's state in --load alone")
+    no_load_rng: bool = option(False, "leave the random number state in --load alone")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the work is spread over ranks."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer", unit="ranks", low=1)
+    pipeline_model_parallel_size: int = option(1, "pipeline stages of the backbone", unit="ranks", low=1)
+    use_distributed_optimizer: bool = option(False, "shard the optimizer's state over the data-parallel ranks")
+    overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass still runs")
+    distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that see different rows; ValueError where the model-parallel sizes do not divide the world."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        if world_size % model:
+            raise ValueError(
+                f"{world_size} ranks cannot be cut into groups of --tensor-model-parallel-size "
+                f"{self.tensor_model_parallel_size} × --pipeline-model-parallel-size "
+                f"{self.pipeline_model_parallel_size} = {model}; start a multiple of {model} ranks"
+            )
+        return world_size // model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The run itself: which stages, in what precision, how it reports and when it stops."""
+
+    stages: str = option("1a,1b,1c,2a,2b", "stages to run, in this order")
+    smoke: bool = option(False, "a few small updates a stage, to see that everything works")
+    fresh: bool = option(False, "remove what --save holds and start over")
+    seed: int = option(1234, "seed of initialisation and of the order of the data", low=0)
+    bf16: bool = option(False, "bfloat16 forward and backward with fp32 master weights")
+    log_interval: int = option(10, "updates between log lines", unit="updates", low=1)
+    tensorboard_dir: str | None = option(None, "folder of tensorboard's events; none means SAVE/tensorboard")
+    wandb_project: str | None = option(None, "also report to this Weights & Biases project (needs the extra wandb)")
+    exit_interval: int | None = option(
+        None, "save and stop when the iteration is a multiple of this", unit="updates", low=1
+    )
+    exit_duration_in_mins: float | None = option(None, "save and stop after this time", unit="minutes", above=0)
+    exit_signal_handler: bool = option(True, "on Ctrl-C or SIGTERM finish the update, save and stop")
+    max_nan_iterations: int = option(
+        3, "stop at this many updates in a row without a finite loss and gradient", unit="updates", low=1
+    )
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The names in ``stages``, as given."""
+        return tuple(name.strip() for name in self.stages.split(",") if name.strip())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Everything a run is told, resolved. ``stages`` holds the selected stages in the order in which they run."""
+
+    model: ModelFlags = field(default_factory=ModelFlags)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    stages: Mapping[str, StageConfig] = field(default_factory=dict)

@@ -1,0 +1,200 @@
+"""What is wrong with settings that are each readable: ranges, contradictions and what is missing, all collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from megabyte_distill.config.layers import SECTIONS
+from megabyte_distill.config.model import ByteMixer
+from megabyte_distill.config.options import options_of, range_problem
+from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
+from megabyte_distill.config.training import Settings
+
+
+def problems_of(settings: Settings, *, world_size: int = 1) -> list[str]:
+    """Every problem of resolved settings for a job of ``world_size`` ranks; empty means they can run."""
+    return [
+        *_stage_selection(settings),
+        *_ranges(settings),
+        *_model(settings),
+        *_data(settings),
+        *_checkpoint(settings),
+        *_parallel(settings),
+        *_stages(settings, world_size),
+    ]
+
+
+def stage_name_problems(names: tuple[str, ...]) -> list[str]:
+    """What is wrong with a selection of stages."""
+    known = ", ".join(STAGE_ORDER)
+    if not names:
+        return [f"--stages names no stage; choose from {known}"]
+    problems = [
+        f"--stages: unknown stage {name!r}; the stages are {known}" for name in names if name not in STAGE_ORDER
+    ]
+    problems += [f"--stages: {name} occurs twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    order = [STAGE_ORDER.index(name) for name in names if name in STAGE_ORDER]
+    if order != sorted(order):
+        expected = ",".join(STAGE_ORDER[place] for place in sorted(set(order)))
+        problems.append(f"--stages {','.join(names)}: a stage builds on those before it; the order is {expected}")
+    return problems
+
+
+def _stage_selection(settings: Settings) -> list[str]:
+    return stage_name_problems(settings.run.stage_names)
+
+
+def _ranges(settings: Settings) -> Iterator[str]:
+    holders: dict[str, Any] = {
+        "run": settings.run,
+        "model": settings.model,
+        "data": settings.data,
+        "checkpoint": settings.checkpoint,
+        "parallel": settings.parallel,
+    }
+    for section, holder in holders.items():
+        for item in options_of(SECTIONS[section], section):
+            problem = range_problem(item, getattr(holder, item.name))
+            if problem:
+                yield f"--{item.flag}: {problem}"
+    for item in options_of(StageConfig, "stage"):
+        found = {stage: range_problem(item, getattr(config, item.name)) for stage, config in settings.stages.items()}
+        yield from _by_stage(item.flag, found)
+
+
+def _by_stage(flag: str, found: Mapping[str, str | None]) -> Iterator[str]:
+    """One message where every stage has the same problem, else one a stage."""
+    problems = set(found.values())
+    if len(problems) == 1 and (problem := next(iter(problems))) is not None and len(found) > 1:
+        yield f"--{flag}: {problem}"
+        return
+    for stage, problem in found.items():
+        if problem is not None:
+            yield f"--{stage}.{flag}: {problem}"
+
+
+def _model(settings: Settings) -> Iterator[str]:
+    side = settings.model.byte_side
+    for item in fields(side):
+        value = getattr(side, item.name)
+        flag = item.name.replace("_", "-")
+        if item.name == "backbone_width":
+            if value < 0:
+                yield f"--{flag}: got {value}, expected the teacher's hidden size, or 0 to read it from the teacher"
+        elif item.name == "conv_dilations":
+            if not value or min(value) < 1:
+                yield f"--{flag}: got {value}, expected one or more whole numbers from 1 up"
+        elif isinstance(value, int | float) and value <= 0:
+            yield f"--{flag}: got {value}, expected more than 0"
+    inner = side.byte_width * side.mamba_expand
+    if side.byte_mixer is ByteMixer.MAMBA2 and side.mamba_head_dim > 0 and inner % side.mamba_head_dim:
+        yield (
+            f"--byte-width {side.byte_width} × --mamba-expand {side.mamba_expand} = {inner} is not a multiple of "
+            f"--mamba-head-dim {side.mamba_head_dim}"
+        )
+
+
+def _data(settings: Settings) -> Iterator[str]:
+    data = settings.data
+    if not (data.data_path or data.train_data_path or data.valid_data_path or data.mock_data):
+        yield "no data: give --data-path, or --train-data-path with --valid-data-path, or --mock-data"
+        return
+    given = {
+        "--data-path": bool(data.data_path),
+        "--train-data-path": bool(data.train_data_path),
+        "--valid-data-path": bool(data.valid_data_path),
+        "--split": data.split is not None,
+    }
+    if data.mock_data:
+        for flag, is_given in given.items():
+            if is_given:
+                yield f"--mock-data and {flag} contradict each other: mock data is random; leave one out"
+    elif data.data_path:
+        for flag in ("--train-data-path", "--valid-data-path"):
+            if given[flag]:
+                yield f"--data-path is cut by --split and contradicts {flag}; give --train-data-path instead of it"
+    else:
+        if not data.train_data_path:
+            yield "--valid-data-path needs --train-data-path"
+        if not data.valid_data_path:
+            yield "--train-data-path needs --valid-data-path, for the evaluations"
+        if data.split is not None:
+            yield "--split cuts what --data-path names and does nothing for separate sets; leave it out"
+    yield from _unreadable("--split", lambda: data.split_shares)
+    yield from _unreadable("--data-path", lambda: data.blend)
+    yield from _unreadable("--train-data-path", lambda: data.train_blend)
+    yield from _unreadable("--valid-data-path", lambda: data.valid_blend)
+
+
+def _unreadable(flag: str, read: Callable[[], object]) -> Iterator[str]:
+    try:
+        read()
+    except ValueError as error:
+        yield f"{flag}: {error}"
+
+
+def _checkpoint(settings: Settings) -> Iterator[str]:
+    checkpoint = settings.checkpoint
+    if checkpoint.load is None:
+        needs_load = {
+            "--ckpt-step": checkpoint.ckpt_step is not None,
+            "--no-load-optim": checkpoint.no_load_optim,
+            "--no-load-rng": checkpoint.no_load_rng,
+        }
+        yield from (f"{flag} needs --load, whose checkpoint it is about" for flag, given in needs_load.items() if given)
+    if settings.run.fresh and checkpoint.save is None:
+        yield "--fresh needs --save, the folder to start over"
+    if settings.run.fresh and checkpoint.load is not None and checkpoint.load == checkpoint.save:
+        yield f"--fresh removes {checkpoint.save}, from which --load wants to read; give another --save"
+
+
+def _parallel(settings: Settings) -> Iterator[str]:
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        size = getattr(settings.parallel, name)
+        if size > 1:
+            kind = name.partition("_")[0]
+            yield (
+                f"--{name.replace('_', '-')} {size}: the student's tensor and pipeline parallelism is not built yet; "
+                f"leave {kind} parallelism at 1 and use data parallelism (torchrun --nproc-per-node N)"
+            )
+
+
+def _stages(settings: Settings, world_size: int) -> Iterator[str]:
+    # Model parallelism is 1 for now (see _parallel), so every rank sees its own rows.
+    batch: dict[str, str | None] = {}
+    for stage, config in settings.stages.items():
+        batch[stage] = _batch_problem(config, world_size)
+        yield from _stage_contradictions(stage, config)
+    found = {problem for problem in batch.values() if problem}
+    if len(found) == 1 and all(batch.values()):
+        yield next(iter(found))
+    else:
+        yield from (f"stage {stage}: {problem}" for stage, problem in batch.items() if problem)
+
+
+def _batch_problem(config: StageConfig, data_parallel_size: int) -> str | None:
+    if config.micro_batch_size < 1 or config.global_batch_size < 1:
+        return None
+    try:
+        config.micro_batches(data_parallel_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
+    if config.min_lr is not None and config.min_lr_ratio is not None:
+        yield f"stage {stage}: --min-lr and --min-lr-ratio say the same thing twice; leave one out"
+    if config.min_lr is not None and config.min_lr > config.lr:
+        yield f"stage {stage}: --min-lr {config.min_lr} is above --lr {config.lr}"
+    if config.lr_warmup_fraction is not None and config.lr_warmup_iters is not None:
+        yield f"stage {stage}: --lr-warmup-fraction and --lr-warmup-iters say the same thing twice; leave one out"
+    if config.lr_warmup_iters is not None and config.lr_warmup_iters > config.train_iters:
+        yield (
+            f"stage {stage}: --lr-warmup-iters {config.lr_warmup_iters} is more than --train-iters "
+            f"{config.train_iters}: the learning rate would never arrive"
+        )
+    if config.freeze_backbone and config.backbone_lr is not None:
+        yield f"stage {stage}: --freeze-backbone and --backbone-lr contradict each other; leave one out"

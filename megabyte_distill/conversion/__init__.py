@@ -1,0 +1,1 @@
+"""Hugging Face in and out: one table a model family, read in both directions."""

@@ -1,0 +1,98 @@
+"""Proofs that a conversion lost nothing: logits against transformers, and a round trip compared bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabyte_distill.conversion.hf_export import export_backbone
+from megabyte_distill.conversion.hf_import import HfModel, import_teacher
+from megabyte_distill.conversion.safetensors_folder import SafetensorsFolder
+from megabyte_distill.conversion.teacher_folder import find_root, load_teacher
+from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
+from megabyte_distill.data import tokenizers
+from megabyte_distill.model.backbone import Backbone
+
+DEFAULT_TEXT = "The quick brown fox jumps over the lazy dog, and nobody in the old town asks it why."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """How far two models' logits are apart."""
+
+    max_abs_logit_difference: float
+    max_abs_logit: float
+    tokens: int
+    """Positions compared, the start token included."""
+
+
+def compare_logits(hf_model: Path, megatron_path: Path, text: str = DEFAULT_TEXT) -> Comparison:
+    """Both models in fp32 on the tokens of ``text`` behind the start token. Needs transformers and process groups."""
+    teacher = load_teacher(megatron_path, dtype=torch.float32)
+    tokenizer = tokenizers.load(find_root(megatron_path) / TOKENIZER_FOLDER)
+    [ids] = tokenizer.encode_batch([tokenizer.normalize(text)])
+    tokens = torch.tensor([teacher.token_bytes.start_id, *ids.tolist()])
+    reference = _transformers_model(hf_model)
+    with torch.no_grad():
+        theirs = reference(tokens[None]).logits[0]
+        ours = backbone_logits(teacher.backbone, tokens)
+    if theirs.shape != ours.shape:
+        raise ValueError(
+            f"{hf_model} has {theirs.shape[-1]} tokens, {megatron_path} {ours.shape[-1]}; these are different models"
+        )
+    return Comparison(
+        max_abs_logit_difference=float((ours - theirs).abs().max()),
+        max_abs_logit=float(theirs.abs().max()),
+        tokens=len(tokens),
+    )
+
+
+def backbone_logits(backbone: Backbone, tokens: Tensor) -> Tensor:
+    """Logits [T, W] of one sequence of token ids [T]."""
+    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    return backbone.logits(backbone(backbone.embed(tokens), cu_seqlens))
+
+
+def roundtrip(hf_model: Path) -> int:
+    """Imports and exports a folder in a temporary place and compares every tensor's bits; returns how many there are.
+
+    ValueError names the tensors that differ.
+    """
+    model = HfModel.open(hf_model)
+    stored = {name: info.dtype for name, info in model.weights.tensors.items()}
+    # float32 holds float16 exactly
+    wide = torch.float32 if torch.float16 in stored.values() else model.stored_dtype
+    with tempfile.TemporaryDirectory(prefix="megabyte-distill-") as scratch:
+        checkpoint, exported = Path(scratch) / "megatron", Path(scratch) / "hf"
+        import_teacher(hf_model, checkpoint, dtype=wide)
+        backbone = load_teacher(checkpoint).backbone
+        export_backbone(backbone, exported, checkpoint / TOKENIZER_FOLDER, dtypes=stored)
+        back = SafetensorsFolder(exported)
+        differing = [name for name in back.tensors if not _same_bits(model.weights.read(name), back.read(name))]
+        if differing:
+            raise ValueError(f"{hf_model}: {len(differing)} tensor(s) differ after the round trip: {differing[:8]}")
+        return len(back.tensors)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+
+
+def _transformers_model(folder: Path) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ValueError("compare needs transformers; pip install 'megabyte-distill[hf]'") from error
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: transformers cannot load it ({error})") from error
+    model.eval()
+    return model

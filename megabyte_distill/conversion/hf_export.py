@@ -1,0 +1,103 @@
+"""A backbone written as a Hugging Face token model of its own family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.conversion.families import family_named, family_of_config
+from megabyte_distill.conversion.hf_config import CONFIG_FILE, HfConfig
+from megabyte_distill.conversion.new_folder import check_replaceable, new_folder
+from megabyte_distill.conversion.safetensors_folder import write_tensors
+from megabyte_distill.conversion.teacher_folder import find_root, load_teacher
+from megabyte_distill.conversion.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER, copy_files, token_table
+from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.model.backbone import Backbone
+
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+"""Older readers know the second only; newer ones read both."""
+
+
+def export_backbone(
+    backbone: Backbone,
+    hf_path: Path,
+    tokenizer: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes ``hf_path``: config.json, model.safetensors, generation_config.json and the tokenizer's files.
+
+    ``tokenizer``: folder with the tokenizer (tokenizer.json or another kind); a config.json in it that describes this
+    very backbone is kept as it is. ``dtype``: of the weights (default: the backbone's); ``dtypes``: of single
+    tensors by Hugging Face name. ValueError where the folder exists without ``overwrite`` or the tokenizer does not
+    fit. Needs the whole backbone in this process (tensor and pipeline parallel size 1).
+    """
+    config = backbone.backbone_config
+    table = family_named(config.family).table(config, backbone.padded_vocab_size)
+    ours = dict(backbone.named_parameters())
+    table.check_ours({name: tuple(tensor.shape) for name, tensor in ours.items()}, "the backbone")
+    tokens = token_table(tokenizer, config.vocab_size)
+    chosen = dtype or backbone.dtype
+    single = dtypes or {}
+    layout = {name: (shape, single.get(name, chosen)) for name, shape in table.theirs().items()}
+    with new_folder(hf_path, overwrite=overwrite, marker=CONFIG_FILE) as folder:
+        copy_files(tokenizer, folder)
+        _write_json(folder / CONFIG_FILE, hf_config_of(config, tokens, chosen, tokenizer))
+        if not (folder / GENERATION_FILE).exists():
+            _write_json(folder / GENERATION_FILE, _special_ids(tokens))
+        write_tensors(folder, layout, table.to_theirs(lambda name: ours[name]))
+
+
+def export_teacher(
+    megatron_path: Path, hf_path: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> None:
+    """Writes the backbone of a converted teacher, or of a run's stage (RUN/1b), as a Hugging Face folder.
+
+    ``dtype``: of the weights (default: as stored). ValueError as :func:`export_backbone` and :func:`load_teacher`.
+    """
+    check_replaceable(hf_path, overwrite=overwrite, marker=CONFIG_FILE)
+    teacher = load_teacher(megatron_path)
+    source = find_root(megatron_path) / TOKENIZER_FOLDER
+    export_backbone(teacher.backbone, hf_path, source, dtype=dtype, overwrite=overwrite)
+
+
+def hf_config_of(
+    config: BackboneConfig, tokens: TokenBytes, dtype: torch.dtype, source: Path | None = None
+) -> dict[str, Any]:
+    """The config.json of a backbone: that of ``source`` with another dtype where it describes the same backbone."""
+    name = str(dtype).removeprefix("torch.")
+    if source is not None and (original := _config_that_describes(config, source)) is not None:
+        present = [key for key in _DTYPE_FIELDS if key in original] or _DTYPE_FIELDS
+        return {**original, **dict.fromkeys(present, name)}
+    family = family_named(config.family)
+    return {
+        "architectures": [family.architectures[0]],
+        **family.write_config(config),
+        **_special_ids(tokens),
+        **dict.fromkeys(_DTYPE_FIELDS, name),
+    }
+
+
+def _config_that_describes(config: BackboneConfig, folder: Path) -> dict[str, Any] | None:
+    """The fields of the folder's config.json, None unless they are those of this very backbone."""
+    try:
+        original = HfConfig.read(folder)
+        described = family_of_config(original).read_config(original)
+    except ValueError:  # no config, or of a model that conversion does not know: not this one
+        return None
+    return dict(original.fields) if described == config else None
+
+
+def _special_ids(tokens: TokenBytes) -> dict[str, Any]:
+    return {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.end_of_text_id}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""1a, embedding alignment: the encoder learns to write the teacher's token embeddings. No backbone runs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megabyte_distill.config.stage import AlignLossScale, StageConfig
+from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.student import Parts
+from megabyte_distill.objectives.alignment import alignment_squared_error, table_variance
+from megabyte_distill.objectives.objective import Sums
+
+LOSS = "alignment mse"
+RELATIVE = "alignment mse relative"
+
+
+class EmbeddingAlignment:
+    """MSE between r at gold ends and the teacher's embedding of the token that ends there."""
+
+    weights = {LOSS: 1.0}
+
+    def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+        assert teacher is not None
+        self._teacher = teacher
+        self._variance = float(table_variance(teacher.embedding.weight[: teacher.backbone_config.vocab_size]))
+        relative = config.align_loss_scale is AlignLossScale.TABLE_VARIANCE
+        self._scale = 1.0 / self._variance if relative else 1.0
+        self._measures: Sums = {}
+
+    def counts(self, row: PackedRow) -> dict[str, int]:
+        """Gold ends."""
+        return {LOSS: int(row.token_mask.sum())}
+
+    def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
+        """Summed over gold ends, mean over E, scaled as ``align_loss_scale`` says."""
+        r = model(row, parts=Parts.ENCODER).r
+        ends = (row.bits & row.loss_mask).nonzero()[:, 0]
+        target = self._teacher.embed(row.tokens[row.token_mask]).detach()
+        error = alignment_squared_error(r[ends], target).sum()
+        self._measures = {RELATIVE: (error.detach() / self._variance, int(ends.shape[0]))}
+        return {LOSS: error * self._scale}
+
+    def measures(self) -> Sums:
+        """MSE over the variance of the teacher's table."""
+        return self._measures
+
+
+STAGE = Stage(
+    name="1a",
+    title="embedding alignment",
+    trains=lambda config, backbone: ("byte_encoder.",),
+    teacher=TeacherNeed.EMBEDDING,
+    objective=EmbeddingAlignment,
+    measure=RELATIVE,
+)

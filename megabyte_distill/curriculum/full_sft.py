@@ -1,0 +1,24 @@
+"""2b, byte SFT step 2: everything trains, the router through its own BCE beside the byte cross-entropy."""
+
+from __future__ import annotations
+
+from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.curriculum.byte_sft import MEASURE, full_objective
+from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+
+
+def _trains(config: StageConfig, backbone: BackboneConfig) -> tuple[str, ...]:
+    byte_side = ("byte_encoder.", "router.", "byte_decoder.")
+    # the token embedding and the token head are not on the byte path: without gradient they would only decay
+    return byte_side if config.freeze_backbone else (*byte_side, "backbone.decoder.")
+
+
+STAGE = Stage(
+    name="2b",
+    title="byte SFT, everything",
+    trains=_trains,
+    teacher=TeacherNeed.NONE,
+    objective=full_objective,
+    measure=MEASURE,
+)

@@ -1,0 +1,79 @@
+"""1b, joint distillation: bytes through gold chunks and the student's backbone, against the teacher on the gold tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.text_mask import text_chunks, text_positions
+from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.student import Gold, Parts
+from megabyte_distill.objectives.token_ce import token_nll
+from megabyte_distill.objectives.token_kl import reverse_kl
+from megabyte_distill.objectives.objective import Sums
+
+LOSS = "reverse kl"
+MEASURE = "bits per byte"
+
+
+class JointDistillation:
+    """Reverse KL over the whole vocabulary at every chunk; no hard labels."""
+
+    weights = {LOSS: 1.0}
+
+    def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+        assert teacher is not None
+        self._teacher = teacher
+        self._measures: Sums = {}
+
+    def counts(self, row: PackedRow) -> dict[str, int]:
+        """Gold chunks."""
+        return {LOSS: int(row.token_mask.sum())}
+
+    def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
+        """Summed over gold chunks, in nats."""
+        outputs = model(row, Gold(), Parts.ENCODER | Parts.BACKBONE)
+        student: Backbone = getattr(model, "module", model).backbone
+        with torch.no_grad():
+            teacher = self._teacher
+            wanted = teacher.logits(teacher(teacher.embed(row.tokens), outputs.layout.cu_chunks))
+        logits = student.logits(outputs.hidden)
+        kl = reverse_kl(logits, wanted)
+        self._measures = {} if model.training else _bits_per_byte(logits, wanted, row)
+        return {LOSS: kl[row.token_mask].sum()}
+
+    def measures(self) -> Sums:
+        """In evaluation: bits per byte of text, student's and teacher's, on the gold tokens."""
+        return self._measures
+
+
+def _bits_per_byte(student: Tensor, teacher: Tensor, row: PackedRow) -> Sums:
+    mask, size = text_chunks(row), int(text_positions(row).sum())
+    return {
+        name: (token_nll(logits, row.token_labels)[mask].double().sum() / math.log(2), size)
+        for name, logits in ((MEASURE, student), ("teacher bits per byte", teacher))
+    }
+
+
+def _trains(config: StageConfig, backbone: BackboneConfig) -> tuple[str, ...]:
+    if config.freeze_backbone:
+        return ("byte_encoder.",)
+    # a tied head is the embedding table; an untied table is not on the byte path and would only decay
+    head = "backbone.embedding." if backbone.tied_embeddings else "backbone.output_layer."
+    return ("byte_encoder.", "backbone.decoder.", head)
+
+
+STAGE = Stage(
+    name="1b",
+    title="joint distillation",
+    trains=_trains,
+    teacher=TeacherNeed.FROZEN,
+    objective=JointDistillation,
+    measure=MEASURE,
+)

@@ -1,0 +1,37 @@
+"""What a stage is, and what its objective may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.objectives.objective import Objective
+
+
+class TeacherNeed(Enum):
+    """What a stage needs of the teacher beside the student's own weights."""
+
+    NONE = "none"
+    EMBEDDING = "its embedding table"
+    FROZEN = "a frozen copy, or the student's backbone itself where that is frozen"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step of the curriculum."""
+
+    name: str
+    """As in ``--stages``."""
+    title: str
+    """For tables."""
+    trains: Callable[[StageConfig, BackboneConfig], tuple[str, ...]]
+    """Prefixes of the parameter names that train."""
+    teacher: TeacherNeed
+    objective: Callable[[StageConfig, Backbone | None], Objective]
+    """Builds the losses from the stage's settings and the teacher (None where not needed)."""
+    measure: str
+    """The validation figure that stands for the stage."""

@@ -1,0 +1,138 @@
+"""K bit histories of a text side by side: the sum over segmentations, and the causal byte model that stock tools see.
+
+A path is one choice of boundary bits for the bytes read so far; its weight is the joint log-probability of those bytes
+and bits. Reading a byte splits each path in two, and the K heaviest remain: the mass of the others is lost, so the
+summed weight never exceeds the text's probability.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, JOINT_CLASSES
+from megabyte_distill.model.student import Student, StudentState
+
+
+class BitPaths:
+    """R texts read byte by byte, each along K paths. Begins behind BOS.
+
+    Attributes:
+        log_weights: [R, K] fp64, natural log; −inf where a path does not exist yet.
+        log_probabilities: [R, K, 512] fp32, of the next (byte, bit) after each path.
+    """
+
+    def __init__(self, student: Student, rows: int, paths: int, *, keep_history: bool = False) -> None:
+        """``keep_history`` keeps what :meth:`history` needs. ValueError for no rows or no paths."""
+        if rows < 1 or paths < 1:
+            raise ValueError(f"{rows} texts along {paths} paths; expected at least one of each")
+        self.student, self.paths = student, paths
+        state = student.init_state(rows)
+        start = torch.full((rows,), BOS_BYTE, dtype=torch.int64, device=state.r_previous.device)
+        logits = student.step(start, torch.ones_like(start, dtype=torch.bool), state)
+        every = torch.arange(rows, device=start.device).repeat_interleave(paths)
+        self._state = state.select(every)
+        self.log_probabilities = _normalize(logits)[every].view(rows, paths, JOINT_CLASSES)
+        self.log_weights = torch.full((rows, paths), -torch.inf, dtype=torch.float64, device=start.device)
+        self.log_weights[:, 0] = 0.0
+        self._history: list[tuple[Tensor, Tensor, Tensor]] | None = [] if keep_history else None
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.log_weights.shape[0]
+
+    def log_probability(self) -> Tensor:
+        """[R] fp64: log of the summed probability of what was read, over the paths kept; a lower bound of the model's."""
+        return self.log_weights.logsumexp(-1)
+
+    def next_log_probabilities(self) -> Tensor:
+        """[R, 512] fp64: log-probabilities of the next (byte, bit), paths weighted by their posterior."""
+        weights = self.log_weights - self.log_probability()[:, None]
+        return (weights[..., None] + self.log_probabilities).logsumexp(1)
+
+    def next_byte_log_probabilities(self) -> Tensor:
+        """[R, 256] fp64: log P(x_{t+1} | x_{≤t}) = log Σ_k w_k Σ_bit P_k(x_{t+1}, bit). Sums to one."""
+        joint = self.next_log_probabilities()
+        return torch.logaddexp(joint[:, :BYTE_VOCAB], joint[:, BYTE_VOCAB:])
+
+    def advance(self, byte_ids: Tensor, rows: Tensor | None = None) -> None:
+        """Read one byte [N] int64 in each of the rows [N] int64, distinct (default: all rows, in order)."""
+        whole = rows is None
+        index = torch.arange(self.rows, device=byte_ids.device) if rows is None else rows
+        observed = torch.stack((byte_ids, byte_ids + BYTE_VOCAB), dim=-1)
+        scores = self.log_probabilities[index].gather(2, observed[:, None].expand(-1, self.paths, -1))
+        candidates = self.log_weights[index][..., None] + scores
+        kept = torch.zeros(candidates.shape, dtype=torch.bool, device=byte_ids.device)
+        kept.flatten(1).scatter_(1, candidates.flatten(1).topk(self.paths).indices, True)
+        # a path with one heir hands its place on; one with two takes the place of one that died, of the same row: per
+        # row there are as many of the former as of the latter, and both are listed row by row
+        bits = kept[..., 1] & ~kept[..., 0]
+        weights = torch.where(bits, candidates[..., 1], candidates[..., 0])
+        heirs = kept.sum(-1)
+        forked, dead = (heirs == 2).flatten().nonzero()[:, 0], (heirs == 0).flatten().nonzero()[:, 0]
+        slots = (index[:, None] * self.paths + torch.arange(self.paths, device=byte_ids.device)).flatten()
+        bits, weights = bits.flatten(), weights.flatten()
+        parents = slots
+        if forked.shape[0]:
+            weights[dead] = candidates[..., 1].flatten()[forked]
+            bits[dead] = True
+            parents = slots.clone()
+            parents[dead] = slots[forked]
+            copy_rows(self._state, slots[forked], slots[dead])
+        if self._history is not None:
+            self._history.append((slots, parents, bits))
+        repeated = byte_ids.repeat_interleave(self.paths)
+        logits = self.student.step(repeated, bits, self._state, None if whole else slots)
+        self.log_weights[index] = weights.view(-1, self.paths)
+        following = _normalize(logits).view(-1, self.paths, JOINT_CLASSES)
+        if whole:
+            self.log_probabilities = following
+        else:
+            self.log_probabilities[index] = following
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [N] int64 only, in this order."""
+        assert self._history is None, "rows of a history cannot be dropped"
+        slots = (rows[:, None] * self.paths + torch.arange(self.paths, device=rows.device)).flatten()
+        self._state = self._state.select(slots)
+        self.log_weights, self.log_probabilities = self.log_weights[rows], self.log_probabilities[rows]
+
+    def settle(self, path_of_row: Tensor) -> tuple[StudentState, Tensor]:
+        """(state of R rows, log-probabilities [R, 512]) of one chosen path [R] int64 a row."""
+        index = torch.arange(self.rows, device=path_of_row.device)
+        return self._state.select(index * self.paths + path_of_row), self.log_probabilities[index, path_of_row]
+
+    def history(self, path_of_row: Tensor) -> list[list[bool]]:
+        """The bits of the bytes read along one path [R] int64 a row; rows may have read different numbers of bytes."""
+        assert self._history is not None
+        slot = torch.arange(self.rows, device=path_of_row.device) * self.paths + path_of_row
+        found: list[list[bool]] = [[] for _ in range(self.rows)]
+        size = self.rows * self.paths
+        for slots, parents, bits in reversed(self._history):
+            value = torch.full((size,), -1, dtype=torch.int64, device=slot.device)
+            value[slots] = bits.to(torch.int64)
+            for row, bit in enumerate(value[slot].tolist()):
+                if bit >= 0:
+                    found[row].append(bool(bit))
+            parent = torch.arange(size, device=slot.device)
+            parent[slots] = parents
+            slot = parent[slot]
+        return [bits[::-1] for bits in found]
+
+
+def copy_rows(state: StudentState, source: Tensor, target: Tensor) -> None:
+    """Overwrite the rows ``target`` [N] of a state with its rows ``source`` [N], in place; the two have none in common."""
+    for part in (state.encoder, state.decoder, state.dechunk):
+        part.put(target, part.select(source))
+    state.r_previous[target] = state.r_previous[source]
+    cache = state.cache
+    # the rest of a cache row is never looked at
+    used = int(cache.lengths[source].max())
+    for stored in (*cache.keys.values(), *cache.values.values()):
+        stored[target, :used] = stored[source, :used]
+    cache.lengths[target] = cache.lengths[source]
+
+
+def _normalize(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)

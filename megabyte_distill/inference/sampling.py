@@ -1,0 +1,69 @@
+"""Which of the next (byte, bit) pairs is taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megabyte_distill.alphabet import PAD_BYTE, joint_class
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a class is drawn from log-probabilities. The defaults are exact samples of the model."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest class (greedy)."""
+    top_p: float = 1.0
+    """Only the fewest classes whose probabilities reach this sum; 1 keeps all."""
+    top_k: int = 0
+    """Only so many of the likeliest classes; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}; expected a number of at least 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected a number above 0 and at most 1 (1 keeps everything)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; expected a whole number of at least 0 (0 keeps everything)")
+
+
+def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """A class [R] int64 of each row of log_probabilities [R, C], which need not be normalised; −inf is never taken.
+
+    ``uniform`` [R] fp64 in [0, 1) decides: equal numbers give equal classes, whatever the other rows are.
+    """
+    if sampling.temperature == 0:
+        return log_probabilities.argmax(-1)
+    order = (log_probabilities.double() / sampling.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities = order.values
+    if sampling.top_k:
+        probabilities[:, sampling.top_k :] = 0.0
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= sampling.top_p * probabilities.sum(-1, keepdim=True)] = 0.0
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    # rounding may carry uniform · total up to total, behind the last class there is
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    position = torch.searchsorted(cumulative, target, right=True)
+    return order.indices.gather(1, position)[:, 0]
+
+
+def mask_padding(log_probabilities: Tensor) -> Tensor:
+    """A copy of [.., 512] in which PAD, with either bit, is impossible."""
+    masked = log_probabilities.clone()
+    masked[..., [joint_class(PAD_BYTE, bit) for bit in (0, 1)]] = -torch.inf
+    return masked
+
+
+def uniform_numbers(rows: int, count: int, seed: int) -> Tensor:
+    """[rows, count] fp64 in [0, 1); row i depends on seed + i alone."""
+    numbers = [
+        torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + row))
+        for row in range(rows)
+    ]
+    return torch.stack(numbers)

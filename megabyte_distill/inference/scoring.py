@@ -1,0 +1,171 @@
+"""The one definition of a text's score (RECIPE section 4): minus log of the summed probability of its segmentations.
+
+All figures are upper bounds on the model's negative log-likelihood of the bytes: one pass under given bits counts one
+segmentation, K paths count up to K. Bits that are input are the same bits that are label, so nothing looks ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megabyte_distill.alphabet import END_OF_DOCUMENT_CLASS, joint_class
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.text_mask import document_end_positions, text_chunks, text_positions
+from megabyte_distill.inference.bit_paths import BitPaths
+from megabyte_distill.kernels.ops import joint_cross_entropy
+from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.student import Boundaries, Gold, Student
+
+_LOGIT_ROWS = 1024
+"""Positions whose token logits are held at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowScore:
+    """What a model makes of the text of one packed row, by segment: a document, or a part of one."""
+
+    bits: Tensor
+    """[S] fp64, code length of each segment's text."""
+    bytes: Tensor
+    """[S] int64, each segment's text (without BOS)."""
+    end_bits: float
+    """Code length of the events "the document ends", which are no part of ``bits``."""
+    ends: int
+    """Number of those events."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathScore:
+    """What K paths make of N texts, in bits; fp64 [N] each."""
+
+    bits: Tensor
+    """Summed probability of the paths that survived: an upper bound of the model's code length."""
+    filter_bits: Tensor
+    """Code length under the causal byte filter, a byte model of its own that forgets what was pruned."""
+    end_bits: Tensor
+    """Of the event "the document ends" behind the text, under the filter."""
+
+
+def labels_under(bits: Tensor, row: PackedRow) -> Tensor:
+    """Joint labels [P] int64 of a row whose boundaries are ``bits`` [P] bool instead of the gold ones.
+
+    A segment's last label stays the row's own: the byte behind a cut is not in the row, its bit is nobody's choice.
+    """
+    following = joint_class(row.byte_ids.roll(-1), bits.roll(-1).to(torch.int64))
+    return torch.where(text_positions(row), following, row.labels)
+
+
+def joint_nll(logits: Tensor, bits: Tensor, row: PackedRow) -> Tensor:
+    """−log P(x_{t+1}, b_{t+1}) [P] in nats, fp32, of logits [P, 512] computed under ``bits`` [P]; meaningless on PAD."""
+    return joint_cross_entropy(logits, labels_under(bits, row))
+
+
+def joint_row_score(nll: Tensor, row: PackedRow) -> RowScore:
+    """Accounts for :func:`joint_nll` by segment."""
+    ends = document_end_positions(row)
+    return RowScore(
+        bits=_by_segment(nll, text_positions(row), row.cu_seqlens, row),
+        bytes=_text_bytes(row),
+        end_bits=float(nll[ends].double().sum()) / math.log(2),
+        ends=int(ends.sum()),
+    )
+
+
+@torch.no_grad()
+def score_row(student: Student, row: PackedRow, boundaries: Boundaries | None = None) -> RowScore:
+    """Joint score in one pass under gold (default), the router's, or given bits.
+
+    In official mode the logits have seen the next byte: the figure is the paper's, and no bound.
+    """
+    outputs = student(row, boundaries or Gold())
+    return joint_row_score(joint_nll(outputs.logits, outputs.bits, row), row)
+
+
+@torch.no_grad()
+def token_nll(backbone: Backbone, hidden: Tensor, labels: Tensor) -> Tensor:
+    """−log P(token) [M] in nats, fp32, of labels [M] under the token head on states [M, E]; few logits at a time."""
+    parts = [
+        torch.nn.functional.cross_entropy(backbone.logits(h).float(), label, reduction="none")
+        for h, label in zip(hidden.split(_LOGIT_ROWS), labels.split(_LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def token_row_score(nll: Tensor, row: PackedRow) -> RowScore:
+    """Accounts for the NLL [M] of the row's gold tokens by segment, in the same bytes as :func:`joint_row_score`."""
+    ends = row.token_mask & row.token_ends_document
+    return RowScore(
+        bits=_by_segment(nll, text_chunks(row), row.cu_chunks, row),
+        bytes=_text_bytes(row),
+        end_bits=float(nll[ends].double().sum()) / math.log(2),
+        ends=int(ends.sum()),
+    )
+
+
+@torch.no_grad()
+def score_tokens(backbone: Backbone, row: PackedRow, vectors: Tensor | None = None) -> RowScore:
+    """A token model's score of its canonical tokens; ``vectors`` [M, E] stand in for their embeddings where given."""
+    embedded = backbone.embed(row.tokens) if vectors is None else vectors
+    return token_row_score(token_nll(backbone, backbone(embedded, row.cu_chunks), row.token_labels), row)
+
+
+def segment_texts(row: PackedRow) -> list[Tensor]:
+    """The bytes [L] int64 of each real segment, without BOS."""
+    edges = row.cu_seqlens.tolist()
+    return [row.byte_ids[edges[s] + 1 : edges[s + 1]] for s in range(len(row.documents))]
+
+
+@torch.no_grad()
+def score_paths(student: Student, texts: Sequence[Tensor], *, paths: int = 4, batch: int = 16) -> PathScore:
+    """Scores texts, each the bytes [L] int64 behind one BOS, without a tokenizer; ``batch`` texts run side by side.
+
+    The sum runs over the bits of all bytes, the last one's included. With ``paths`` ≥ 2^L nothing is pruned and the
+    figure is exact. ValueError in official mode, which cannot step.
+    """
+    device = student.encoder.embedding.weight.device
+    result = torch.zeros(3, len(texts), dtype=torch.float64, device=device)
+    order = sorted(range(len(texts)), key=lambda index: -texts[index].shape[0])
+    for first in range(0, len(order), batch):
+        members = order[first : first + batch]
+        result[:, members] = _score_batch(student, [texts[index].to(device) for index in members], paths)
+    bits, filter_bits, end_bits = result / math.log(2)
+    return PathScore(bits=bits, filter_bits=filter_bits, end_bits=end_bits)
+
+
+def _score_batch(student: Student, texts: list[Tensor], paths: int) -> Tensor:
+    """[3, R] nats of texts in order of falling length, so that those still running stand in front."""
+    lengths = [text.shape[0] for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(texts)
+    running = BitPaths(student, len(texts), paths)
+    result = torch.zeros(3, len(texts), dtype=torch.float64, device=padded.device)
+    for position in range(lengths[0] + 1):
+        count = sum(length > position for length in lengths)
+        if count < running.rows:
+            result[0, count : running.rows] = -running.log_probability()[count:]
+            result[2, count : running.rows] = -running.next_log_probabilities()[count:, END_OF_DOCUMENT_CLASS]
+            if not count:
+                break
+            running.keep(torch.arange(count, device=padded.device))
+        byte_ids = padded[position, :count]
+        result[1, :count] -= running.next_byte_log_probabilities().gather(1, byte_ids[:, None])[:, 0]
+        running.advance(byte_ids)
+    return result
+
+
+def _text_bytes(row: PackedRow) -> Tensor:
+    real = len(row.documents)
+    return (row.cu_seqlens[1 : real + 1] - row.cu_seqlens[:real] - 1).to(torch.int64)
+
+
+def _by_segment(nll: Tensor, mask: Tensor, cu_seqlens: Tensor, row: PackedRow) -> Tensor:
+    """[S] bits: the masked values [N] summed over each real segment."""
+    real = len(row.documents)
+    # where, not a product: nll may be anything off the mask
+    total = torch.where(mask, nll.double(), 0.0).cumsum(0) / math.log(2)
+    edges = torch.nn.functional.pad(total, (1, 0))[cu_seqlens[: real + 1].to(torch.int64)]
+    return edges[1:] - edges[:-1]

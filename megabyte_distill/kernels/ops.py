@@ -1,0 +1,208 @@
+"""Every operator the byte side calls; the model knows these signatures and nothing behind them.
+
+All are plain torch and run on any device. A fused implementation takes the place of one of these bodies, and
+``reference.py`` stays the definition that it must agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.kernels.recurrence import linear_recurrence
+from megabyte_distill.kernels.segment_conv import segment_conv
+from megabyte_distill.kernels.ssm_scan import ssm_scan
+
+__all__ = [
+    "accumulation_dtype",
+    "byte_embedding",
+    "chunk_pool",
+    "dechunk",
+    "joint_cross_entropy",
+    "rms_norm",
+    "routing_probabilities",
+    "segment_conv",
+    "ssm_scan",
+    "straight_through_confidence",
+    "swiglu",
+]
+
+P_CLAMP = 1e-4
+"""The EMA's weights stay this far from 0 and 1 (RECIPE section 2)."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 where the input is fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def byte_embedding(
+    byte_ids: Tensor,
+    table: Tensor,
+    added: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Rows of ``table`` [256, D] for byte_ids [P], plus ``added`` [P, D], then RMSNorm if ``norm_weight`` [D] is given.
+
+    Returns:
+        [P, D] in fp32 (fp64 for an fp64 table): a residual stream; in norm_weight's dtype if normed.
+    """
+    rows = F.embedding(byte_ids, table).to(accumulation_dtype(table.dtype))
+    if added is not None:
+        rows = rows + added
+    return rows if norm_weight is None else rms_norm(rows, norm_weight, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in fp32, returned in weight's dtype."""
+    dtype = accumulation_dtype(x.dtype)
+    result: Tensor = _RMSNorm.apply(x.to(dtype), weight.to(dtype), eps)  # type: ignore[no-untyped-call]
+    return result.to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Written out because torch's own backward on a CPU makes about twice the passes over x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        products = (grad * x).view(-1, x.shape[-1])
+        flat_scale = scale.view(-1)
+        grad_weight = flat_scale @ products
+        along = (products @ weight) * flat_scale.pow(3) / -x.shape[-1]
+        grad_x = (grad * weight).mul_(scale).addcmul_(x, along.view(scale.shape))
+        return grad_x, grad_weight, None
+
+
+def swiglu(value: Tensor, gate: Tensor) -> Tensor:
+    """value · silu(gate), elementwise."""
+    return value * F.silu(gate)
+
+
+def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """p_t = (1 − cos(q_t, k_{t+1})) / 2, and 1 at every segment's last byte.
+
+    Args:
+        q, k: [P, E] projections of the encoder's output.
+        cu_seqlens: [S+1], the segments of the P bytes.
+
+    Returns:
+        [P] fp32 (fp64 for fp64 inputs) in [0, 1]. No gradient flows at a segment's last byte.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    if q.shape[0] == 0:
+        return q.new_zeros(0, dtype=dtype)
+    cosine = pair_cosine(q[:-1], k[1:])
+    p = F.pad((1.0 - cosine) / 2.0, (0, 1), value=1.0).clamp(0.0, 1.0)
+    return p.index_fill(0, cu_seqlens[1:].to(torch.int64) - 1, 1.0)
+
+
+def pair_cosine(q: Tensor, k: Tensor) -> Tensor:
+    """Cosine of corresponding rows of q and k [..., E] in fp32; a zero row has cosine 0 with everything."""
+    dtype = accumulation_dtype(q.dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    return F.cosine_similarity(q, k, dim=-1, eps=1e-8)
+
+
+def chunk_pool(r: Tensor, ends: Tensor, num_chunks: int) -> Tensor:
+    """Each chunk's last byte state: r [P, E] at ends [M]; zero rows from ``num_chunks`` on. Returns [M, E]."""
+    pooled = r.index_select(0, ends[:num_chunks])
+    padding = ends.shape[0] - num_chunks
+    return F.pad(pooled, (0, 0, 0, padding)) if padding else pooled
+
+
+def dechunk(
+    h: Tensor,
+    p: Tensor,
+    *,
+    ends: Tensor,
+    chunk_of_byte: Tensor,
+    starts: Tensor,
+    mode: DechunkMode,
+    null_group: Tensor | None = None,
+) -> Tensor:
+    """The chunk state each byte reads (RECIPE section 2).
+
+    Args:
+        h: [M, E] backbone states.
+        p: [P] routing probabilities; hard mode does not look at them.
+        ends: [M] int64, a chunk's last byte.
+        chunk_of_byte: [P] int64, the last chunk of the byte's segment that ended at or before it; −1 before the first.
+        starts: [M] bool, first chunk of a segment.
+        mode: hard reads h; causal reads h at the end byte and the EMA after it; official reads the EMA.
+        null_group: [E], read where chunk_of_byte is −1; needed in official mode only.
+
+    Returns:
+        [P, E] in h's dtype; the EMA is accumulated in fp32.
+    """
+    if mode is DechunkMode.HARD:
+        return h.index_select(0, chunk_of_byte)
+    dtype = accumulation_dtype(h.dtype)
+    weight = p.to(dtype).index_select(0, ends).clamp(P_CLAMP, 1.0 - P_CLAMP)
+    if mode is DechunkMode.CAUSAL:
+        weight = weight.masked_fill(starts, 1.0)
+    decay = (1.0 - weight).masked_fill(starts, 0.0)
+    states = linear_recurrence(decay[:, None], (weight[:, None] * h.to(dtype))[:, None])[:, 0].to(h.dtype)
+    index_P = torch.arange(p.shape[0], device=p.device)
+    if mode is DechunkMode.CAUSAL:
+        # One gather from both tables: rows M and up are the raw states that a chunk's own end byte reads.
+        ending = ends.index_select(0, chunk_of_byte) == index_P
+        return torch.cat((states, h)).index_select(0, chunk_of_byte + ending * h.shape[0])
+    if null_group is None:
+        raise ValueError("dechunk got mode official without null_group; pass the [E] state read before the first end")
+    table = torch.cat((null_group.to(h.dtype)[None], states))
+    return table.index_select(0, chunk_of_byte + 1)
+
+
+def straight_through_confidence(s: Tensor, p_selected: Tensor) -> Tensor:
+    """s [P, E] unchanged; backward hands p_selected [P] the gradient Σ_E ds · s, as if s had been multiplied by it."""
+    result: Tensor = _StraightThrough.apply(s, p_selected)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Multiplication by a factor whose forward value is one and whose gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, p_selected: Tensor) -> Tensor:
+        ctx.save_for_backward(s)
+        ctx.p_dtype = p_selected.dtype
+        return s.view_as(s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not ctx.needs_input_grad[1]:
+            return grad, None
+        (s,) = ctx.saved_tensors
+        dtype = accumulation_dtype(s.dtype)
+        return grad, (grad.to(dtype) * s.to(dtype)).sum(-1).to(ctx.p_dtype)
+
+
+def joint_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each byte's target under softmax(logits), not reduced.
+
+    Args:
+        logits: [P, 512].
+        targets: [P] int64 joint classes, or [P, 512] floating distributions over them.
+
+    Returns:
+        [P] fp32 (fp64 for fp64 logits): the cross-entropy −Σ target · log softmax.
+    """
+    dtype = accumulation_dtype(logits.dtype)
+    if targets.is_floating_point():
+        targets = targets.to(dtype)
+    return F.cross_entropy(logits.to(dtype), targets, reduction="none")

@@ -1,0 +1,101 @@
+"""The definitions, one loop each: slow on purpose, read by people, compared with by the tests of ``ops``.
+
+Differentiable by torch's autograd; every function takes what its namesake in ``ops`` takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megabyte_distill.config.model import DechunkMode
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def swiglu(value: Tensor, gate: Tensor) -> Tensor:
+    """value · gate · sigmoid(gate)."""
+    return value * gate * torch.sigmoid(gate)
+
+
+def byte_embedding(byte_ids: Tensor, table: Tensor, added: Tensor | None = None) -> Tensor:
+    """table[byte] + added, row by row."""
+    rows = torch.stack([table[int(byte)] for byte in byte_ids])
+    return rows if added is None else rows + added
+
+
+def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(1 − cos(q_t, k_{t+1})) / 2 inside a segment, 1 at its last byte; [P]."""
+    lasts = {int(edge) - 1 for edge in cu_seqlens[1:]}
+    p = []
+    for t in range(q.shape[0]):
+        if t in lasts:
+            p.append(q.new_ones(()))
+        else:
+            p.append((1 - q[t] @ k[t + 1] / (q[t].norm() * k[t + 1].norm())) / 2)
+    return torch.stack(p)
+
+
+def dechunk(
+    h: Tensor, p: Tensor, bits: Tensor, cu_seqlens: Tensor, mode: DechunkMode, null_group: Tensor | None = None
+) -> Tensor:
+    """Walks the bytes of each segment as a reader would, from the bits alone; h [M, E], p [P], bits [P] -> [P, E]."""
+    out, chunk = [], -1
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        state: Tensor | None = None
+        for t in range(first, last):
+            raw = None
+            if bool(bits[t]):
+                chunk += 1
+                raw = h[chunk]
+                weight = p[t].clamp(1e-4, 1 - 1e-4)
+                if mode is DechunkMode.HARD or (mode is DechunkMode.CAUSAL and state is None):
+                    state = raw
+                else:
+                    state = weight * raw + (1 - weight) * (torch.zeros_like(raw) if state is None else state)
+            read = raw if mode is DechunkMode.CAUSAL and raw is not None else state
+            if read is None:
+                if null_group is None:
+                    raise ValueError(f"byte {t} stands before its segment's first end and no null_group was given")
+                read = null_group
+            out.append(read)
+    return torch.stack(out)
+
+
+def segment_conv(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, dilation: int = 1) -> Tensor:
+    """Causal depthwise convolution, each segment by itself; x [P, C], weight [C, K] with the byte's own tap last."""
+    taps = weight.shape[1]
+    out = []
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        for t in range(first, last):
+            row = torch.zeros_like(x[t]) if bias is None else bias
+            for k in range(taps):
+                if t - k * dilation >= first:
+                    row = row + weight[:, taps - 1 - k] * x[t - k * dilation]
+            out.append(row)
+    return torch.stack(out)
+
+
+def ssm_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The recurrence S_t = exp(dt_t a) S_{t−1} + dt_t x_t b_tᵀ, y_t = S_t c_t; shapes as in ``ops.ssm_scan``."""
+    starts = set(cu_seqlens[:-1].tolist())
+    state = x.new_zeros(*x.shape[1:], b.shape[-1])
+    out = []
+    for t in range(x.shape[0]):
+        if t in starts:
+            state = torch.zeros_like(state)
+        written = (dt[t, :, None] * x[t])[..., None] * b[t]
+        state = torch.exp(dt[t] * a)[:, None, None] * state + written
+        out.append(state @ c[t])
+    return torch.stack(out)
+
+
+def joint_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(logits) at the target, or its mean under a target distribution; [P]."""
+    logs = logits - logits.exp().sum(-1, keepdim=True).log()
+    if targets.is_floating_point():
+        return -(targets * logs).sum(-1)
+    return -torch.stack([row[int(target)] for row, target in zip(logs, targets, strict=True)])

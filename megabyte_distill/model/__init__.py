@@ -1,0 +1,1 @@
+"""The student's parts: byte encoder, router, chunking, backbone, byte decoder."""

@@ -1,0 +1,143 @@
+"""Core attention of the backbone: packed segments in training, a key/value cache in stepping.
+
+megatron's attention hands ``packed_seq_params`` through to its core attention untouched unless the format is "thd".
+Both carriers below say "sbhd", so that RoPE is applied by position (angles are gathered beforehand) and this module
+alone knows what a segment or a cache is. It works for every layer type that keeps megatron's SelfAttention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+@dataclass
+class PackedSegments(PackedSeqParams):  # type: ignore[misc]
+    """Causal attention inside each of several segments packed along the sequence."""
+
+    qkv_format: str = "sbhd"
+    lengths: list[int] = field(default_factory=list)
+    """Segment lengths on the host, one copy for all layers."""
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> PackedSegments:
+        """Of cumulative lengths [S + 1]."""
+        return cls(lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of R rows, each as long as it has stepped. Grows by doubling.
+
+    ``keys[layer]``, ``values[layer]``: [R, capacity, groups, head_dim]; ``lengths`` [R] int64.
+    """
+
+    lengths: Tensor
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> KeyValueCache:
+        """A cache of ``rows`` rows that have seen nothing."""
+        return cls(lengths=torch.zeros(rows, dtype=torch.int64, device=device))
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """A copy of some rows [K] int64 (a row may be taken several times)."""
+        return KeyValueCache(
+            lengths=self.lengths[rows],
+            keys={layer: k[rows] for layer, k in self.keys.items()},
+            values={layer: v[rows] for layer, v in self.values.items()},
+        )
+
+    def _room(self, store: dict[int, Tensor], layer: int, new: Tensor, needed: int) -> Tensor:
+        old = store.get(layer)
+        if old is not None and old.shape[1] >= needed:
+            return old
+        capacity = max(32, 1 << (needed - 1).bit_length())
+        grown = new.new_zeros(self.lengths.shape[0], capacity, *new.shape[1:])
+        if old is not None:
+            grown[:, : old.shape[1]] = old
+        store[layer] = grown
+        return grown
+
+    def append(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one new position [K, groups, head_dim] of each row in ``rows`` [K]; return those rows' caches."""
+        positions = self.lengths[rows]
+        needed = int(positions.max()) + 1
+        stored_keys = self._room(self.keys, layer, keys, needed)
+        stored_values = self._room(self.values, layer, values, needed)
+        stored_keys[rows, positions] = keys
+        stored_values[rows, positions] = values
+        return stored_keys[rows, :needed], stored_values[rows, :needed]
+
+
+@dataclass
+class CachedRows(PackedSeqParams):  # type: ignore[misc]
+    """One step of the rows ``rows`` [K] of a :class:`KeyValueCache`."""
+
+    qkv_format: str = "sbhd"
+    cache: KeyValueCache | None = None
+    rows: Tensor | None = None
+
+
+class SegmentAttention(MegatronModule):  # type: ignore[misc]
+    """Scaled dot-product attention for megatron's local layer spec, grouped queries included."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        *,
+        softmax_scale: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> Tensor:
+        """[N, 1, heads, d], [N, 1, groups, d] twice → [N, 1, heads · d]; N positions packed, or N = K rows of a cache."""
+        if isinstance(packed_seq_params, CachedRows):
+            return self._cached(query, key, value, packed_seq_params)
+        assert isinstance(packed_seq_params, PackedSegments)
+        repeat = query.shape[2] // key.shape[2]
+        # [1, heads, N, d]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if repeat > 1:
+            key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        parts = [x.split(packed_seq_params.lengths, dim=2) for x in (query, key, value)]
+        out = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+            for q, k, v in zip(*parts, strict=True)
+        ]
+        joined = out[0] if len(out) == 1 else torch.cat(out, dim=2)
+        return joined.permute(2, 0, 1, 3).reshape(joined.shape[2], 1, -1)
+
+    def _cached(self, query: Tensor, key: Tensor, value: Tensor, step: CachedRows) -> Tensor:
+        assert step.cache is not None and step.rows is not None
+        # rows stand on the sequence axis: [K, 1, heads, d]
+        keys, values = step.cache.append(self.layer_number, step.rows, key[:, 0], value[:, 0])
+        visible = torch.arange(keys.shape[1], device=keys.device) <= step.cache.lengths[step.rows][:, None]
+        repeat = query.shape[2] // key.shape[2]
+        keys, values = (x.transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (keys, values))
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, attn_mask=visible[:, None, None, :], scale=self.softmax_scale
+        )
+        return out.transpose(1, 2).reshape(out.shape[0], 1, -1)

@@ -1,0 +1,144 @@
+"""The Mamba-2 block (arXiv 2405.21060) with one group, every projection a tensor of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megabyte_distill.config.model import ByteSideConfig
+from megabyte_distill.kernels.ops import accumulation_dtype, rms_norm, segment_conv, ssm_scan
+from megabyte_distill.kernels.segments import Segments
+from megabyte_distill.model.byte_mixer import ByteMixerBlock
+from megabyte_distill.model.linears import LinearFactory
+from megabyte_distill.model.normalization import RMSNorm
+from megabyte_distill.model.row_state import RowState
+
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
+_A_MIN, _A_MAX = 1.0, 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2State(RowState):
+    """The last K − 1 inputs of each convolution and the state of each head."""
+
+    conv_x: Tensor
+    """[R, K−1, I], I the inner width."""
+    conv_b: Tensor
+    """[R, K−1, N]."""
+    conv_c: Tensor
+    """[R, K−1, N]."""
+    ssm: Tensor
+    """[R, H, I / H, N], fp32."""
+
+
+class Mamba2Block(ByteMixerBlock):
+    """x + out(norm(y · silu(z))), y the selective scan of convolved x, b, c plus d_skip · x."""
+
+    def __init__(self, config: ByteSideConfig, layer: int, linears: LinearFactory) -> None:
+        super().__init__()
+        width, state, taps = config.byte_width, config.mamba_state_dim, config.mamba_conv_kernel
+        inner = config.mamba_expand * width
+        if inner % config.mamba_head_dim:
+            raise ValueError(
+                f"mamba_expand · byte_width = {inner} is not a multiple of mamba_head_dim = {config.mamba_head_dim}; "
+                "change one of them"
+            )
+        heads = inner // config.mamba_head_dim
+        if heads % linears.shards:
+            raise ValueError(f"{heads} Mamba-2 heads cannot be split over {linears.shards} tensor-parallel ranks")
+        self.head_dim, self.scan_block = config.mamba_head_dim, config.mamba_scan_chunk
+        self.norm = RMSNorm(width, config.norm_eps)
+        self.z = linears.column(width, inner)
+        self.x = linears.column(width, inner)
+        self.b = linears.replicated(width, state)
+        self.c = linears.replicated(width, state)
+        self.dt = linears.column(width, heads)
+        self.out = linears.row(inner, width)
+        local_heads, local_inner = heads // linears.shards, inner // linears.shards
+        self.conv_x_weight, self.conv_x_bias = _conv_parameters(local_inner, taps)
+        self.conv_b_weight, self.conv_b_bias = _conv_parameters(state, taps)
+        self.conv_c_weight, self.conv_c_bias = _conv_parameters(state, taps)
+        self.dt_bias = nn.Parameter(_initial_dt_bias(local_heads))
+        self.a_log = nn.Parameter(torch.empty(local_heads).uniform_(_A_MIN, _A_MAX).log())
+        self.d_skip = nn.Parameter(torch.ones(local_heads))
+        self.gated_norm = RMSNorm(local_inner, config.norm_eps)
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        """[P, D] -> [P, D]."""
+        normed = self.norm(x)
+        inputs = F.silu(segment_conv(self.x(normed), self.conv_x_weight, self.conv_x_bias, segments))
+        b = F.silu(segment_conv(self.b(normed), self.conv_b_weight, self.conv_b_bias, segments))
+        c = F.silu(segment_conv(self.c(normed), self.conv_c_weight, self.conv_c_bias, segments))
+        by_head = inputs.view(*inputs.shape[:-1], self.d_skip.shape[0], self.head_dim)
+        y = ssm_scan(by_head, self._step_sizes(normed), self._decay_rates(), b, c, segments, self.scan_block)
+        return x + self._finish(y, by_head, self.z(normed))
+
+    def init_state(self, rows: int, device: torch.device) -> Mamba2State:
+        """Zeros: nothing stands in front of a segment."""
+        taps = self.conv_x_weight.shape[1] - 1
+        inner, state = self.conv_x_weight.shape[0], self.conv_b_weight.shape[0]
+        dtype = self.conv_x_weight.dtype
+        return Mamba2State(
+            conv_x=torch.zeros(rows, taps, inner, device=device, dtype=dtype),
+            conv_b=torch.zeros(rows, taps, state, device=device, dtype=dtype),
+            conv_c=torch.zeros(rows, taps, state, device=device, dtype=dtype),
+            ssm=torch.zeros(
+                rows, inner // self.head_dim, self.head_dim, state, device=device, dtype=accumulation_dtype(dtype)
+            ),
+        )
+
+    def step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """One byte of each row: [R, D] -> ([R, D], the next state)."""
+        normed = self.norm(x)
+        inputs, conv_x = _conv_step(self.x(normed), state.conv_x, self.conv_x_weight, self.conv_x_bias)
+        b, conv_b = _conv_step(self.b(normed), state.conv_b, self.conv_b_weight, self.conv_b_bias)
+        c, conv_c = _conv_step(self.c(normed), state.conv_c, self.conv_c_weight, self.conv_c_bias)
+        by_head = inputs.view(*inputs.shape[:-1], self.d_skip.shape[0], self.head_dim)
+        dt = self._step_sizes(normed)
+        written = torch.einsum("rhf,rn->rhfn", dt[..., None] * by_head.to(dt.dtype), b.to(dt.dtype))
+        ssm = (dt * self._decay_rates()).exp()[..., None, None] * state.ssm + written
+        y = torch.einsum("rhfn,rn->rhf", ssm, c.to(ssm.dtype))
+        result = x + self._finish(y, by_head, self.z(normed))
+        return result, Mamba2State(conv_x=conv_x, conv_b=conv_b, conv_c=conv_c, ssm=ssm)
+
+    def _step_sizes(self, normed: Tensor) -> Tensor:
+        """dt [.., H] in fp32: a bf16 step size would move every later state."""
+        raw: Tensor = self.dt(normed)
+        dtype = accumulation_dtype(raw.dtype)
+        return F.softplus(raw.to(dtype) + self.dt_bias.to(dtype))
+
+    def _decay_rates(self) -> Tensor:
+        """A [H], negative, fp32."""
+        return -self.a_log.to(accumulation_dtype(self.a_log.dtype)).exp()
+
+    def _finish(self, y: Tensor, by_head: Tensor, z: Tensor) -> Tensor:
+        """Skip, gate, norm over the whole inner width, projection; y [.., H, I / H] -> [.., D]."""
+        y = torch.addcmul(y, by_head.to(y.dtype), self.d_skip.to(y.dtype)[:, None]).flatten(-2)
+        gated = y * F.silu(z.to(y.dtype))
+        result: Tensor = self.out(rms_norm(gated, self.gated_norm.weight, self.gated_norm.eps))
+        return result
+
+
+def _conv_parameters(channels: int, taps: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight [channels, taps] and bias [channels], drawn as PyTorch draws a depthwise convolution's."""
+    bound = 1.0 / math.sqrt(taps)
+    return (
+        nn.Parameter(torch.empty(channels, taps).uniform_(-bound, bound)),
+        nn.Parameter(torch.empty(channels).uniform_(-bound, bound)),
+    )
+
+
+def _initial_dt_bias(heads: int) -> Tensor:
+    """[heads] biases whose softplus is log-uniform in [1e-3, 1e-1]."""
+    dt = torch.empty(heads).uniform_(math.log(_DT_MIN), math.log(_DT_MAX)).exp().clamp_min(_DT_FLOOR)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def _conv_step(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(convolution) at one byte: x [R, C], past [R, K−1, C] -> ([R, C], the next past)."""
+    window = torch.cat((past, x[:, None].to(past.dtype)), dim=1)
+    return F.silu((window * weight.t()).sum(1) + bias), window[:, 1:]

@@ -1,0 +1,38 @@
+"""Where chunks end, from two neighbouring encoder states: one byte of lookahead."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.config.model import ByteSideConfig
+from megabyte_distill.kernels.ops import pair_cosine, routing_probabilities
+from megabyte_distill.model.feed_forward import SwiGLU
+from megabyte_distill.model.linears import LinearFactory
+
+
+class Router(nn.Module):
+    """p_t = (1 − cos(q(r_t), k(r_{t+1}))) / 2 with SwiGLU projections E → hidden → E."""
+
+    def __init__(self, config: ByteSideConfig, linears: LinearFactory | None = None) -> None:
+        super().__init__()
+        width, hidden = config.backbone_width, config.router_hidden_size
+        self.q = SwiGLU(width, hidden, width, linears)
+        self.k = SwiGLU(width, hidden, width, linears)
+
+    def forward(self, r: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """p [P] fp32 for r [P, E]: probability that byte t ends a chunk, 1 at each segment's last byte."""
+        return routing_probabilities(self.q(r), self.k(r), cu_seqlens)
+
+    def step(self, r_previous: Tensor, r_next: Tensor) -> Tensor:
+        """p [R] fp32 of the previous byte, known now that the next one is; both arguments [R, E]."""
+        return ((1.0 - pair_cosine(self.q(r_previous), self.k(r_next))) / 2.0).clamp(0.0, 1.0)
+
+
+def decide(p: Tensor, byte_ids: Tensor, threshold: float = 0.5, official: bool = False) -> Tensor:
+    """bits [P] bool: p above the threshold, and BOS always ends a chunk except in the official way.
+
+    A segment's last byte ends a chunk because its p is 1.
+    """
+    bits = p > threshold
+    return bits if official else bits | (byte_ids == BOS_BYTE)

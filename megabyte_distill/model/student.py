@@ -1,0 +1,211 @@
+"""The byte-level student: encoder, router, the teacher's transformer as backbone, decoder. ``forward`` and ``step`` agree.
+
+The backbone is anything with ``forward(x [M, E], cu_chunks)``, ``init_cache(rows)`` and ``step(x [K, E], cache, rows)``:
+megatron's layers in training, transformers' in an export. The model does not know which stage trains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megabyte_distill.config.model import ByteSideConfig, DechunkMode
+from megabyte_distill.model.byte_decoder import ByteDecoder, DechunkState, dechunk_step, init_dechunk_state
+from megabyte_distill.model.byte_encoder import ByteEncoder
+from megabyte_distill.model.byte_stack import StackState
+from megabyte_distill.model.chunking import ChunkLayout, chunk_layout, pool_chunks
+from megabyte_distill.model.router import Router, decide
+
+
+class ByteRow(Protocol):
+    """What the model reads of a packed row (data/packing.PackedRow has more)."""
+
+    byte_ids: Tensor
+    bits: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor
+    chunk_bucket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """Boundaries of the teacher's tokenizer, as the row brings them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterDecides:
+    """Boundaries where the router's p exceeds the threshold."""
+
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Boundaries from elsewhere: bits [P] bool."""
+
+    bits: Tensor
+
+
+Boundaries = Gold | RouterDecides | Given
+
+
+class Parts(Flag):
+    """Which parts of the model run."""
+
+    ENCODER = auto()
+    ROUTER = auto()
+    BACKBONE = auto()
+    DECODER = auto()
+    ALL = ENCODER | ROUTER | BACKBONE | DECODER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentOutputs:
+    """Everything a loss or a score may need; None for parts that did not run."""
+
+    r: Tensor
+    """[P, E] encoder states, in the teacher's embedding space."""
+    p: Tensor | None = None
+    """[P] fp32 routing probabilities."""
+    bits: Tensor | None = None
+    """[P] bool, the boundaries in force."""
+    layout: ChunkLayout | None = None
+    hidden: Tensor | None = None
+    """[M, E] backbone states after the final norm."""
+    logits: Tensor | None = None
+    """[P, 512] joint logits of the next (byte, bit)."""
+
+
+@dataclass
+class StudentState:
+    """What R rows remember between bytes. :meth:`Student.step` updates it in place."""
+
+    encoder: StackState
+    decoder: StackState
+    dechunk: DechunkState
+    cache: Any
+    r_previous: Tensor
+    """[R, E]."""
+
+    def select(self, rows: Tensor) -> StudentState:
+        """A copy of some rows [K] int64; a row may be taken several times."""
+        return StudentState(
+            encoder=self.encoder.select(rows),
+            decoder=self.decoder.select(rows),
+            dechunk=self.dechunk.select(rows),
+            cache=self.cache.select(rows),
+            r_previous=self.r_previous[rows],
+        )
+
+
+class Student(nn.Module):
+    """A distribution over (byte, boundary bit) sequences around a given backbone."""
+
+    def __init__(self, config: ByteSideConfig, backbone: nn.Module, *, document_mask: bool = True) -> None:
+        super().__init__()
+        self.byte_side_config = config
+        self.document_mask = document_mask
+        # not "decoder": megatron's schedules take a module of that name for a transformer block
+        self.byte_encoder = ByteEncoder(config)
+        self.router = Router(config)
+        self.backbone = backbone
+        self.byte_decoder = ByteDecoder(config)
+        self.config = getattr(backbone, "config", None)
+
+    @property
+    def is_official(self) -> bool:
+        """True where the paper's dechunk, with its lookahead, is in force."""
+        return self.byte_decoder.mode is DechunkMode.OFFICIAL
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Megatron's schedules call it; without pipeline stages there is nothing to receive."""
+
+    def segments(self, row: ByteRow) -> Tensor:
+        """cu_seqlens [S + 1] in force: the row's documents, or all its bytes as one where documents are not masked."""
+        if self.document_mask:
+            return row.cu_seqlens
+        ends = sorted({int(row.loss_mask.sum()), row.byte_ids.shape[0]})
+        return torch.tensor([0, *ends], dtype=torch.int32, device=row.cu_seqlens.device)
+
+    def forward(self, row: ByteRow, boundaries: Boundaries | None = None, parts: Parts = Parts.ALL) -> StudentOutputs:
+        """Run ``parts`` over a packed row with the given boundaries (default: gold)."""
+        boundaries = boundaries or Gold()
+        cu_seqlens = self.segments(row)
+        r = self.byte_encoder(row.byte_ids, cu_seqlens)
+        needs_p = Parts.DECODER in parts and self.byte_decoder.mode is not DechunkMode.HARD
+        p = None
+        if Parts.ROUTER in parts or needs_p or isinstance(boundaries, RouterDecides):
+            p = self.router(r, cu_seqlens)
+        if not parts & (Parts.BACKBONE | Parts.DECODER):
+            return StudentOutputs(r=r, p=p)
+        bits = self._bits(row, boundaries, p)
+        layout = chunk_layout(bits, cu_seqlens, row.chunk_bucket)
+        hidden = self.backbone(pool_chunks(r, layout), layout.cu_chunks)
+        logits = None
+        if Parts.DECODER in parts:
+            # in hard mode p carries no value, so a router that is not needed need not run
+            confidence = bits.float() if p is None else p
+            logits = self.byte_decoder(hidden, r, confidence, row.byte_ids, layout, cu_seqlens, bits)
+        return StudentOutputs(r=r, p=p, bits=bits, layout=layout, hidden=hidden, logits=logits)
+
+    def _bits(self, row: ByteRow, boundaries: Boundaries, p: Tensor | None) -> Tensor:
+        if isinstance(boundaries, Gold):
+            return row.bits
+        if isinstance(boundaries, Given):
+            return boundaries.bits
+        assert p is not None
+        bits = decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official)
+        # the tail of PAD is one chunk whatever the router thinks of it
+        tail = torch.zeros_like(bits)
+        used = int(row.loss_mask.sum())
+        if used < bits.shape[0]:
+            tail[used] = True
+        return torch.where(row.loss_mask, bits, tail)
+
+    def init_state(self, rows: int) -> StudentState:
+        """The state of R rows whose first byte (BOS, bit 1) comes next."""
+        device, dtype = self.byte_encoder.embedding.weight.device, self.byte_encoder.embedding.weight.dtype
+        width = self.byte_side_config.backbone_width
+        return StudentState(
+            encoder=self.byte_encoder.init_state(rows),
+            decoder=self.byte_decoder.init_state(rows),
+            dechunk=init_dechunk_state(rows, width, device, dtype),
+            cache=self.backbone.init_cache(rows),  # type: ignore[operator]
+            r_previous=torch.zeros(rows, width, device=device, dtype=dtype),
+        )
+
+    @torch.no_grad()
+    def step(self, byte_ids: Tensor, bits: Tensor, state: StudentState, rows: Tensor | None = None) -> Tensor:
+        """Read one byte and its bit in each of K rows; return joint logits [K, 512] of what comes next.
+
+        byte_ids [K] int64, bits [K] bool, rows [K] int64 distinct rows of the state (default: all). The state is
+        updated in place. Equal to :meth:`forward` with the same bits. ValueError in official mode, which cannot step.
+        """
+        every = torch.arange(state.r_previous.shape[0], device=byte_ids.device)
+        rows = every if rows is None else rows
+        r, encoder = self.byte_encoder.step(byte_ids, state.encoder.select(rows))
+        p_previous = torch.ones(rows.shape[0], device=r.device)
+        if self.byte_decoder.mode is DechunkMode.CAUSAL:
+            p_previous = self.router.step(state.r_previous[rows], r)
+        h = torch.zeros_like(r)
+        ended = bits.nonzero()[:, 0]
+        if ended.shape[0]:
+            h[ended] = self.backbone.step(r[ended], state.cache, rows[ended]).to(h.dtype)  # type: ignore[operator]
+        s, dechunk = dechunk_step(state.dechunk.select(rows), bits, h, p_previous, self.byte_decoder.mode)
+        logits, decoder = self.byte_decoder.step(s, r, byte_ids, state.decoder.select(rows))
+        state.encoder.put(rows, encoder)
+        state.decoder.put(rows, decoder)
+        state.dechunk.put(rows, dechunk)
+        state.r_previous[rows] = r
+        return logits
+
+
+def set_trainable(module: nn.Module, prefixes: Sequence[str]) -> None:
+    """Give gradients to the parameters whose names start with one of the prefixes, and to no others."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(prefixes)))

@@ -1,0 +1,20 @@
+"""Stage 1a's loss: the encoder's states at gold ends against the teacher's embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def alignment_squared_error(r: Tensor, target: Tensor) -> Tensor:
+    """Mean over E of the squared difference, fp32 [N]; r and target [N, E]."""
+    return (r.float() - target.float()).square().mean(-1)
+
+
+@torch.no_grad()
+def table_variance(table: Tensor) -> Tensor:
+    """Variance of an embedding table [W, E] around its mean row, averaged over E; fp32 scalar.
+
+    The error of a constant guess: an alignment error over it is the share of the table that is not yet explained.
+    """
+    return table.float().var(dim=0, unbiased=False).mean()

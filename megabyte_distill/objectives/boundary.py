@@ -1,0 +1,38 @@
+"""Stage 1c's loss and the boundary measures: the router's p against the tokenizer's bits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.text_mask import not_last
+
+
+def boundary_bce(p: Tensor, bits: Tensor) -> Tensor:
+    """Binary cross-entropy [P] in nats, fp32, of p [P] against bits [P]."""
+    # p reaches 0 and 1 exactly where two states are parallel; the clamp keeps the gradient finite there
+    return F.binary_cross_entropy(p.float().clamp(1e-6, 1 - 1e-6), bits.float(), reduction="none")
+
+
+def boundary_positions(row: PackedRow, cu_seqlens: Tensor) -> Tensor:
+    """[P] bool: bytes on which the router is trained; not a segment's last one (its p is 1 by definition), not PAD."""
+    return row.loss_mask & not_last(cu_seqlens, row.byte_ids.shape[0])
+
+
+def boundary_counts(predicted: Tensor, row: PackedRow) -> dict[str, Tensor]:
+    """Hits, predicted and gold ends over the bytes where a prediction is one: neither BOS, nor a segment's last, nor PAD.
+
+    precision = hits / predicted, recall = hits / gold, F1 = 2 hits / (predicted + gold).
+    """
+    mask = boundary_positions(row, row.cu_seqlens) & (row.byte_ids != BOS_BYTE)
+    guess, gold = predicted & mask, row.bits & mask
+    return {"hits": (guess & gold).sum(), "predicted": guess.sum(), "gold": gold.sum()}
+
+
+def f1_pair(predicted: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
+    """(2 · hits, predicted + gold): a (sum, count) whose ratio over any number of rows is F1."""
+    counts = boundary_counts(predicted, row)
+    return 2.0 * counts["hits"].to(torch.float64), counts["predicted"] + counts["gold"]

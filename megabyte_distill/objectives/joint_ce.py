@@ -1,0 +1,22 @@
+"""Stage 2's loss: cross-entropy over the 512 joint classes of the next byte and its boundary bit."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.text_mask import text_positions
+from megabyte_distill.kernels.ops import joint_cross_entropy
+
+
+def joint_nll(logits: Tensor, row: PackedRow) -> Tensor:
+    """Negative log-likelihood [P] in nats, fp32, of the row's joint labels; meaningless on PAD."""
+    return joint_cross_entropy(logits, row.labels)
+
+
+def joint_bits_pair(nll: Tensor, row: PackedRow) -> tuple[Tensor, int]:
+    """(bits, bytes) of the row's text under its joint labels: their ratio is the joint bits per byte."""
+    mask = text_positions(row)
+    return nll.detach()[mask].double().sum() / math.log(2), int(mask.sum())

@@ -1,0 +1,165 @@
+"""Before the first update: what the run is made of, where its weights come from, and that all of it fits together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
+from megabyte_distill.conversion.model_config import (
+    MODEL_CONFIG_FILE,
+    ModelConfig,
+    read_model_config,
+    to_fields,
+    write_model_config,
+)
+from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
+from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
+from megabyte_distill.data.mock import MockRowStream
+from megabyte_distill.data.sampler import RowStream
+from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.runs import TEACHER_FILE, is_run, stage_progress, teacher_path
+from megabyte_distill.training.checkpoint import find_checkpoint
+
+WRITTEN_BY_RUNS = (*STAGE_ORDER, "tensorboard", "metrics.jsonl", "summary.json", TEACHER_FILE, MODEL_CONFIG_FILE)
+"""What ``--fresh`` removes from a run's folder, beside its plots; nothing else is touched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What all stages of a run share."""
+
+    root: Path
+    teacher: Path
+    """Folder of the converted teacher."""
+    source: Path | None
+    """A run whose weights this one starts from (``--load RUN``); None where it starts from the teacher."""
+    model_config: ModelConfig
+    token_bytes: TokenBytes
+
+
+def start_fresh(root: Path) -> None:
+    """Remove what a former run wrote under ``root``."""
+    for name in WRITTEN_BY_RUNS:
+        path = root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for plot in root.glob("*.png"):
+        plot.unlink()
+
+
+def prepare_run(settings: Settings, world: World) -> Prepared:
+    """Resolve ``--load`` and ``--save``, write the run's root on the main rank, check that it is the same run.
+
+    ValueError where the teacher is missing, does not fit the preset, or the folder belongs to another teacher or model.
+    """
+    root, load = _folder(settings.checkpoint.save, "--save"), _folder(settings.checkpoint.load, "--load")
+    if settings.run.fresh and world.is_main:
+        start_fresh(root)
+    dist.barrier()
+    source = load if load.is_dir() and is_run(load) else None
+    teacher = teacher_path(load) if source is not None else load
+    backbone = read_model_config(teacher).backbone
+    config = ModelConfig(backbone=backbone, byte_side=settings.model.byte_side_for(backbone.hidden_size))
+    for other, flag in ((root, "--save"), (source, "--load")):
+        if other is not None and (other / MODEL_CONFIG_FILE).exists():
+            _check_same_model(read_model_config(other), config, other, flag)
+    table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
+    if world.is_main:
+        _write_root(root, config, teacher)
+    dist.barrier()
+    return Prepared(root=root, teacher=teacher, source=source, model_config=config, token_bytes=table)
+
+
+def _folder(value: str | None, flag: str) -> Path:
+    if value is None:
+        raise ValueError(f"{flag} is missing: --load names a converted teacher or a run, --save the run's own folder")
+    return Path(value)
+
+
+def _check_same_model(found: ModelConfig, wanted: ModelConfig, folder: Path, flag: str) -> None:
+    differences = []
+    for section in ("backbone", "byte_side"):
+        before, now = to_fields(getattr(found, section)), to_fields(getattr(wanted, section))
+        differences += [f"{name}: {before[name]} there, {now[name]} now" for name in now if before[name] != now[name]]
+    if differences:
+        raise ValueError(
+            f"{flag} {folder} holds a run of another model ({'; '.join(differences)}); give the settings it was made "
+            "with, another --save, or --fresh to start over"
+        )
+
+
+def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / TOKENIZER_FOLDER).exists():
+        partial = root / f"{TOKENIZER_FOLDER}.incomplete"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(teacher / TOKENIZER_FOLDER, partial)
+        partial.rename(root / TOKENIZER_FOLDER)
+    write_model_config(root, config)
+    (root / TEACHER_FILE).write_text(json.dumps({"teacher": str(teacher.resolve())}) + "\n", encoding="utf-8")
+
+
+def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None) -> tuple[Path, str]:
+    """(checkpoint, name of what it holds) a stage starts from: the nearest earlier stage, ``--load``, or the teacher.
+
+    ValueError where the nearest earlier stage of this run was left incomplete.
+    """
+    before = STAGE_ORDER[: STAGE_ORDER.index(stage)]
+    for name in reversed(before):
+        progress = stage_progress(prepared.root, name)
+        if progress is not None and not progress.is_complete:
+            raise ValueError(
+                f"stage {stage} builds on {name}, which {prepared.root} holds only up to iteration "
+                f"{progress.iteration} of {progress.train_iters}; finish it with --stages {name},{stage}"
+            )
+        if progress is not None:
+            return progress.checkpoint, f"stage {name}"
+    if prepared.source is not None:
+        for name in reversed(STAGE_ORDER):
+            progress = stage_progress(prepared.source, name)
+            if progress is not None and progress.is_complete:
+                chosen = find_checkpoint(prepared.source / name, ckpt_step) if ckpt_step else progress.checkpoint
+                return chosen, f"stage {name} of {prepared.source}"
+        raise ValueError(
+            f"--load {prepared.source} is a run without a complete stage; train it first, or load a teacher"
+        )
+    return find_checkpoint(prepared.teacher, ckpt_step), "teacher"
+
+
+def _open(data_path: tuple[str, ...], prepared: Prepared) -> tuple[list[ByteTokenDataset], list[float]]:
+    return open_blend(data_path, tokenizer_hash=prepared.token_bytes.hash)
+
+
+def row_streams(
+    settings: Settings, config: StageConfig, prepared: Prepared, stage: str
+) -> tuple[RowStream, RowStream | None]:
+    """(training rows, held-out rows or None) of a stage. Each stage reads its data in another order.
+
+    ValueError where data and teacher do not belong together or files are damaged.
+    """
+    data, seed = settings.data, settings.run.seed + 1000 * (1 + STAGE_ORDER.index(stage))
+    size = {"row_bytes": config.seq_length, "chunk_bucket": config.chunk_bucket}
+    if data.mock_data:
+        vocab_size = prepared.model_config.backbone.vocab_size
+        return MockRowStream(vocab_size, seed=seed, **size), MockRowStream(vocab_size, seed=1, **size)
+    if data.data_path:
+        datasets, weights = _open(data.data_path, prepared)
+        shares = ",".join(str(share) for share in data.split_shares)
+        splits = [split_documents(len(dataset), shares) for dataset in datasets]
+        train = [dataset.subset(split[0]) for dataset, split in zip(datasets, splits, strict=True)]
+        valid = [dataset.subset(split[1]) for dataset, split in zip(datasets, splits, strict=True)]
+        held_out = [(dataset, weight) for dataset, weight in zip(valid, weights, strict=True) if len(dataset)]
+        valid, valid_weights = [d for d, _ in held_out], [w for _, w in held_out]
+    else:
+        train, weights = _open(data.train_data_path, prepared)
+        valid, valid_weights = _open(data.valid_data_path, prepared)
+    held_out_rows = RowStream(valid, valid_weights, seed=1, **size) if valid else None
+    return RowStream(train, weights, seed=seed, **size), held_out_rows

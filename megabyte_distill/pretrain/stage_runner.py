@@ -1,0 +1,128 @@
+"""One stage: build the student, give it its weights, its teacher, its rows, and run the loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megabyte_distill.config import Settings, StageConfig
+from megabyte_distill.config.run_config import RUN_CONFIG_NAME, settings_to_dict
+from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher
+from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
+from megabyte_distill.runs import build_student, stage_progress
+from megabyte_distill.training.checkpoint import load_checkpoint
+from megabyte_distill.training.logging import MetricWriter, say
+from megabyte_distill.training.loop import Loop, StopReason
+from megabyte_distill.training.optimizer import wrap_for_training
+from megabyte_distill.training.rows import HeldOutRows, MicroBatches
+from megabyte_distill.training.signals import StopRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRunner:
+    """Runs stages of one run, each from its starting point or from where it was left."""
+
+    settings: Settings
+    prepared: Prepared
+    world: World
+    writer: MetricWriter
+    stop: StopRequest
+    deadline: float = math.inf
+
+    def run(self, name: str) -> StopReason:
+        """Train a stage to its end (or until somebody stops it); its checkpoints lie in RUN/<stage>."""
+        stage, config = STAGES[name], self.settings.stages[name]
+        progress = stage_progress(self.prepared.root, name)
+        if progress is not None and progress.iteration >= config.train_iters:
+            self._say(f" stage {name} ({stage.title}) is complete at iteration {progress.iteration}: skipped")
+            return StopReason.DONE
+        student, teacher = self._models(stage, config, has_own=progress is not None)
+        loop = self._loop(stage, config, student, teacher)
+        if progress is not None:
+            checkpoint = self.settings.checkpoint
+            loop.resume(
+                progress.checkpoint,
+                with_optimizer=not checkpoint.no_load_optim,
+                with_rng=not checkpoint.no_load_rng,
+            )
+            self._say(f" stage {name} goes on from {progress.checkpoint}")
+        return loop.run()
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            say(text)
+
+    def _models(self, stage: Stage, config: StageConfig, *, has_own: bool) -> tuple[Student, Backbone | None]:
+        dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
+        # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
+        torch.manual_seed(self.settings.run.seed)
+        student = build_student(self.prepared.model_config, document_mask=self.settings.model.document_mask)
+        if not has_own:
+            ckpt_step = self.settings.checkpoint.ckpt_step
+            checkpoint, what = starting_point(self.prepared, stage.name, ckpt_step)
+            load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "")
+            self._say(f" stage {stage.name} ({stage.title}) starts from {what}: {checkpoint}")
+        student.to(device=self.world.device, dtype=dtype)
+        set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
+        teacher: Backbone | None = None
+        if stage.teacher is TeacherNeed.EMBEDDING or (stage.teacher is TeacherNeed.FROZEN and config.freeze_backbone):
+            # untouched by this stage, so the student's own copy is the teacher
+            teacher = student.backbone  # type: ignore[assignment]
+        elif stage.teacher is TeacherNeed.FROZEN:
+            teacher = load_teacher(self.prepared.teacher, dtype=dtype).backbone.to(self.world.device)
+            teacher.requires_grad_(False).eval()
+        return student, teacher
+
+    def _loop(self, stage: Stage, config: StageConfig, student: Student, teacher: Backbone | None) -> Loop:
+        settings, world = self.settings, self.world
+        train, valid = row_streams(settings, config, self.prepared, stage.name)
+        evaluates = config.eval_iters > 0
+        return Loop(
+            stage=stage.name,
+            trained=wrap_for_training(
+                student,
+                student.config,  # type: ignore[arg-type]
+                config,
+                bf16=settings.run.bf16,
+                use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+                overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+            ),
+            objective=stage.objective(config, teacher),
+            rows=MicroBatches(train, config, world),
+            config=config,
+            run_config=settings.run,
+            world=world,
+            folder=self.prepared.root / stage.name,
+            writer=self.writer,
+            stop=self.stop,
+            deadline=self.deadline,
+            texts={RUN_CONFIG_NAME: json.dumps(settings_to_dict(settings), indent=2)},
+            extra_state=self._identity(),
+            valid_rows=HeldOutRows(valid if evaluates else None, config, world),
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "document_mask": self.settings.model.document_mask,
+            "tokenizer_hash": self.prepared.token_bytes.hash,
+        }
+
+
+def remaining_bytes(settings: Settings, root: Path) -> int:
+    """Bytes of training that the selected stages still have before them."""
+    total = 0
+    for name, config in settings.stages.items():
+        progress = stage_progress(root, name)
+        done = 0 if progress is None else progress.iteration
+        total += max(0, config.train_iters - done) * config.bytes_per_update
+    return total

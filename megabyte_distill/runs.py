@@ -1,0 +1,132 @@
+"""A run on disk: RUN/<stage>/iter_N, what it was made from, and how to get a model out of it.
+
+Layout::
+
+    RUN/model_config.json    backbone and byte side
+    RUN/tokenizer/           the teacher's tokenizer and its token table
+    RUN/teacher.json         where the teacher's checkpoint lies
+    RUN/1a/ … RUN/2b/        checkpoints of each stage
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabyte_distill.config.stage import STAGE_ORDER
+from megabyte_distill.conversion.model_config import ModelConfig, read_model_config
+from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
+from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
+from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.model.student import Student
+from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
+
+TEACHER_FILE = "teacher.json"
+GENERATES_FROM = ("2a", "2b")
+"""Stages after which the decoder speaks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgress:
+    """How far a stage of a run came."""
+
+    stage: str
+    checkpoint: Path
+    iteration: int
+    train_iters: int
+
+    @property
+    def is_complete(self) -> bool:
+        """True where its last update is saved."""
+        return self.iteration >= self.train_iters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedStudent:
+    """A student with the weights of a stage, and what belongs to it."""
+
+    student: Student
+    model_config: ModelConfig
+    token_bytes: TokenBytes
+    stage: str
+    checkpoint: Path
+
+
+def stage_progress(root: Path, stage: str) -> StageProgress | None:
+    """The newest complete checkpoint of a stage, None where there is none."""
+    folder = root / stage
+    if latest_iteration(folder) is None:
+        return None
+    checkpoint = find_checkpoint(folder)
+    state = read_loop_state(checkpoint)
+    return StageProgress(
+        stage=stage,
+        checkpoint=checkpoint,
+        iteration=int(state["progress"]["iteration"]),
+        train_iters=int(state["train_iters"]),
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """True for the root of a run (not for a converted teacher)."""
+    return (folder / TEACHER_FILE).exists()
+
+
+def last_stage(root: Path) -> StageProgress:
+    """The last stage that is complete. ValueError where there is none."""
+    found = [p for stage in STAGE_ORDER if (p := stage_progress(root, stage)) is not None and p.is_complete]
+    if not found:
+        raise ValueError(f"{root} holds no complete stage (looked for {', '.join(STAGE_ORDER)}); train it first")
+    return found[-1]
+
+
+def build_student(config: ModelConfig, *, document_mask: bool = True, backbone: Backbone | None = None) -> Student:
+    """A student with fresh weights in megatron's layers (or around the given backbone)."""
+    assert config.byte_side is not None
+    host = backbone or Backbone(config.backbone, transformer_config(config.backbone))
+    return Student(config.byte_side, host, document_mask=document_mask)
+
+
+def load_student(root: Path, stage: str | None = None, *, iteration: int | None = None) -> LoadedStudent:
+    """The student of a run after a stage (default: the last complete one), in evaluation mode.
+
+    ValueError where the folder is no run or the stage is not there. Needs process groups (parallel.process_groups.world).
+    """
+    if not root.is_dir() or not is_run(root):
+        raise ValueError(f"{root} is not a run: expected a folder written by training, with {TEACHER_FILE} in it")
+    name = stage or last_stage(root).stage
+    checkpoint = find_checkpoint(root / name, iteration)
+    config = read_model_config(root)
+    student = build_student(config, document_mask=bool(read_loop_state(checkpoint).get("document_mask", True)))
+    load_checkpoint(checkpoint, student)
+    return LoadedStudent(
+        student=student.eval(),
+        model_config=config,
+        token_bytes=TokenBytes.load(root / TOKENIZER_FOLDER / TOKEN_BYTES_FILE),
+        stage=name,
+        checkpoint=checkpoint,
+    )
+
+
+def require_speaking(loaded: LoadedStudent) -> None:
+    """ValueError where the decoder was not trained yet."""
+    if loaded.stage not in GENERATES_FROM:
+        raise ValueError(
+            f"the run's last complete stage is {loaded.stage}: its decoder is untrained and cannot generate; "
+            f"run stage {GENERATES_FROM[0]} first (--stages 2a,2b)"
+        )
+
+
+def teacher_path(root: Path) -> Path:
+    """Where the run's teacher lies, as recorded at its start."""
+    return Path(json.loads((root / TEACHER_FILE).read_text(encoding="utf-8"))["teacher"])
+
+
+def load_run_teacher(root: Path, override: Path | None = None) -> Teacher:
+    """The teacher a run was distilled from; ``override`` where it moved."""
+    path = override or teacher_path(root)
+    if not path.is_dir():
+        raise ValueError(f"the teacher of {root} should be at {path}, which is not a directory; give --teacher")
+    return load_teacher(path)

@@ -1,0 +1,230 @@
+"""Checkpoints that are complete or absent: iter_N/ in torch_dist format, then a tracker file, both put in place by rename.
+
+Layout of a stage's (or a converted teacher's) folder::
+
+    latest_checkpointed_iteration.txt     the number of the newest complete checkpoint
+    iter_0000100/                         all weights; the optimizer of what trained; loop state; run_config.yaml
+    iter_0000200.incomplete/              a save that was interrupted: ignored, and removed by the next save
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import nn
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE_FILE = "loop_state.json"
+_INCOMPLETE = ".incomplete"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message says which and what to do."""
+
+
+def iteration_folder(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lives."""
+    return folder / f"iter_{iteration:07d}"
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """The newest complete checkpoint's iteration, or None where there is none."""
+    tracker = folder / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} holds {text[:40]!r}; expected an iteration number")
+    return int(text)
+
+
+def find_checkpoint(folder: Path, iteration: int | None = None) -> Path:
+    """The folder of an iteration (default: the latest). CheckpointError names what is there instead."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a directory; expected a checkpoint folder with {TRACKER} in it")
+    chosen = iteration if iteration is not None else latest_iteration(folder)
+    there = sorted(p.name for p in folder.glob("iter_*") if not p.name.endswith(_INCOMPLETE))
+    if chosen is None:
+        raise CheckpointError(
+            f"{folder} holds no complete checkpoint: no {TRACKER}; it has {there or 'no iter_* folder'}"
+        )
+    path = iteration_folder(folder, chosen)
+    if not (path / "metadata.json").exists():
+        raise CheckpointError(f"{path} is missing or incomplete; {folder} has {there or 'no iter_* folder'}")
+    return path
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """megatron's sharded state of a module that mixes megatron layers and plain torch.
+
+    Megatron modules answer for themselves. Elsewhere a parameter with ``tensor_model_parallel`` set is sharded along
+    its ``partition_dim``, any other one is replicated.
+    """
+    if isinstance(module, MegatronModule):
+        return module.sharded_state_dict(prefix=prefix)  # type: ignore[no-any-return]
+    sharded: dict[str, Any] = {}
+    own = {name: p for name, p in module.named_parameters(recurse=False)}
+    own.update(
+        {name: b for name, b in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set}
+    )
+    axes = {n: p.partition_dim for n, p in own.items() if getattr(p, "tensor_model_parallel", False)}
+    sharded.update(make_sharded_tensors_for_checkpoint(own, prefix, axes, ()))
+    for name, child in module.named_children():
+        sharded.update(sharded_state_dict(child, f"{prefix}{name}."))
+    return sharded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What besides weights and optimizer a checkpoint holds."""
+
+    loop: dict[str, Any]
+    """JSON: stage, iteration, train_iters, consumed rows, data position, hashes."""
+
+
+def _barrier_with_failures(error: BaseException | None, doing: str) -> None:
+    """Meet all ranks; raise on every one of them where any failed, so that none waits for ever."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    failed = {rank: text for rank, text in enumerate(errors) if text}
+    if failed:
+        raise CheckpointError(f"{doing} failed on rank(s) {failed}; earlier checkpoints are untouched") from error
+
+
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    model: nn.Module,
+    *,
+    optimizer: Any | None,
+    loop: Mapping[str, Any],
+    texts: Mapping[str, str],
+) -> Path:
+    """Write ``folder/iter_N`` from all ranks; on return it is complete and the tracker names it.
+
+    ``loop``: JSON-able state of the loop; ``texts``: further small files by name (run_config.yaml). A failure on any
+    rank (a full disk) raises CheckpointError on every rank, removes what was written and leaves earlier checkpoints.
+    """
+    final = iteration_folder(folder, iteration)
+    partial = final.with_name(final.name + _INCOMPLETE)
+    main = dist.get_rank() == 0
+    error: BaseException | None = None
+    try:
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"iter_*{_INCOMPLETE}"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+    except OSError as caught:
+        error = caught
+    _barrier_with_failures(error, f"creating {partial}")
+    try:
+        weights = sharded_state_dict(model)
+        state: dict[str, Any] = {"model": weights, "rng": torch.get_rng_state()}
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False)
+        dist_checkpointing.save(state, str(partial))
+        if main:
+            _write_atomically(partial / STATE_FILE, json.dumps(dict(loop), indent=1))
+            for name, text in texts.items():
+                _write_atomically(partial / name, text)
+            _fsync_tree(partial)
+    except Exception as caught:  # every kind of failure must reach the other ranks, or they wait for ever
+        error = caught
+    try:
+        _barrier_with_failures(error, f"saving {final}")
+    except CheckpointError:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if main:
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _write_atomically(folder / TRACKER, f"{iteration}\n")
+    dist.barrier()
+    return final
+
+
+def read_loop_state(checkpoint: Path) -> dict[str, Any]:
+    """The loop's JSON state of a complete checkpoint."""
+    path = checkpoint / STATE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); choose another checkpoint with --ckpt-step") from error
+
+
+def _check_shapes(wanted: dict[str, Any], checkpoint: Path) -> None:
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    problems = []
+    for name, tensor in wanted.items():
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        found = stored.get(tensor.key)
+        if found is None:
+            problems.append(f"{name}: not in the checkpoint")
+        elif tuple(found.global_shape) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+            problems.append(
+                f"{name}: {tuple(found.global_shape)} in the checkpoint, {tuple(tensor.global_shape)} in the model"
+            )
+    if problems:
+        shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise CheckpointError(
+            f"{checkpoint} does not fit the model ({len(problems)} tensors):\n  {shown}\n"
+            "give the settings it was made with (its run_config.yaml holds them)"
+        )
+
+
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, *, optimizer: Any | None = None, prefix: str = "", with_rng: bool = False
+) -> dict[str, Any]:
+    """Load weights (those whose names start with ``prefix``), and the optimizer if given; return the loop's state.
+
+    Shapes are checked before anything is changed; CheckpointError names every tensor that does not fit.
+    """
+    weights = {name: t for name, t in sharded_state_dict(model).items() if name.startswith(prefix)}
+    _check_shapes(weights, checkpoint)
+    wanted: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        wanted["optimizer"] = optimizer.sharded_state_dict(sharded_state_dict(model), is_loading=True)
+    loaded = dist_checkpointing.load(wanted, str(checkpoint))
+    missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+    assert not unexpected, unexpected
+    lost = [name for name in missing if name.startswith(prefix) and "_extra_state" not in name]
+    assert not lost, lost
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    if with_rng and "rng" in loaded:
+        torch.set_rng_state(loaded["rng"])
+    return read_loop_state(checkpoint)

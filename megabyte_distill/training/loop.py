@@ -1,0 +1,245 @@
+"""The loop: updates until the stage, the time or somebody's patience ends; between them evaluation, logs, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.config.training import RunConfig
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.training.checkpoint import load_checkpoint, save_checkpoint
+from megabyte_distill.training.logging import MetricWriter, log_line, say
+from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.training.optimizer import TrainerModel
+from megabyte_distill.training.signals import StopRequest
+from megabyte_distill.training.step import StepReport, evaluate, train_step
+
+
+class StopReason(str, Enum):
+    """Why :meth:`Loop.run` came back."""
+
+    DONE = "done"
+    SIGNAL = "signal"
+    DURATION = "duration"
+    INTERVAL = "interval"
+
+
+class TrainingFailure(RuntimeError):
+    """Training cannot go on; the message names the stage, the update and the batch."""
+
+
+class RowSource(Protocol):
+    """Where micro-batches come from; the same order whatever the number of ranks."""
+
+    def next_micro_batches(self) -> list[PackedRow]:
+        """This rank's micro-batches of the next update."""
+
+    def describe_last(self) -> str:
+        """The documents of the last update, for messages."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """What the loop counts; all of it is in the checkpoint."""
+
+    iteration: int = 0
+    consumed_rows: int = 0
+    consumed_bytes: int = 0
+    skipped: int = 0
+    nan_iterations: int = 0
+    nan_in_a_row: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Window:
+    """Sums since the last log line."""
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    updates: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, report: StepReport) -> None:
+        for name, (total, count) in report.sums.items():
+            before = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (before[0] + total, before[1] + count)
+        self.updates += 1
+
+    def averages(self) -> dict[str, float]:
+        return averages(self.sums)
+
+
+def averages(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """(sum, count) pairs as means; a count of zero is NaN, and is shown as such."""
+    return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """One stage's training, from wherever its checkpoint left off to its last update."""
+
+    stage: str
+    trained: TrainerModel
+    objective: Objective
+    rows: RowSource
+    config: StageConfig
+    run_config: RunConfig
+    world: World
+    folder: Path
+    writer: MetricWriter
+    stop: StopRequest
+    deadline: float = math.inf
+    """time.monotonic() at which --exit-duration-in-mins is over."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Small files for each checkpoint: run_config.yaml."""
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
+    """Written into each checkpoint's state: hashes of what it was made from."""
+    valid_rows: Callable[[], list[list[PackedRow]]] = list
+    on_update: Callable[[Loop], None] | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def resume(self, checkpoint: Path, *, with_optimizer: bool = True, with_rng: bool = True) -> None:
+        """Continue from a checkpoint of this stage: weights, optimizer, counters and position in the data."""
+        optimizer = self.trained.optimizer if with_optimizer else None
+        state = load_checkpoint(checkpoint, self.trained.module, optimizer=optimizer, with_rng=with_rng)
+        self.progress = Progress(**state["progress"])
+        self.rows.load_state_dict(state["rows"])
+
+    def run(self) -> StopReason:
+        """Train; on return the state is saved, whatever the reason."""
+        self.trained.module.train()
+        window = _Window()
+        while self.progress.iteration < self.config.train_iters:
+            report = self._update(window)
+            self._log(window, report)
+            self._evaluate_if_due()
+            if self.on_update is not None:
+                self.on_update(self)
+            reason = self._reason_to_stop()
+            if reason is not None:
+                self.save()
+                return reason
+            if self._is_save_due():
+                self.save()
+        return StopReason.DONE
+
+    def _is_save_due(self) -> bool:
+        iteration, interval = self.progress.iteration, self.config.save_interval
+        return iteration == self.config.train_iters or bool(interval and iteration % interval == 0)
+
+    def _update(self, window: _Window) -> StepReport:
+        started = time.perf_counter()
+        micro_batches = self.rows.next_micro_batches()
+        report = train_step(self.trained, self.objective, micro_batches, self.progress.iteration, self.world)
+        progress = self.progress
+        progress.iteration += 1
+        progress.consumed_rows += self.config.global_batch_size
+        progress.consumed_bytes += self.config.bytes_per_update
+        progress.seconds += time.perf_counter() - started
+        progress.skipped += report.skipped
+        progress.nan_iterations += not report.is_finite
+        progress.nan_in_a_row = 0 if report.is_finite else progress.nan_in_a_row + 1
+        window.add(report)
+        if progress.nan_in_a_row >= self.run_config.max_nan_iterations:
+            self._log(window, report, force=True)
+            raise TrainingFailure(
+                f"stage {self.stage}: {progress.nan_in_a_row} updates in a row without a finite loss and gradient, "
+                f"the last at iteration {progress.iteration} "
+                f"({ {n: t for n, (t, _) in report.sums.items()} }, gradient norm {report.grad_norm}); "
+                f"its batch: {self.rows.describe_last()}. Weights are those before the first of them; "
+                "lower --lr, check the data, or raise --max-nan-iterations"
+            )
+        return report
+
+    def _log(self, window: _Window, report: StepReport, *, force: bool = False) -> None:
+        progress, config = self.progress, self.config
+        due = progress.iteration % self.run_config.log_interval == 0 or progress.iteration == config.train_iters
+        if not (due or force) or not window.updates:
+            return
+        seconds = (time.perf_counter() - window.started) / window.updates
+        means = window.averages()
+        if self.world.is_main:
+            speed = config.bytes_per_update / seconds
+            say(
+                log_line(
+                    stage=self.stage,
+                    iteration=progress.iteration,
+                    train_iters=config.train_iters,
+                    consumed_rows=progress.consumed_rows,
+                    milliseconds=1000 * seconds,
+                    learning_rate=report.learning_rate,
+                    global_batch_size=config.global_batch_size,
+                    averages=means,
+                    grad_norm=report.grad_norm,
+                    skipped=progress.skipped,
+                    nan_iterations=progress.nan_iterations,
+                    bytes_per_second=speed,
+                    eta_seconds=seconds * (config.train_iters - progress.iteration),
+                )
+            )
+            values = {**means, "learning rate": report.learning_rate, "grad norm": report.grad_norm, "bytes/s": speed}
+            self.writer.write(self.stage, progress.iteration, values)
+        window.sums.clear()
+        window.updates, window.started = 0, time.perf_counter()
+
+    def _evaluate_if_due(self) -> None:
+        config, iteration = self.config, self.progress.iteration
+        at_end = iteration == config.train_iters
+        if not config.eval_iters or not (at_end or (config.eval_interval and iteration % config.eval_interval == 0)):
+            return
+        means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(), self.world))
+        if means and self.world.is_main:
+            shown = " | ".join(f"{name}: {value:.6E}" for name, value in means.items())
+            say(f" validation at stage {self.stage} iteration {iteration} | {shown} |")
+            self.writer.write(self.stage, iteration, {f"validation {name}": value for name, value in means.items()})
+
+    def _reason_to_stop(self) -> StopReason | None:
+        """All ranks agree because rank 0's answer is everybody's."""
+        interval = self.run_config.exit_interval
+        reason = 0
+        if self.stop:
+            reason = 1
+        elif time.monotonic() > self.deadline:
+            reason = 2
+        elif interval and self.progress.iteration % interval == 0:
+            reason = 3
+        if self.world.size > 1:
+            answer = torch.tensor([reason], device=self.world.device)
+            dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+            reason = int(answer.item())
+        return (None, StopReason.SIGNAL, StopReason.DURATION, StopReason.INTERVAL)[reason]
+
+    def save(self) -> Path:
+        """Write this iteration's checkpoint."""
+        loop = {
+            "stage": self.stage,
+            "train_iters": self.config.train_iters,
+            "progress": asdict(self.progress),
+            "rows": self.rows.state_dict(),
+            **self.extra_state,
+        }
+        path = save_checkpoint(
+            self.folder,
+            self.progress.iteration,
+            self.trained.module,
+            optimizer=self.trained.optimizer,
+            loop=loop,
+            texts=self.texts,
+        )
+        if self.world.is_main:
+            say(f" saved {path}")
+        return path

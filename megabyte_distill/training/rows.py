@@ -1,0 +1,69 @@
+"""This rank's micro-batches of each update, from a row stream that all ranks plan alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.data.micro_batch import concatenate_rows
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.parallel.process_groups import World
+
+
+class Stream(Protocol):
+    """What gives rows: data/sampler.RowStream, or its mock."""
+
+    def next_rows(self, count: int) -> list[Any]: ...
+
+    def materialize(self, plan: Any) -> PackedRow: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _group(rows: Sequence[PackedRow], size: int, world: World) -> list[PackedRow]:
+    return [concatenate_rows(rows[i : i + size]).to(world.device) for i in range(0, len(rows), size)]
+
+
+class MicroBatches:
+    """Cuts each update's rows over data-parallel ranks (row i goes to rank i mod ranks) and into micro-batches."""
+
+    def __init__(self, stream: Stream, config: StageConfig, world: World) -> None:
+        config.micro_batches(world.data_parallel_size)  # refuses sizes that do not divide
+        self._stream, self._config, self._world = stream, config, world
+        self._last: list[Any] = []
+
+    def next_micro_batches(self) -> list[PackedRow]:
+        """The next update's micro-batches of this rank."""
+        self._last = self._stream.next_rows(self._config.global_batch_size)
+        mine = self._last[self._world.data_parallel_rank :: self._world.data_parallel_size]
+        rows = [self._stream.materialize(plan) for plan in mine]
+        return _group(rows, self._config.micro_batch_size, self._world)
+
+    def describe_last(self) -> str:
+        """Data set and document numbers of the last update."""
+        return "; ".join(str(plan) for plan in self._last)[:2000]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position behind the last update."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
+        self._stream.load_state_dict(state)
+
+
+class HeldOutRows:
+    """The same held-out batches at every evaluation: the first rows of a second stream, read once and kept."""
+
+    def __init__(self, stream: Stream | None, config: StageConfig, world: World) -> None:
+        self._batches: list[list[PackedRow]] = []
+        if stream is None:
+            return
+        source = MicroBatches(stream, config, world)
+        self._batches = [source.next_micro_batches() for _ in range(config.eval_iters)]
+
+    def __call__(self) -> list[list[PackedRow]]:
+        return self._batches

@@ -1,0 +1,127 @@
+"""One update: fetch, count, forward and backward, clip, step. Linear, and the same for every stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.training.optimizer import TrainerModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What an update did. ``sums`` are global: name → (sum, count)."""
+
+    sums: dict[str, tuple[float, float]]
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """False where a loss or the gradient is NaN or infinite."""
+        return math.isfinite(self.grad_norm) and all(math.isfinite(total) for total, _ in self.sums.values())
+
+
+def global_counts(objective: Objective, rows: list[PackedRow], world: World) -> dict[str, float]:
+    """Terms of each loss over all micro-batches and data-parallel ranks."""
+    totals: dict[str, float] = {name: 0.0 for name in objective.weights}
+    for row in rows:
+        for name, count in objective.counts(row).items():
+            totals[name] += count
+    names = sorted(totals)
+    values = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=world.device)
+    dist.all_reduce(values, group=world.data_parallel_group)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def reduce_sums(reports: list[dict[str, Tensor]], world: World) -> dict[str, tuple[float, float]]:
+    """Add up (sum, count) pairs over micro-batches and data-parallel ranks."""
+    names = sorted({name for report in reports for name in report})
+    stacked = torch.stack([torch.stack([r[name].double() for r in reports if name in r]).sum(0) for name in names])
+    dist.all_reduce(stacked, group=world.data_parallel_group)
+    return {name: (total, count) for name, (total, count) in zip(names, stacked.tolist(), strict=True)}
+
+
+def _report(objective: Objective, losses: dict[str, Tensor], row: PackedRow) -> dict[str, Tensor]:
+    counts = objective.counts(row)
+    pairs: dict[str, tuple[Tensor, Tensor | int]] = {n: (loss.detach(), counts[n]) for n, loss in losses.items()}
+    pairs.update(objective.measures())
+    return {
+        name: torch.stack([total.detach().double(), torch.as_tensor(count, dtype=torch.float64, device=total.device)])
+        for name, (total, count) in pairs.items()
+    }
+
+
+def forward_backward(
+    model: nn.Module,
+    objective: Objective,
+    rows: list[PackedRow],
+    counts: dict[str, float],
+    *,
+    forward_only: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated."""
+
+    def forward_step(iterator, module):  # type: ignore[no-untyped-def]
+        row = next(iterator)
+
+        def loss_of(losses: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total = sum((objective.weights[name] / max(counts[name], 1.0)) * loss for name, loss in losses.items())
+            return total, torch.ones((), dtype=torch.int), _report(objective, losses, row)  # type: ignore[return-value]
+
+        return objective.losses(module, row), loss_of
+
+    return get_forward_backward_func()(  # type: ignore[no-any-return]
+        forward_step_func=forward_step,
+        data_iterator=iter(rows),
+        model=[model],
+        num_microbatches=len(rows),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def train_step(
+    trained: TrainerModel, objective: Objective, rows: list[PackedRow], iteration: int, world: World
+) -> StepReport:
+    """One update from this rank's micro-batches; a non-finite gradient leaves the weights as they are (skipped)."""
+    learning_rate = trained.set_learning_rate(iteration)
+    counts = global_counts(objective, rows, world)
+    trained.ddp.zero_grad_buffer()
+    trained.optimizer.zero_grad()
+    reports = forward_backward(trained.ddp, objective, rows, counts)
+    sums = reduce_sums(reports, world)
+    trained.optimizer.prepare_grads()
+    grad_norm = float(trained.optimizer.get_grad_norm())
+    finite = math.isfinite(grad_norm) and all(math.isfinite(total) for total, _ in sums.values())
+    if finite:
+        trained.optimizer.step()
+    return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate, skipped=not finite)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, objective: Objective, batches: list[list[PackedRow]], world: World
+) -> dict[str, tuple[float, float]]:
+    """Global (sum, count) of every loss and measure over held-out rows, weights untouched."""
+    if not batches:
+        return {}
+    reports: list[dict[str, Tensor]] = []
+    training = model.training
+    model.eval()
+    for rows in batches:
+        for row in rows:
+            losses = objective.losses(model, row)
+            reports.append(_report(objective, losses, row))
+    model.train(training)
+    return reduce_sums(reports, world)

@@ -1,0 +1,195 @@
+"""Flags become settings, layer over layer; everything wrong is reported together."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megabyte_distill.config import (
+    BoundarySource,
+    ByteMixer,
+    ConfigError,
+    LrDecayStyle,
+    Settings,
+    help_text,
+    parse_arguments,
+    parse_or_exit,
+)
+from megabyte_distill.config.layers import all_options
+
+MOCK = ["--mock-data"]
+
+
+def problems(argv: list[str], **kwargs: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(argv, **kwargs)
+    return caught.value.problems
+
+
+def test_a_flag_sets_every_selected_stage_and_a_stage_flag_one() -> None:
+    settings = parse_arguments([*MOCK, "--2a.lr", "0.5", "--lr", "0.25"])
+    assert {stage: config.lr for stage, config in settings.stages.items()} == {
+        "1a": 0.25,
+        "1b": 0.25,
+        "1c": 0.25,
+        "2a": 0.5,
+        "2b": 0.25,
+    }
+
+
+def test_only_selected_stages_are_there_in_order() -> None:
+    assert list(parse_arguments([*MOCK, "--stages", "1a,1b"]).stages) == ["1a", "1b"]
+
+
+def test_layers_go_from_caller_defaults_over_preset_and_smoke_to_flags() -> None:
+    defaults = {"save": "runs/x", "train_iters": 7, "seed": 5}
+    assert parse_arguments(MOCK, defaults).checkpoint.save == "runs/x"
+    assert parse_arguments(MOCK, defaults).run.seed == 5
+    assert parse_arguments(MOCK, defaults).stages["1a"].train_iters == 100
+    assert parse_arguments([*MOCK, "--smoke"], defaults).stages["1a"].train_iters == 6
+    settings = parse_arguments([*MOCK, "--smoke", "--train-iters", "8", "--seed=9"], defaults)
+    assert settings.stages["1a"].train_iters == 8
+    assert settings.run.seed == 9
+
+
+def test_every_kind_of_value_is_read() -> None:
+    line = (
+        "--data-path 0.5 a 1e-6 b --byte-mixer mamba2 --conv-dilations 1,3 9 --no-document-mask --bf16 --2b.backbone-lr"
+        " none --lr-decay-style=linear --exit-duration-in-mins 1.5 --2a.boundary-source router --no-exit-signal-handler"
+        " --train-iters 3 --train-iters 4"
+    )
+    settings = parse_arguments(line.split())
+    assert [(entry.weight, entry.stem) for entry in settings.data.blend] == [(0.5, "a"), (1e-6, "b")]
+    assert settings.model.byte_side.byte_mixer is ByteMixer.MAMBA2
+    assert settings.model.byte_side.conv_dilations == (1, 3, 9)
+    assert not settings.model.document_mask
+    assert settings.run.bf16
+    assert not settings.run.exit_signal_handler
+    assert settings.run.exit_duration_in_mins == 1.5
+    assert settings.stages["2b"].backbone_lr is None
+    assert settings.stages["2a"].boundary_source is BoundarySource.ROUTER
+    assert settings.stages["2b"].boundary_source is BoundarySource.GOLD
+    assert settings.stages["1a"].lr_decay_style is LrDecayStyle.LINEAR
+    assert settings.stages["1a"].train_iters == 4, "the later flag wins"
+
+
+def test_a_flag_replaces_its_alternative_in_the_layers_below() -> None:
+    settings = parse_arguments([*MOCK, "--lr-warmup-iters", "2", "--2a.lr-warmup-fraction", "0.5", "--min-lr", "1e-9"])
+    assert (settings.stages["1a"].lr_warmup_iters, settings.stages["1a"].lr_warmup_fraction) == (2, None)
+    assert (settings.stages["2a"].lr_warmup_iters, settings.stages["2a"].lr_warmup_fraction) == (None, 0.5)
+    assert (settings.stages["1b"].min_lr, settings.stages["1b"].min_lr_ratio) == (1e-9, None)
+    zero = parse_arguments([*MOCK, "--lr-warmup-iters", "0"]).stages["1a"]
+    assert (zero.lr_warmup_iters, zero.lr_warmup_fraction, zero.warmup_iterations) == (0, None, 0)
+
+
+def test_freezing_the_backbone_takes_back_the_presets_learning_rate_for_it() -> None:
+    assert parse_arguments([*MOCK, "--freeze-backbone"]).stages["2b"].backbone_lr is None
+    assert parse_arguments([*MOCK, "--no-freeze-backbone"]).stages["2b"].backbone_lr == 3e-4
+
+
+def test_naming_data_takes_back_the_callers_default_data() -> None:
+    defaults = {"train_data_path": ("demo",), "valid_data_path": ("held_out",)}
+    own = parse_arguments(["--data-path", "mine"], defaults).data
+    assert (own.data_path, own.train_data_path, own.valid_data_path) == (("mine",), (), ())
+    assert parse_arguments(["--mock-data"], defaults).data.valid_data_path == ()
+    assert parse_arguments(["--no-mock-data"], defaults).data.train_data_path == ("demo",)
+    assert parse_arguments(["--valid-data-path", "other"], defaults).data.train_data_path == ("demo",)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--trian-iters", "5"], "did you mean --train-iters?"),
+        (["--train_iters", "5"], "did you mean --train-iters?"),
+        (["--train", "5"], "unknown flag --train"),
+        (["--2a.lrr", "5"], "did you mean --2a.lr?"),
+        (["--3a.lr", "5"], "unknown stage '3a' in --3a.lr"),
+        (["--2a.seed", "5"], "belongs to the whole run"),
+        (["--1a.backbone-lr", "5"], "acts only in 1b, 2b"),
+        (["--lr"], "--lr needs a value"),
+        (["--lr", "--bf16"], "--lr needs a value"),
+        (["--lr", "fast"], "--lr: got 'fast', expected a number"),
+        (["--lr", "nan"], "expected a finite number"),
+        (["--lr", "-1"], "--lr: got -1.0, expected at least 0"),
+        (["--2a.lr", "-1"], "--2a.lr: got -1.0, expected at least 0"),
+        (["--train-iters", "1.5"], "expected a whole number"),
+        (["--exit-interval", "x"], "expected a whole number, or none"),
+        (["--seq-length", "1"], "expected more than 1"),
+        (["--byte-mixer", "rnn"], "expected one of mamba2, conv"),
+        (["--bf16=maybe"], "expected true or false"),
+        (["--no-bf16=true"], "takes no value"),
+        (["--no-no-load-rng"], "unknown flag --no-no-load-rng"),
+        (["--no-lr"], "unknown flag --no-lr"),
+        (["--bf16", "yes"], "unexpected word 'yes'"),
+        (["word"], "unexpected word 'word'"),
+        (["-x"], "unexpected word '-x'"),
+        (["--"], "unexpected word '--'"),
+        (["--preset", "tinny"], "did you mean tiny?"),
+        (["--stages", ""], "names no stage"),
+    ],
+)
+def test_a_wrong_word_is_named_with_what_was_expected(argv: list[str], expected: str) -> None:
+    found = problems([*MOCK, *argv])
+    assert len(found) == 1, found
+    assert expected in found[0]
+
+
+def test_all_problems_are_reported_together_and_numbered() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(["--lr", "-1", "--foo", "--data-path", "x", "--mock-data", "--ckpt-step", "3", "--1c.lr", "?"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the configuration has 5 problems:"
+    assert [line.split(".")[0].strip() for line in lines[1:]] == ["1", "2", "3", "4", "5"]
+    assert isinstance(caught.value, ValueError)
+
+
+def test_flags_without_effect_are_told() -> None:
+    told: list[str] = []
+    parse_arguments([*MOCK, "--stages", "1a", "--2a.lr", "1", "--backbone-lr", "1"], warn=told.append)
+    assert len(told) == 2
+    assert "stage 2a is not among --stages 1a" in told[0]
+    assert "acts in 1b, 2b only" in told[1]
+
+
+def test_the_command_line_can_say_every_setting() -> None:
+    text = help_text()
+    for item in all_options().values():
+        assert f"--{item.flag}" in text
+        assert item.metadata["help"], f"{item.name} has no help"
+
+
+def test_help_shows_the_defaults_of_the_chosen_preset() -> None:
+    flat = " ".join(help_text(["--preset", "official"]).split())
+    assert "1a 0.001, 1b 2e-05, 1c 0.001, 2a 0.001, 2b 4e-05" in flat
+    assert "Acts in 2a, 2b." in flat
+
+
+def test_a_program_exits_with_2_and_without_a_traceback() -> None:
+    code = "import sys; from megabyte_distill.config import parse_or_exit; parse_or_exit(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, "--foo", "--lr", "x"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "1. unknown flag --foo" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_only_rank_0_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code in ((["--foo"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as caught:
+            parse_or_exit(argv, rank=1)
+        assert caught.value.code == code
+        assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit):
+        parse_or_exit(["--help"])
+    assert "--train-iters" in capsys.readouterr().out
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = parse_arguments(MOCK)
+    assert isinstance(settings, Settings)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.run.seed = 3  # type: ignore[misc]

@@ -1,0 +1,79 @@
+"""Contradictions between readable settings are found, each with what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from megabyte_distill.config import ConfigError, parse_arguments
+
+MOCK = "--mock-data "
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "no data: give --data-path"),
+        (MOCK + "--data-path x", "--mock-data and --data-path contradict"),
+        (MOCK + "--split 1,1,1", "--mock-data and --split contradict"),
+        ("--data-path x --train-data-path y --valid-data-path z", "--train-data-path"),
+        ("--train-data-path y", "--train-data-path needs --valid-data-path"),
+        ("--valid-data-path y", "--valid-data-path needs --train-data-path"),
+        ("--train-data-path y --valid-data-path z --split 9,1,0", "--split cuts what --data-path names"),
+        ("--data-path 1 x 2", "got 3 words, expected one stem, or pairs"),
+        ("--data-path a x 2 y", "got 'a' where the weight of 'x' stands"),
+        ("--data-path 0 x 2 y", "expected a number above 0"),
+        ("--data-path x --split 1,2,3,4", "expected up to three numbers"),
+        ("--data-path x --split 1,-2", "expected up to three numbers"),
+        ("--data-path x --split 0,0,0", "expected up to three numbers"),
+        (MOCK + "--ckpt-step 3", "--ckpt-step needs --load"),
+        (MOCK + "--no-load-optim", "--no-load-optim needs --load"),
+        (MOCK + "--no-load-rng", "--no-load-rng needs --load"),
+        (MOCK + "--fresh", "--fresh needs --save"),
+        (MOCK + "--fresh --load r --save r", "--fresh removes r, from which --load wants to read"),
+        (MOCK + "--tensor-model-parallel-size 2", "tensor and pipeline parallelism is not built yet"),
+        (MOCK + "--pipeline-model-parallel-size 4", "tensor and pipeline parallelism is not built yet"),
+        (MOCK + "--stages 1a,9z", "unknown stage '9z'"),
+        (MOCK + "--stages 1a,1a", "1a occurs twice"),
+        (MOCK + "--stages 1c,1b", "the order is 1b,1c"),
+        (MOCK + "--2a.min-lr 1 --2a.min-lr-ratio 0.1", "stage 2a: --min-lr and --min-lr-ratio"),
+        (MOCK + "--1b.min-lr 1", "stage 1b: --min-lr 1.0 is above --lr 0.001"),
+        (MOCK + "--1a.lr-warmup-iters 2 --1a.lr-warmup-fraction 0.1", "say the same thing twice"),
+        (MOCK + "--1a.lr-warmup-iters 200", "is more than --train-iters 100"),
+        (MOCK + "--2b.freeze-backbone --2b.backbone-lr 1", "--freeze-backbone and --backbone-lr contradict"),
+        (MOCK + "--micro-batch-size 3", "--global-batch-size 4 is not a multiple of --micro-batch-size 3"),
+        (MOCK + "--1c.micro-batch-size 3", "stage 1c: --global-batch-size 4 is not a multiple"),
+        (MOCK + "--byte-width 0", "--byte-width: got 0, expected more than 0"),
+        (MOCK + "--backbone-width -1", "--backbone-width: got -1"),
+        (MOCK + "--conv-dilations 0 1", "--conv-dilations: got (0, 1)"),
+        (MOCK + "--byte-mixer mamba2 --byte-width 100", "is not a multiple of --mamba-head-dim 32"),
+        (MOCK + "--seed -1", "--seed: got -1, expected at least 0"),
+        (MOCK + "--adam-beta2 1", "--adam-beta2: got 1.0, expected less than 1"),
+        (MOCK + "--min-lr-ratio 2", "--min-lr-ratio: got 2.0, expected at most 1"),
+        (MOCK + "--max-nan-iterations 0", "--max-nan-iterations: got 0, expected at least 1"),
+    ],
+)
+def test_a_contradiction_is_named(line: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(line.split())
+    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize("line", [MOCK + "--seq-length 0", MOCK + "--micro-batch-size 0", MOCK + "--train-iters 0"])
+def test_a_mistake_shared_by_all_stages_is_told_once(line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(line.split())
+    assert len(caught.value.problems) == 1, caught.value.problems
+
+
+def test_the_global_batch_is_divided_over_the_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"1 × 8 data-parallel ranks = 8; 8 would be"):
+        parse_arguments(["--mock-data"], world_size=8)
+    settings = parse_arguments(["--mock-data", "--global-batch-size", "24"], world_size=8)
+    assert settings.stages["2a"].micro_batches(8) == 3
+
+
+@pytest.mark.parametrize(
+    "line", ["--data-path x", "--data-path x --split 9,1,0", "--train-data-path x --valid-data-path y"]
+)
+def test_each_source_of_data_is_accepted(line: str) -> None:
+    parse_arguments(line.split())

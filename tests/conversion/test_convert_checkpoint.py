@@ -1,0 +1,69 @@
+"""tools/convert_checkpoint.py: its commands, and one line and exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.convert_checkpoint import main
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def test_all_commands_one_after_the_other(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, exported = str(tmp_path / "ckpt"), tmp_path / "hf"
+    assert main(["import", "--hf-model", str(llama), "--megatron-path", checkpoint]) == 0
+    capsys.readouterr()
+    assert (
+        main(["compare", "--hf-model", str(llama), "--megatron-path", checkpoint, "--json", "--text", "the dog"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["max_abs_logit_difference"] < 1e-5 and result["tokens"] > 1
+    assert main(["export", "--teacher", "--megatron-path", checkpoint, "--hf-path", str(exported)]) == 0
+    assert (exported / "model.safetensors").read_bytes()
+    assert main(["roundtrip", "--hf-model", str(exported)]) == 0
+    assert "39 tensors are bit-identical" in capsys.readouterr().out
+
+
+def test_an_existing_output_needs_overwrite(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["import", "--hf-model", str(llama), "--megatron-path", str(tmp_path / "ckpt")]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--torch-dtype", "bfloat16"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_mistakes_are_one_error_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for command, message in (
+        (["import", "--hf-model", str(tmp_path / "no"), "--megatron-path", str(tmp_path / "c")], "does not exist"),
+        (["import", "--hf-model", str(tmp_path / "file"), "--megatron-path", str(tmp_path / "c")], "not a directory"),
+        (["import", "--hf-model", str(tmp_path), "--megatron-path", str(tmp_path / "c")], "has no config.json"),
+        (["import", "--hf-model", str(llama), "--megatron-path", str(tmp_path / "file")], "exists and is not a dir"),
+        (["export", "--teacher", "--megatron-path", str(llama), "--hf-path", str(tmp_path / "c")], "model_config.json"),
+        (["compare", "--hf-model", str(llama), "--megatron-path", str(llama)], "model_config.json"),
+        (["roundtrip", "--hf-model", str(tmp_path)], "has no config.json"),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and message in error and "\n" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["roundtrip", "--hf-model", "x"]) == 2
+    assert "not torchrun" in capsys.readouterr().err
+
+
+def test_as_a_program_it_exits_2_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "roundtrip", "--hf-model", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr and not done.stdout

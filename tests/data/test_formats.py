@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megabyte_distill.data.formats import PARTIAL_SUFFIX, IndexedReader, IndexedWriter
+
+DTYPES = (np.uint8, np.uint16, np.int32)
+
+
+def _items(dtype: type) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, np.iinfo(dtype).max, size=size).astype(dtype) for size in (3, 0, 1, 1000, 0)]
+
+
+def _write(prefix: Path, items: list[np.ndarray], dtype: type) -> None:
+    with IndexedWriter(prefix, dtype) as writer:
+        for item in items:
+            writer.add(item)
+        writer.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_written_items_are_read_back(tmp_path: Path, dtype: type) -> None:
+    items = _items(dtype)
+    _write(tmp_path / "a", items, dtype)
+    reader = IndexedReader(tmp_path / "a")
+    reader.verify()
+    assert reader.dtype == dtype and len(reader) == len(items)
+    for index, item in enumerate(items):
+        np.testing.assert_array_equal(reader.read(index), item)
+    np.testing.assert_array_equal(reader.read(3, 10, 20), items[3][10:20])
+    np.testing.assert_array_equal(reader.document_index, np.arange(len(items) + 1))
+
+
+def test_a_read_item_outlives_the_reader_and_is_its_own(tmp_path: Path) -> None:
+    _write(tmp_path / "a", [np.arange(5, dtype=np.uint8)], np.uint8)
+    reader = IndexedReader(tmp_path / "a")
+    item = reader.read(0)
+    del reader
+    item[0] = 9
+    assert item.flags.owndata and IndexedReader(tmp_path / "a").read(0)[0] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_empty_sets_and_items(tmp_path: Path, count: int) -> None:
+    _write(tmp_path / "a", [np.zeros(0, np.uint8)] * count, np.uint8)
+    reader = IndexedReader(tmp_path / "a")
+    reader.verify()
+    assert len(reader) == count and all(reader.read(i).size == 0 for i in range(count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_megatron_reads_ours(tmp_path: Path, dtype: type) -> None:
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
+    items = _items(dtype)
+    _write(tmp_path / "a", items, dtype)
+    theirs = indexed.IndexedDataset(str(tmp_path / "a"))
+    assert len(theirs) == len(items)
+    for index, item in enumerate(items):
+        np.testing.assert_array_equal(np.array(theirs[index]), item)
+    np.testing.assert_array_equal(np.array(theirs.document_indices), np.arange(len(items) + 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_we_read_megatrons(tmp_path: Path, dtype: type) -> None:
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
+    torch = pytest.importorskip("torch")
+    items = _items(dtype)
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "b.bin"), dtype=dtype)
+    for item in items:
+        builder.add_document(torch.from_numpy(item.astype(np.int64)), [item.size])
+    builder.finalize(str(tmp_path / "b.idx"))
+    ours = IndexedReader(tmp_path / "b")
+    ours.verify()
+    for index, item in enumerate(items):
+        np.testing.assert_array_equal(ours.read(index), item)
+    _write(tmp_path / "a", items, dtype)
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_a_truncated_file_is_named_with_both_sizes(tmp_path: Path, ending: str, keep: int) -> None:
+    _write(tmp_path / "a", _items(np.int32), np.int32)
+    path = tmp_path / f"a{ending}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    with pytest.raises(ValueError) as error:
+        IndexedReader(tmp_path / "a")
+    message = str(error.value)
+    assert str(path) in message and f"{len(whole[:keep])} bytes" in message and "expected" in message
+
+
+def test_a_longer_bin_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _items(np.uint8), np.uint8)
+    with open(tmp_path / "a.bin", "ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(ValueError, match=r"a\.bin: 1005 bytes, expected 1004"):
+        IndexedReader(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("offset", "reason"), [(0, "starts with"), (9, "version"), (17, "dtype code")])
+def test_a_damaged_header_is_refused(tmp_path: Path, offset: int, reason: str) -> None:
+    _write(tmp_path / "a", _items(np.uint8), np.uint8)
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    content[offset] = 99
+    (tmp_path / "a.idx").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        IndexedReader(tmp_path / "a")
+
+
+def test_a_pointer_outside_the_data_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _items(np.uint8), np.uint8)
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    start = 34 + 4 * 5
+    content[start + 8 * 3 : start + 8 * 4] = (10**12).to_bytes(8, "little")
+    (tmp_path / "a.idx").write_bytes(content)
+    reader = IndexedReader(tmp_path / "a")
+    with pytest.raises(ValueError, match="item 3"):
+        reader.read(3)
+    with pytest.raises(ValueError, match="item 3"):
+        reader.verify()
+
+
+def test_any_mutation_of_the_index_gives_an_error_or_a_read(tmp_path: Path) -> None:
+    _write(tmp_path / "a", _items(np.uint16), np.uint16)
+    content = (tmp_path / "a.idx").read_bytes()
+    generator = np.random.default_rng(1)
+    for _ in range(300):
+        mutated = bytearray(content)
+        mutated[int(generator.integers(len(content)))] = int(generator.integers(256))
+        (tmp_path / "a.idx").write_bytes(mutated)
+        try:
+            reader = IndexedReader(tmp_path / "a")
+            for index in range(len(reader)):
+                reader.read(index)
+        except ValueError:
+            pass
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.idx: no such file"):
+        IndexedReader(tmp_path / "nowhere")
+
+
+def test_nothing_has_its_final_name_before_the_end(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", np.uint8) as writer:
+        writer.add(np.arange(3, dtype=np.uint8))
+        writer.finish()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.bin{PARTIAL_SUFFIX}", f"a.idx{PARTIAL_SUFFIX}"]
+        writer.publish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "a", np.uint8) as writer:
+        writer.add(np.arange(3, dtype=np.uint8))
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", np.uint8) as writer:
+        with pytest.raises(ValueError, match="do not fit uint8"):
+            writer.add(np.array([256]))
+        writer.discard()
+    with pytest.raises(ValueError, match="float32"):
+        IndexedWriter(tmp_path / "a", np.float32)

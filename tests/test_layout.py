@@ -1,0 +1,192 @@
+"""The tree keeps its shape: imports go one way, files and functions stay small, exported files stay pure."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "megabyte_distill"
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+
+BELOW_MODEL = {"alphabet", "optional", "config", "data", "kernels", "parallel"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "alphabet": set(),
+    "optional": set(),
+    "config": {"alphabet"},
+    "data": {"alphabet", "config"},
+    "kernels": {"alphabet", "config", "optional"},
+    "parallel": {"alphabet", "config", "optional"},
+    "model": BELOW_MODEL,
+    "objectives": BELOW_MODEL | {"model"},
+    "curriculum": BELOW_MODEL | {"model", "objectives"},
+    "training": BELOW_MODEL | {"model", "objectives", "curriculum"},
+    # conversion writes what training reads: a teacher folder is a checkpoint of training's format
+    "conversion": BELOW_MODEL | {"model", "objectives", "training"},
+    "inference": BELOW_MODEL | {"model", "objectives"},
+    "evaluation": BELOW_MODEL | {"model", "objectives", "inference", "conversion"},
+    "hf": BELOW_MODEL | {"model", "inference"},
+    "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
+    "pretrain": BELOW_MODEL
+    | {"model", "objectives", "curriculum", "training", "conversion", "inference", "evaluation", "runs"},
+}
+"""What each part of the package may import beside itself (DESIGN.md, Layout)."""
+
+WITHOUT_MEGATRON = {"alphabet", "config", "data", "kernels"}
+EXPORTED = {
+    f"model/{name}.py"
+    for name in (
+        "byte_encoder",
+        "byte_decoder",
+        "mamba2",
+        "conv_mixer",
+        "router",
+        "chunking",
+        "byte_mixer",
+        "feed_forward",
+        "normalization",
+        "linears",
+        "byte_stack",
+        "row_state",
+    )
+}
+"""Copied as they are into a Hugging Face export: torch, alphabet, config.model, kernels and each other only."""
+OPTIONAL_PACKAGES = {"transformer_engine", "apex", "mamba_ssm", "wandb"}
+REQUIRED_FILES = ("pyproject.toml", "README.md", "Dockerfile", "Makefile", "LICENSE", "NOTICE", ".ci/run")
+
+
+def package_files() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def all_python_files() -> list[Path]:
+    folders = (PACKAGE, "tools", "tests", "examples", "benchmarks")
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import of a file, inside functions and TYPE_CHECKING too."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            if module == PACKAGE:  # from megabyte_distill import alphabet: the name is the module
+                for alias in node.names:
+                    yield node.lineno, f"{module}.{alias.name}"
+            else:
+                yield node.lineno, module
+
+
+def part_of(path: Path) -> str:
+    """The part of the package a file belongs to: its folder, or its own name at the top."""
+    return path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
+
+
+def test_every_part_of_the_package_has_its_place() -> None:
+    parts = {part_of(path) for path in package_files()} - {"__init__"}
+    assert parts <= set(MAY_IMPORT), f"say in MAY_IMPORT what {sorted(parts - set(MAY_IMPORT))} may import"
+
+
+def test_imports_go_one_way() -> None:
+    problems = []
+    for path in package_files():
+        part = part_of(path)
+        for line, module in imported_modules(path):
+            names = module.split(".")
+            if part == "__init__" or names[0] != PACKAGE or len(names) == 1 or names[1] == "__version__":
+                continue
+            if names[1] != part and names[1] not in MAY_IMPORT.get(part, set()):
+                problems.append(f"{path.relative_to(ROOT)}:{line}: {part} must not import {module}")
+    assert not problems, "\n".join(problems)
+
+
+def test_the_lower_parts_do_not_need_megatron() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in package_files()
+        if part_of(path) in WITHOUT_MEGATRON
+        for line, module in imported_modules(path)
+        if module.split(".")[0] == "megatron"
+    ]
+    assert not offenders, offenders
+
+
+def test_exported_files_import_only_what_travels_with_them() -> None:
+    problems = []
+    for path in package_files():
+        name = path.relative_to(ROOT / PACKAGE).as_posix()
+        if name not in EXPORTED and not name.startswith("kernels/"):
+            continue
+        for line, module in imported_modules(path):
+            names = module.split(".")
+            sibling = len(names) > 2 and f"{names[1]}/{names[2]}.py" in EXPORTED
+            ours = names[0] == PACKAGE and (
+                names[1:2] in (["alphabet"], ["kernels"], ["optional"]) or names[1:] == ["config", "model"] or sibling
+            )
+            if not (ours or names[0] in sys.stdlib_module_names or names[0] == "torch"):
+                problems.append(f"{path.relative_to(ROOT)}:{line}: {module} is not in an export")
+    assert not problems, "\n".join(problems)
+
+
+def test_optional_packages_are_imported_in_one_file() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for path in package_files()
+        if part_of(path) != "optional"
+        for line, module in imported_modules(path)
+        if module.split(".")[0] in OPTIONAL_PACKAGES
+    ]
+    assert not offenders, offenders
+
+
+def test_nothing_is_unpickled() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in package_files()
+        for line, module in imported_modules(path)
+        if module.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib")
+    ]
+    assert not offenders, offenders
+
+
+def test_no_file_is_long() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in all_python_files()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_FILE_LINES
+    }
+    assert not long, long
+
+
+def test_no_function_is_long() -> None:
+    long = []
+    for path in all_python_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {lines} lines")
+    assert not long, "\n".join(long)
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in package_files()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not silent, silent
+
+
+@pytest.mark.parametrize("name", REQUIRED_FILES)
+def test_the_top_level_is_complete(name: str) -> None:
+    assert (ROOT / name).is_file(), f"{name} is missing"

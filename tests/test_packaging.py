@@ -1,0 +1,48 @@
+"""What is installed and what make does, read from the files that say so."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def project() -> dict[str, object]:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert isinstance(table, dict)
+    return table
+
+
+def dry_run(*words: str) -> str:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    return subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_gpu_packages_are_extras_only() -> None:
+    base = " ".join(map(str, project()["dependencies"]))  # type: ignore[call-overload]
+    assert not [name for name in ("transformer", "mamba", "apex", "triton", "flash") if name in base]
+
+
+def test_nvidias_apex_is_never_asked_of_an_index() -> None:
+    extras = project()["optional-dependencies"]
+    assert isinstance(extras, dict)
+    assert set(extras) == {"test", "hf", "eval", "te", "mamba", "wandb"}
+    assert not [name for names in extras.values() for name in names if name.startswith("apex")]
+
+
+def test_make_demo_runs_the_main_job_with_flags() -> None:
+    plain, fresh = dry_run("demo"), dry_run("demo", "FRESH=1", "ARGS=--smoke")
+    assert ".venv/bin/torchrun examples/pretrain_byte_kd.sh" in plain
+    assert "--fresh" not in plain
+    assert "--fresh --smoke" in fresh
+
+
+def test_ci_runs_the_tests_of_make() -> None:
+    assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "pytest" in dry_run("test")

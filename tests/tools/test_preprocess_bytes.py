@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megabyte_distill.data.dataset import ByteTokenDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tokenizer of single bytes."""
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    path = tmp_path / "teacher"
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "preprocess_bytes.py"), *map(str, arguments)]
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(_command(*arguments), capture_output=True, text=True, env=environment, timeout=100)
+
+
+def test_the_documented_command_writes_a_set(tmp_path: Path, folder: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {index}"}) + "\n" for index in range(3000)))
+    done = _run(
+        *("--input", source, "--output-prefix", tmp_path / "data" / "corpus", "--tokenizer-model", folder),
+        *("--workers", 2, "--log-interval", 1000),
+    )
+    assert done.returncode == 0, done.stderr
+    stem = str(tmp_path / "data" / "corpus_text_document")
+    assert f"--data-path {stem}" in done.stdout and "documents 3000" in done.stdout
+    assert "Processed 2000 documents (" in done.stderr
+    assert ByteTokenDataset(stem)[2999].byte_ids.tobytes() == b"document 2999"
+
+
+def test_bad_input_is_one_clear_line(tmp_path: Path, folder: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text('{"text": "a"}\n{"text": 5}\n')
+    done = _run("--input", source, "--output-prefix", tmp_path / "o", "--tokenizer-model", folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip() == f"error: {source}, line 2: 'text' is int, expected text"
+    missing = _run("--input", source, "--output-prefix", tmp_path / "o", "--tokenizer-model", tmp_path / "nowhere")
+    assert missing.returncode == 2 and missing.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no such tokenizer")
+    assert not list(tmp_path.glob("o_*"))
+
+
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path, folder: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text(json.dumps({"text": "some words and more " * 50}) + "\n")
+    source.write_bytes(source.read_bytes() * 60_000)
+    arguments = ("--input", source, "--output-prefix", tmp_path / "o", "--tokenizer-model", folder)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(_command(*arguments), env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("Processed ")
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    process.stderr.close()
+    assert list(tmp_path.glob("o_*.partial"))
+    assert not [path for path in tmp_path.glob("o_*") if path.suffix != ".partial"]
+    with pytest.raises(ValueError, match="no such file"):
+        ByteTokenDataset(str(tmp_path / "o_text_document"))
+    source.write_text('{"text": "again"}\n')
+    started = time.monotonic()
+    assert _run(*arguments).returncode == 0 and time.monotonic() - started < 60
+    assert not list(tmp_path.glob("o_*.partial"))

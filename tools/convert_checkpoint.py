@@ -1,0 +1,128 @@
+"""Hugging Face in and out.
+
+    convert_checkpoint.py import    --hf-model DIR --megatron-path CKPT
+    convert_checkpoint.py export    --teacher --megatron-path CKPT --hf-path DIR
+    convert_checkpoint.py compare   --hf-model DIR --megatron-path CKPT
+    convert_checkpoint.py roundtrip --hf-model DIR
+
+Exit code 0, or 2 with one line that begins with "error:".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_EXIT_ERROR = 2
+_DTYPES = ("float32", "bfloat16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="convert token teachers between Hugging Face and Megatron checkpoints")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,compare,roundtrip}")
+
+    def command(name: str, text: str, *, hf_model: bool, megatron_path: bool) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        if hf_model:
+            sub.add_argument("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
+        if megatron_path:
+            sub.add_argument("--megatron-path", type=Path, required=True, metavar="CKPT", help="checkpoint folder")
+        return sub
+
+    def writes(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--torch-dtype", choices=_DTYPES, help="dtype of the weights (default: as stored)")
+        sub.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+
+    writes(command("import", "Hugging Face folder to teacher checkpoint", hf_model=True, megatron_path=True))
+    export = command("export", "checkpoint to Hugging Face folder", hf_model=False, megatron_path=True)
+    export.add_argument("--teacher", action="store_true", required=True, help="write the backbone as a token model")
+    export.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    writes(export)
+    compare = command("compare", "largest logit difference against transformers", hf_model=True, megatron_path=True)
+    compare.add_argument("--text", help="text to compare on (default: a short English sentence)")
+    compare.add_argument("--json", action="store_true", help="print one JSON object")
+    command("roundtrip", "import, export and compare every tensor's bits", hf_model=True, megatron_path=False)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carries out one command; ValueError for what the user can mend."""
+    # megatron takes seconds to import, which --help and a mistyped flag should not
+    import torch
+
+    from megabyte_distill.parallel.process_groups import world
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "conversion runs in one process: start it with python, not torchrun; its result loads anywhere"
+        )
+    name = getattr(arguments, "torch_dtype", None)
+    dtype = None if name is None else getattr(torch, name)
+    with world():
+        if arguments.command == "import":
+            _import(arguments, dtype)
+        elif arguments.command == "export":
+            from megabyte_distill.conversion.hf_export import export_teacher
+
+            export_teacher(arguments.megatron_path, arguments.hf_path, dtype=dtype, overwrite=arguments.overwrite)
+            print(f"wrote {arguments.hf_path}")
+        elif arguments.command == "compare":
+            _compare(arguments)
+        else:
+            from megabyte_distill.conversion.compare import roundtrip
+
+            print(f"{roundtrip(arguments.hf_model)} tensors are bit-identical after import and export")
+
+
+def _import(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
+    from megabyte_distill.conversion.hf_import import import_teacher
+
+    config = import_teacher(
+        arguments.hf_model,
+        arguments.megatron_path,
+        dtype=dtype,
+        overwrite=arguments.overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"wrote {arguments.megatron_path}: {config.family}, {config.num_layers} layers, W = {config.vocab_size}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from megabyte_distill.conversion.compare import DEFAULT_TEXT, compare_logits
+
+    result = compare_logits(arguments.hf_model, arguments.megatron_path, arguments.text or DEFAULT_TEXT)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(
+            f"largest logit difference {result.max_abs_logit_difference:.3e} over {result.tokens} positions "
+            f"(largest logit {result.max_abs_logit:.2f})"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    for category in (UserWarning, FutureWarning):  # of megatron and torch among themselves; nothing a user can mend
+        warnings.filterwarnings("ignore", category=category)
+    arguments = build_parser().parse_args(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Train a small Llama-architecture teacher from scratch: byte-level BPE, then next-token prediction, then a Hugging Face folder.
+
+The embedded teacher in examples/tiny/teacher was made by
+
+    python tools/train_teacher.py --input examples/tiny/train.jsonl.xz --valid-input examples/tiny/heldout.jsonl.xz \\
+        --work-dir runs/teacher --hf-path examples/tiny/teacher
+
+It uses the product's own backbone class, packed rows, loop and checkpoints: stopped and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.config.training import RunConfig
+
+if TYPE_CHECKING:
+    from megabyte_distill.model.backbone import Backbone
+    from megabyte_distill.parallel.process_groups import World
+    from megabyte_distill.training.loop import StopReason
+
+SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Words with their leading space, numbers of up to three digits, punctuation, line ends."""
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="training text, jsonl with a text field (.gz and .xz too)")
+    add("--valid-input", nargs="+", required=True, help="held-out text, whole works")
+    add("--work-dir", type=Path, required=True, help="tokenizer, data and checkpoints")
+    add("--hf-path", type=Path, required=True, help="Hugging Face folder to write")
+    add("--vocab-size", type=int, default=4096, help="W, two special tokens included")
+    add("--num-layers", type=int, default=6)
+    add("--hidden-size", type=int, default=192, help="E")
+    add("--ffn-hidden-size", type=int, default=512)
+    add("--num-attention-heads", type=int, default=6)
+    add("--num-query-groups", type=int, default=2)
+    add("--train-iters", type=int, default=1700, help="updates")
+    add("--seq-length", type=int, default=2048, help="bytes of a packed row")
+    add("--global-batch-size", type=int, default=8, help="rows of an update")
+    add("--lr", type=float, default=3e-3)
+    add("--seed", type=int, default=1234)
+    add("--threads", type=int, default=1, help="torch threads")
+    return parser.parse_args()
+
+
+def train_tokenizer(texts: list[str], folder: Path, vocab_size: int, max_length: int) -> None:
+    """A byte-level BPE in Hugging Face format with BOS as id 0 and end of text as id 1."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def main() -> None:
+    from megabyte_distill.data.preprocess import iterate_texts, preprocess
+
+    args = parse_arguments()
+    tokenizer = args.work_dir / "tokenizer"
+    if not (tokenizer / "tokenizer.json").exists():
+        train_tokenizer(list(iterate_texts(args.input)), tokenizer, args.vocab_size, max_length=args.seq_length)
+    stems = {}
+    for name, inputs in (("train", args.input), ("valid", args.valid_input)):
+        stems[name] = args.work_dir / f"{name}_text_document"
+        if not stems[name].with_suffix(".json").exists():
+            preprocess(inputs, output_prefix=args.work_dir / name, tokenizer_model=tokenizer)
+    train(args, tokenizer, stems)
+
+
+def backbone_config(args: argparse.Namespace) -> BackboneConfig:
+    """A Llama with tied embeddings."""
+    return BackboneConfig(
+        family="llama",
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        head_dim=args.hidden_size // args.num_attention_heads,
+        vocab_size=args.vocab_size,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        tied_embeddings=True,
+        max_position_embeddings=2048,
+    )
+
+
+def stage_config(args: argparse.Namespace) -> StageConfig:
+    """One long stage of next-token prediction."""
+    return StageConfig(
+        train_iters=args.train_iters,
+        seq_length=args.seq_length,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.global_batch_size,
+        chunk_bucket=16,
+        lr=args.lr,
+        min_lr_ratio=0.02,
+        lr_warmup_fraction=0.03,
+        eval_interval=200,
+        eval_iters=8,
+        save_interval=100,
+    )
+
+
+def train(args: argparse.Namespace, tokenizer: Path, stems: dict[str, Path]) -> None:
+    """Run the loop and write the Hugging Face folder."""
+    import torch
+
+    from megabyte_distill.parallel.process_groups import world
+
+    torch.set_num_threads(args.threads)
+    with world(seed=args.seed) as ranks:
+        from megabyte_distill.conversion.hf_export import export_backbone
+        from megabyte_distill.model.backbone import Backbone
+        from megabyte_distill.training.logging import say
+        from megabyte_distill.training.loop import StopReason
+
+        torch.manual_seed(args.seed)
+        model = Backbone(backbone_config(args))
+        say(f"teacher of {sum(p.numel() for p in model.parameters()):,} parameters, torch threads: {args.threads}")
+        if run_loop(args, model, ranks, stems) is StopReason.DONE and ranks.is_main:
+            export_backbone(model, args.hf_path, tokenizer, dtype=torch.bfloat16, overwrite=True)
+            say(f"wrote {args.hf_path}")
+
+
+def run_loop(args: argparse.Namespace, model: Backbone, ranks: World, stems: dict[str, Path]) -> StopReason:
+    """Train, from the last checkpoint in the work folder if there is one."""
+    from megabyte_distill.data.dataset import ByteTokenDataset
+    from megabyte_distill.data.sampler import RowStream
+    from megabyte_distill.objectives.token_ce import TokenCrossEntropy
+    from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration
+    from megabyte_distill.training.logging import MetricWriter
+    from megabyte_distill.training.loop import Loop
+    from megabyte_distill.training.optimizer import wrap_for_training
+    from megabyte_distill.training.rows import HeldOutRows, MicroBatches
+    from megabyte_distill.training.signals import stop_request
+
+    stage, folder = stage_config(args), args.work_dir / "lm"
+
+    def stream(name: str, seed: int) -> RowStream:
+        dataset = ByteTokenDataset(str(stems[name]))
+        return RowStream([dataset], row_bytes=stage.seq_length, chunk_bucket=stage.chunk_bucket, seed=seed)
+
+    with stop_request() as stop:
+        loop = Loop(
+            stage="lm",
+            trained=wrap_for_training(model, model.config, stage),
+            objective=TokenCrossEntropy(),
+            rows=MicroBatches(stream("train", args.seed), stage, ranks),
+            config=stage,
+            run_config=RunConfig(log_interval=20),
+            world=ranks,
+            folder=folder,
+            writer=MetricWriter(args.work_dir if ranks.is_main else None),
+            stop=stop,
+            valid_rows=HeldOutRows(stream("valid", 1), stage, ranks),
+        )
+        if latest_iteration(folder) is not None:
+            loop.resume(find_checkpoint(folder))
+        return loop.run()
+
+
+if __name__ == "__main__":
+    main()
