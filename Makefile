@@ -3,8 +3,6 @@
 # make demo ARGS="--smoke"     flags for the run
 # make test | test-all | lint | clean
 #
-# Where pip would bring a CUDA build of torch and none is wanted:
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

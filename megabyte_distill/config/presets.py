@@ -79,23 +79,23 @@ _TINY = Layer(
         "mamba_state_dim": 64,
         "mamba_head_dim": 32,
         "mamba_scan_chunk": 64,
-        "train_iters": 100,
-        "seq_length": 4096,
-        "micro_batch_size": 1,
-        "global_batch_size": 4,
+        "seq_length": 2048,
+        "micro_batch_size": 4,
+        "global_batch_size": 8,
         "chunk_bucket": 64,
         "lr_warmup_fraction": 0.1,
-        "min_lr_ratio": 0.1,
-        "eval_interval": 50,
-        "eval_iters": 4,
+        "min_lr_ratio": 0.05,
+        "eval_interval": 0,
+        "eval_iters": 8,
         "save_interval": 50,
+        "summary_bytes": 250_000,
     },
     stages={
-        "1a": {"lr": 8e-3, "min_lr_ratio": 0.0},
-        "1b": {"lr": 1e-3},
-        "1c": {"lr": 4e-3},
-        "2a": {"lr": 8e-3},
-        "2b": {"lr": 1e-3, "backbone_lr": 3e-4},
+        "1a": {"lr": 8e-3, "train_iters": 150, "min_lr_ratio": 0.0},
+        "1b": {"lr": 1e-3, "train_iters": 60},
+        "1c": {"lr": 4e-3, "train_iters": 60},
+        "2a": {"lr": 8e-3, "train_iters": 190},
+        "2b": {"lr": 2e-3, "backbone_lr": 3e-4, "train_iters": 40},
     },
 )
 
@@ -122,6 +122,7 @@ SMOKE = Layer(
         "save_interval": 3,
         "log_interval": 1,
         "lr_warmup_fraction": 0.2,
+        "summary_bytes": 4096,
     }
 )
 """Goes over the preset with ``--smoke``: the same model, a few short updates."""

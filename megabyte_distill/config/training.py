@@ -116,6 +116,9 @@ class RunConfig:
     )
     exit_duration_in_mins: float | None = option(None, "save and stop after this time", unit="minutes", above=0)
     exit_signal_handler: bool = option(True, "on Ctrl-C or SIGTERM finish the update, save and stop")
+    summary_bytes: int = option(
+        0, "held-out bytes on which the closing summary is measured; 0 writes none", unit="bytes", low=0
+    )
     max_nan_iterations: int = option(
         3, "stop at this many updates in a row without a finite loss and gradient", unit="updates", low=1
     )

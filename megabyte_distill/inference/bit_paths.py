@@ -43,7 +43,7 @@ class BitPaths:
         return self.log_weights.shape[0]
 
     def log_probability(self) -> Tensor:
-        """[R] fp64: log of the summed probability of what was read, over the paths kept; a lower bound of the model's."""
+        """[R] fp64: log of the summed probability of what was read along the paths kept; at most the model's own."""
         return self.log_weights.logsumexp(-1)
 
     def next_log_probabilities(self) -> Tensor:
@@ -122,9 +122,10 @@ class BitPaths:
 
 
 def copy_rows(state: StudentState, source: Tensor, target: Tensor) -> None:
-    """Overwrite the rows ``target`` [N] of a state with its rows ``source`` [N], in place; the two have none in common."""
-    for part in (state.encoder, state.decoder, state.dechunk):
-        part.put(target, part.select(source))
+    """Overwrite the rows ``target`` [N] of a state with its rows ``source`` [N], in place; the two are disjoint."""
+    state.encoder.put(target, state.encoder.select(source))
+    state.decoder.put(target, state.decoder.select(source))
+    state.dechunk.put(target, state.dechunk.select(source))
     state.r_previous[target] = state.r_previous[source]
     cache = state.cache
     # the rest of a cache row is never looked at
@@ -132,6 +133,11 @@ def copy_rows(state: StudentState, source: Tensor, target: Tensor) -> None:
     for stored in (*cache.keys.values(), *cache.values.values()):
         stored[target, :used] = stored[source, :used]
     cache.lengths[target] = cache.lengths[source]
+
+
+def device_of(student: Student) -> torch.device:
+    """Where its parameters are."""
+    return next(student.parameters()).device
 
 
 def _normalize(logits: Tensor) -> Tensor:

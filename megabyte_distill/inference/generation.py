@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, split_class
-from megabyte_distill.inference.bit_paths import BitPaths
+from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.inference.prompts import prompt_bytes
 from megabyte_distill.inference.sampling import Sampling, choose, mask_padding, uniform_numbers
 from megabyte_distill.model.student import Student, StudentState
@@ -75,13 +75,13 @@ class Generation:
     """
 
     def __init__(self, student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings) -> None:
-        """ValueError for no prompts, for bytes 254 and 255 in one, and for a student that cannot step (official mode)."""
+        """ValueError for no prompts, for bytes 254 and 255 in one, and for a student in official mode."""
         if not prompts:
             raise ValueError("no prompts; expected at least one, which may be empty")
         names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]
         self.prompts = [prompt_bytes(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
         self._student, self._settings = student, settings
-        device = student.encoder.embedding.weight.device
+        device = device_of(student)
         self._uniform = uniform_numbers(len(prompts), settings.max_new_bytes + 1, settings.seed).to(device)
         with torch.no_grad():
             read = read_prompts(student, self.prompts, settings.paths)
@@ -117,7 +117,7 @@ class Generation:
 
 def read_prompts(student: Student, prompts: Sequence[bytes], paths: int) -> BitPaths:
     """Reads prompts of any lengths along K paths; row i of the result stands behind prompt i's last byte."""
-    device = student.encoder.embedding.weight.device
+    device = device_of(student)
     read = BitPaths(student, len(prompts), paths, keep_history=True)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())

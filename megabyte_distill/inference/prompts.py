@@ -14,8 +14,8 @@ def prompt_bytes(prompt: str | bytes, name: str = "prompt") -> bytes:
         encoded = prompt.encode("utf-8") if isinstance(prompt, str) else prompt
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the {name}'s character {error.start} is half of a surrogate pair (U+{ord(error.object[error.start]):04X}) "
-            "and has no UTF-8; give the text as bytes or repair it"
+            f"character {error.start} of the {name} is U+{ord(error.object[error.start]):04X}, half of a surrogate "
+            "pair, which has no UTF-8; give the text as bytes or repair it"
         ) from error
     for offset, byte in enumerate(encoded):
         if byte in (BOS_BYTE, PAD_BYTE):

@@ -38,7 +38,7 @@ def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Te
     """
     if sampling.temperature == 0:
         return log_probabilities.argmax(-1)
-    order = (log_probabilities.double() / sampling.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    order = (log_probabilities.double() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     probabilities = order.values
     if sampling.top_k:
         probabilities[:, sampling.top_k :] = 0.0
@@ -50,7 +50,8 @@ def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Te
     # rounding may carry uniform · total up to total, behind the last class there is
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     position = torch.searchsorted(cumulative, target, right=True)
-    return order.indices.gather(1, position)[:, 0]
+    chosen: Tensor = order.indices.gather(1, position)[:, 0]
+    return chosen
 
 
 def mask_padding(log_probabilities: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megabyte_distill.alphabet import END_OF_DOCUMENT_CLASS, joint_class
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import document_end_positions, text_chunks, text_positions
-from megabyte_distill.inference.bit_paths import BitPaths
+from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.kernels.ops import joint_cross_entropy
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Boundaries, Gold, Student
@@ -27,7 +27,7 @@ _LOGIT_ROWS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowScore:
-    """What a model makes of the text of one packed row, by segment: a document, or a part of one."""
+    """What a model makes of a packed row's text, by real segment: a document, or a part of one."""
 
     bits: Tensor
     """[S] fp64, code length of each segment's text."""
@@ -61,7 +61,7 @@ def labels_under(bits: Tensor, row: PackedRow) -> Tensor:
 
 
 def joint_nll(logits: Tensor, bits: Tensor, row: PackedRow) -> Tensor:
-    """−log P(x_{t+1}, b_{t+1}) [P] in nats, fp32, of logits [P, 512] computed under ``bits`` [P]; meaningless on PAD."""
+    """−log P(x_{t+1}, b_{t+1}) [P] in nats, fp32, of logits [P, 512] computed under ``bits`` [P]; undefined on PAD."""
     return joint_cross_entropy(logits, labels_under(bits, row))
 
 
@@ -69,7 +69,7 @@ def joint_row_score(nll: Tensor, row: PackedRow) -> RowScore:
     """Accounts for :func:`joint_nll` by segment."""
     ends = document_end_positions(row)
     return RowScore(
-        bits=_by_segment(nll, text_positions(row), row.cu_seqlens, row),
+        bits=_by_segment(nll, text_positions(row), row.loss_mask, row.cu_seqlens),
         bytes=_text_bytes(row),
         end_bits=float(nll[ends].double().sum()) / math.log(2),
         ends=int(ends.sum()),
@@ -91,7 +91,7 @@ def token_nll(backbone: Backbone, hidden: Tensor, labels: Tensor) -> Tensor:
     """−log P(token) [M] in nats, fp32, of labels [M] under the token head on states [M, E]; few logits at a time."""
     parts = [
         torch.nn.functional.cross_entropy(backbone.logits(h).float(), label, reduction="none")
-        for h, label in zip(hidden.split(_LOGIT_ROWS), labels.split(_LOGIT_ROWS), strict=True)
+        for h, label in zip(torch.split(hidden, _LOGIT_ROWS), torch.split(labels, _LOGIT_ROWS), strict=True)
     ]
     return torch.cat(parts)
 
@@ -100,7 +100,7 @@ def token_row_score(nll: Tensor, row: PackedRow) -> RowScore:
     """Accounts for the NLL [M] of the row's gold tokens by segment, in the same bytes as :func:`joint_row_score`."""
     ends = row.token_mask & row.token_ends_document
     return RowScore(
-        bits=_by_segment(nll, text_chunks(row), row.cu_chunks, row),
+        bits=_by_segment(nll, text_chunks(row), row.token_mask, row.cu_chunks),
         bytes=_text_bytes(row),
         end_bits=float(nll[ends].double().sum()) / math.log(2),
         ends=int(ends.sum()),
@@ -117,17 +117,20 @@ def score_tokens(backbone: Backbone, row: PackedRow, vectors: Tensor | None = No
 def segment_texts(row: PackedRow) -> list[Tensor]:
     """The bytes [L] int64 of each real segment, without BOS."""
     edges = row.cu_seqlens.tolist()
-    return [row.byte_ids[edges[s] + 1 : edges[s + 1]] for s in range(len(row.documents))]
+    real = row.loss_mask[row.cu_seqlens[:-1].to(torch.int64)].tolist()
+    return [
+        row.byte_ids[first + 1 : last] for first, last, is_real in zip(edges, edges[1:], real, strict=False) if is_real
+    ]
 
 
 @torch.no_grad()
-def score_paths(student: Student, texts: Sequence[Tensor], *, paths: int = 4, batch: int = 16) -> PathScore:
+def score_paths(student: Student, texts: Sequence[Tensor], *, paths: int = 4, batch: int = 32) -> PathScore:
     """Scores texts, each the bytes [L] int64 behind one BOS, without a tokenizer; ``batch`` texts run side by side.
 
     The sum runs over the bits of all bytes, the last one's included. With ``paths`` ≥ 2^L nothing is pruned and the
     figure is exact. ValueError in official mode, which cannot step.
     """
-    device = student.encoder.embedding.weight.device
+    device = device_of(student)
     result = torch.zeros(3, len(texts), dtype=torch.float64, device=device)
     order = sorted(range(len(texts)), key=lambda index: -texts[index].shape[0])
     for first in range(0, len(order), batch):
@@ -158,14 +161,13 @@ def _score_batch(student: Student, texts: list[Tensor], paths: int) -> Tensor:
 
 
 def _text_bytes(row: PackedRow) -> Tensor:
-    real = len(row.documents)
-    return (row.cu_seqlens[1 : real + 1] - row.cu_seqlens[:real] - 1).to(torch.int64)
+    lengths = (row.cu_seqlens[1:] - row.cu_seqlens[:-1] - 1).to(torch.int64)
+    return lengths[row.loss_mask[row.cu_seqlens[:-1].to(torch.int64)]]
 
 
-def _by_segment(nll: Tensor, mask: Tensor, cu_seqlens: Tensor, row: PackedRow) -> Tensor:
-    """[S] bits: the masked values [N] summed over each real segment."""
-    real = len(row.documents)
-    # where, not a product: nll may be anything off the mask
-    total = torch.where(mask, nll.double(), 0.0).cumsum(0) / math.log(2)
-    edges = torch.nn.functional.pad(total, (1, 0))[cu_seqlens[: real + 1].to(torch.int64)]
-    return edges[1:] - edges[:-1]
+def _by_segment(nll: Tensor, text: Tensor, real: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[S] bits: the values [N] at ``text`` [N], summed over each segment whose first element is ``real`` [N]."""
+    edges = cu_seqlens.to(torch.int64)
+    # where, not a product: nll may be anything off the text
+    total = torch.nn.functional.pad(torch.where(text, nll.double(), 0.0).cumsum(0), (1, 0)) / math.log(2)
+    return (total[edges[1:]] - total[edges[:-1]])[real[edges[:-1]]]

@@ -62,8 +62,8 @@ def byte_embedding(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in fp32, returned in weight's dtype."""
     dtype = accumulation_dtype(x.dtype)
-    result: Tensor = _RMSNorm.apply(x.to(dtype), weight.to(dtype), eps)  # type: ignore[no-untyped-call]
-    return result.to(weight.dtype)
+    normed: Tensor = _RMSNorm.apply(x.to(dtype), weight.to(dtype), eps)  # type: ignore[no-untyped-call]
+    return normed.to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -71,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        scale: Tensor = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -79,8 +79,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        products = (grad * x).view(-1, x.shape[-1])
-        flat_scale = scale.view(-1)
+        products = (grad * x).reshape(-1, x.shape[-1])
+        flat_scale = scale.reshape(-1)
         grad_weight = flat_scale @ products
         along = (products @ weight) * flat_scale.pow(3) / -x.shape[-1]
         grad_x = (grad * weight).mul_(scale).addcmul_(x, along.view(scale.shape))

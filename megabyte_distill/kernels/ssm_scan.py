@@ -64,10 +64,11 @@ def _scan_blocks(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, masks: 
     if count == 1:
         return y
     to_end = (logs[:, -1:] - logs).exp() * masks.to_end[..., None]
-    written = torch.bmm((x * (dt * to_end)[..., None]).view(count, size, -1).transpose(1, 2), b)  # [C, H·F, N]
-    kept = logs[:, -1].exp() * masks.carried[:, -1:]
-    before: Tensor = _PassStates.apply(kept, written.view(count, heads, -1))  # type: ignore[no-untyped-call]
-    read = torch.bmm(c, before.view(count, heads * features, -1).transpose(1, 2)).view(count, size, heads, features)
+    # States lie as [C, N, H·F]: then no product on the way, forward or backward, needs a transposed copy.
+    written = torch.bmm(b.transpose(1, 2), (x * (dt * to_end)[..., None]).view(count, size, -1))
+    kept = (logs[:, -1].exp() * masks.carried[:, -1:]).repeat_interleave(features, dim=1)
+    before: Tensor = _PassStates.apply(kept, written)  # type: ignore[no-untyped-call]
+    read = torch.bmm(c, before).view(count, size, heads, features)
     since_start = logs.exp() * masks.carried[..., None]
     return torch.addcmul(y, read, since_start[..., None])
 
@@ -80,10 +81,10 @@ class _PassStates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kept: Tensor, written: Tensor) -> Tensor:
-        """kept [C, H], written [C, H, F·N] -> [C, H, F·N]; the last row of both is not read."""
+        """kept [C, H·F], written [C, N, H·F] -> [C, N, H·F]; the last row of both is not read."""
         before = torch.empty_like(written)
         before[0].zero_()
-        rows, factors, inputs = before.unbind(0), kept[..., None].unbind(0), written.unbind(0)
+        rows, factors, inputs = before.unbind(0), kept.unbind(0), written.unbind(0)
         for j in range(len(rows) - 1):
             torch.addcmul(inputs[j], rows[j], factors[j], out=rows[j + 1])
         ctx.save_for_backward(kept, before)
@@ -95,10 +96,10 @@ class _PassStates(torch.autograd.Function):
         kept, before = ctx.saved_tensors
         grad_written = torch.empty_like(grad)
         grad_written[-1].zero_()
-        rows, factors, inputs = grad_written.unbind(0), kept[..., None].unbind(0), grad.unbind(0)
+        rows, factors, inputs = grad_written.unbind(0), kept.unbind(0), grad.unbind(0)
         for j in range(len(rows) - 2, -1, -1):
             torch.addcmul(inputs[j + 1], rows[j + 1], factors[j + 1], out=rows[j])
-        return (grad_written * before).sum(-1), grad_written
+        return (grad_written * before).sum(1), grad_written
 
 
 class _InsideBlocks(torch.autograd.Function):

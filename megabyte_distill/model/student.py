@@ -126,11 +126,17 @@ class Student(nn.Module):
         """Megatron's schedules call it; without pipeline stages there is nothing to receive."""
 
     def segments(self, row: ByteRow) -> Tensor:
-        """cu_seqlens [S + 1] in force: the row's documents, or all its bytes as one where documents are not masked."""
+        """cu_seqlens [S + 1] in force: the row's documents or, without document mask, its runs of text and of PAD.
+
+        A micro-batch of several rows has PAD in its middle too; without document mask a row that is full to its last
+        byte runs on into the next.
+        """
         if self.document_mask:
             return row.cu_seqlens
-        ends = sorted({int(row.loss_mask.sum()), row.byte_ids.shape[0]})
-        return torch.tensor([0, *ends], dtype=torch.int32, device=row.cu_seqlens.device)
+        mask = row.loss_mask
+        inner = (mask[1:] != mask[:-1]).nonzero()[:, 0] + 1
+        edges = torch.nn.functional.pad(inner, (1, 0))
+        return torch.nn.functional.pad(edges, (0, 1), value=mask.shape[0]).to(torch.int32)
 
     def forward(self, row: ByteRow, boundaries: Boundaries | None = None, parts: Parts = Parts.ALL) -> StudentOutputs:
         """Run ``parts`` over a packed row with the given boundaries (default: gold)."""
@@ -160,12 +166,9 @@ class Student(nn.Module):
             return boundaries.bits
         assert p is not None
         bits = decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official)
-        # the tail of PAD is one chunk whatever the router thinks of it
-        tail = torch.zeros_like(bits)
-        used = int(row.loss_mask.sum())
-        if used < bits.shape[0]:
-            tail[used] = True
-        return torch.where(row.loss_mask, bits, tail)
+        # every run of PAD is one chunk whatever the router thinks of it
+        before = torch.nn.functional.pad(row.loss_mask[:-1], (1, 0), value=True)
+        return torch.where(row.loss_mask, bits, before)
 
     def init_state(self, rows: int) -> StudentState:
         """The state of R rows whose first byte (BOS, bit 1) comes next."""

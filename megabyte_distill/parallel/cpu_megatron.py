@@ -53,8 +53,8 @@ _PRELOAD = (
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
-        # an int or "cuda" names an accelerator; None is torch's own default and stays
-        if device is not None and torch.device(device).type == "cuda":
+        # an int or "cuda" names an accelerator (torch.device of an int raises where there is none); None stays
+        if isinstance(device, int) or (device is not None and torch.device(device).type == "cuda"):
             kwargs["device"] = CPU
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
@@ -101,7 +101,7 @@ class _CudaOnCpu(types.ModuleType):
 
     default_stream = current_stream
 
-    def Stream(self, *args: Any, **kwargs: Any) -> _NullStream:  # noqa: N802 - torch's name
+    def Stream(self, *args: Any, **kwargs: Any) -> _NullStream:  # torch's name
         return _NullStream()
 
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
@@ -111,8 +111,11 @@ class _CudaOnCpu(types.ModuleType):
 class _TorchOnCpu(types.ModuleType):
     """``torch`` as megatron.core's modules see it."""
 
+    applied = False
+
     def __init__(self) -> None:
         super().__init__("torch")
+        self.applied = False
         self.cuda = _CudaOnCpu("torch.cuda")
         for name in FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
@@ -176,7 +179,7 @@ def apply() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    if not getattr(_FACADE, "applied", False):
+    if not _FACADE.applied:
         for name in _PRELOAD:
             importlib.import_module(name)
         _patch_rng()

@@ -7,13 +7,17 @@ import datetime
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megabyte_distill.parallel import cpu_megatron
+
+
+class FailureElsewhere(ValueError):
+    """The main rank could not do something for all; it has said why itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,25 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that writes logs and small files."""
         return self.rank == 0
+
+
+def on_main_rank(world: World, action: Callable[[], object]) -> None:
+    """Do something on the main rank while the others wait; where it fails with ValueError or OSError, all ranks raise.
+
+    The main rank raises its own error, the others :class:`FailureElsewhere`.
+    """
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            action()
+        except (ValueError, OSError) as caught:
+            error = caught
+    outcome = [None if error is None else str(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[0] is not None:
+        raise FailureElsewhere(outcome[0])
 
 
 def torchrun_environment() -> tuple[int, int]:
@@ -63,21 +86,23 @@ def world(
     already (a tool that calls another) they are used and left up.
     """
     cpu_megatron.apply()
-    from megatron.core import parallel_state, tensor_parallel as megatron_tp
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as megatron_tp
 
     if parallel_state.model_parallel_is_initialized():
         yield current_world()
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _init_torch(datetime.timedelta(minutes=timeout_minutes))
-        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
-        megatron_tp.model_parallel_cuda_manual_seed(seed)
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _init_torch(datetime.timedelta(minutes=timeout_minutes))
+            parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+            megatron_tp.model_parallel_cuda_manual_seed(seed)
         yield current_world()
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def current_world() -> World:

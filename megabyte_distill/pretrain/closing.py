@@ -1,9 +1,207 @@
-"""stub"""
+"""After the last stage: summary.json, the closing table, a sample of generated text, the plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megabyte_distill.config import STAGE_ORDER, Settings
+from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.data.dataset import ByteTokenDataset, open_blend
+from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
+from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
+from megabyte_distill.evaluation.held_out import held_out_rows
+from megabyte_distill.evaluation.marked_text import mark_sentence
+from megabyte_distill.evaluation.plots import plot_boundaries, plot_losses
+from megabyte_distill.inference.generation import GenerationSettings, generate
+from megabyte_distill.inference.sampling import Sampling
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.pretrain.prepare import Prepared
+from megabyte_distill.runs import GENERATES_FROM, load_run_teacher, load_student, stage_progress
+from megabyte_distill.training.checkpoint import read_loop_state
+from megabyte_distill.training.logging import METRICS_FILE, duration, say
+
+SUMMARY_FILE = "summary.json"
+SAMPLE_BYTES = 300
 
 
-def closing_report(settings, prepared, ranks):
-    pass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    """One line of the closing table."""
+
+    stage: str
+    title: str
+    bytes_seen: int
+    seconds: float
+    measure: str
+    value: float | None
+    bits_per_byte: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """As printed."""
+        measured = "–" if self.value is None else f"{self.measure} {self.value:.4f}"
+        bits = "–" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}"
+        return (self.stage, self.title, f"{self.bytes_seen:,}", duration(self.seconds), measured, bits)
 
 
-def print_saved_summary(settings, prepared, ranks):
-    return False
+def closing_report(settings: Settings, prepared: Prepared, world: World) -> None:
+    """Measure, write and print the summary where all stages are complete and ``summary_bytes`` asks for one.
+
+    The main rank works alone; the others wait.
+    """
+    if world.is_main and settings.run.summary_bytes and _finished(prepared.root):
+        summary = _measure(settings, prepared)
+        path = prepared.root / SUMMARY_FILE
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        print_summary(summary, path)
+    dist.barrier()
+
+
+def print_saved_summary(settings: Settings, prepared: Prepared, world: World) -> bool:
+    """Print the summary of a finished run and return True; False where there is work left."""
+    path = prepared.root / SUMMARY_FILE
+    done = path.exists() and all(_is_done(prepared.root, name, c.train_iters) for name, c in settings.stages.items())
+    if done and world.is_main:
+        print_summary(json.loads(path.read_text(encoding="utf-8")), path)
+        say(f" {prepared.root} is complete; --fresh starts over (make demo FRESH=1)")
+    return done
+
+
+def _is_done(root: Path, stage: str, train_iters: int) -> bool:
+    progress = stage_progress(root, stage)
+    return progress is not None and progress.iteration >= train_iters
+
+
+def _finished(root: Path) -> bool:
+    """True where the decoder is trained and nothing was left half done."""
+    progress = [p for stage in STAGE_ORDER if (p := stage_progress(root, stage)) is not None]
+    return all(p.is_complete for p in progress) and any(p.stage in GENERATES_FROM for p in progress)
+
+
+def _valid_sets(settings: Settings, prepared: Prepared) -> list[ByteTokenDataset]:
+    path = settings.data.valid_data_path or settings.data.data_path
+    return open_blend(path, tokenizer_hash=prepared.token_bytes.hash)[0]
+
+
+def _measure(settings: Settings, prepared: Prepared) -> dict[str, Any]:
+    root = prepared.root
+    say(f" measuring on held-out text ({settings.run.summary_bytes:,} bytes) …")
+    loaded = load_student(root)
+    config = settings.stages.get(loaded.stage) or next(iter(settings.stages.values()))
+    rows = held_out_rows(
+        _valid_sets(settings, prepared),
+        row_bytes=config.seq_length,
+        chunk_bucket=config.chunk_bucket,
+        max_bytes=settings.run.summary_bytes,
+    )
+    has_stage1 = stage_progress(root, "1b") is not None
+    training = open_blend(settings.data.train_data_path or settings.data.data_path)[0]
+    evaluation = evaluate_run(
+        loaded.student,
+        load_run_teacher(root, prepared.teacher).backbone.eval(),
+        rows,
+        stage1_student=load_student(root, "1b").student if has_stage1 else None,
+        unigram=unigram_nll(token_counts(training), prepared.token_bytes),
+    )
+    stages = _stage_rows(root, evaluation)
+    sample = generate(
+        loaded.student,
+        ["The "],
+        GenerationSettings(max_new_bytes=SAMPLE_BYTES, sampling=Sampling(temperature=0.7, top_p=0.95)),
+    )[0]
+    text = "The " + sample.byte_ids.decode("utf-8", errors="replace")
+    plots = [root / "losses.png", root / "boundaries.png"]
+    plot_losses(root / METRICS_FILE, plots[0])
+    plot_boundaries(mark_sentence(loaded.student, rows[0]), plots[1])
+    return _summary(evaluation, stages, text, plots)
+
+
+def _last_validation(root: Path) -> dict[str, dict[str, float]]:
+    """stage → the last record with a validation figure."""
+    records: dict[str, dict[str, float]] = {}
+    path = root / METRICS_FILE
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        record = json.loads(line)
+        if any(name.startswith("validation ") for name in record):
+            records[record["stage"]] = record
+    return records
+
+
+def _stage_rows(root: Path, evaluation: Evaluation) -> list[StageRow]:
+    validation = _last_validation(root)
+    rows = []
+    for name, stage in STAGES.items():
+        progress = stage_progress(root, name)
+        if progress is None:
+            continue
+        counters = read_loop_state(progress.checkpoint)["progress"]
+        measured = validation.get(name, {})
+        value = measured.get(f"validation {stage.measure}")
+        rows.append(
+            StageRow(
+                stage=name,
+                title=stage.title,
+                bytes_seen=int(counters["consumed_bytes"]),
+                seconds=float(counters["seconds"]),
+                measure=stage.measure,
+                value=value,
+                bits_per_byte=value if stage.measure.endswith("bits per byte") else None,
+            )
+        )
+    return rows
+
+
+def _summary(evaluation: Evaluation, stages: list[StageRow], sample: str, plots: list[Path]) -> dict[str, Any]:
+    return {
+        **evaluation.as_dict(),
+        "seconds": sum(row.seconds for row in stages),
+        "bytes_per_stage": {row.stage: row.bytes_seen for row in stages},
+        "stages": [list(row.cells()) for row in stages],
+        "sample": sample,
+        "plots": [str(plot) for plot in plots],
+    }
+
+
+def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def print_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """The closing table, the figures and the sample, for a person."""
+    header = ("stage", "what", "bytes seen", "time", "its own measure (held-out)", "bits per byte")
+    say("\n" + _table(header, summary["stages"]) + "\n")
+    paths = summary.get("paths") or {}
+    figures = [
+        ("teacher, canonical tokens", summary["teacher_bits_per_byte"]),
+        ("student reading bytes through 1b's token head", summary["stage1_bits_per_byte"]),
+        ("student, joint, gold bits", summary["student_bits_per_byte"]),
+        ("student, joint, the router's bits", summary["router_bits_per_byte"]),
+        ("anchor: token unigram", summary["unigram_bits_per_byte"]),
+        ("anchor: teacher on a constant embedding", summary["constant_embedding_bits_per_byte"]),
+    ]
+    say(f"bits per byte on {summary['text_bytes']:,} bytes of held-out works:")
+    for name, value in figures:
+        say(f"  {name:<48} {'–' if value is None else f'{value:.4f}'}")
+    if paths:
+        say(f"and on the first {paths['text_bytes']:,} of them, without a tokenizer:")
+        say(f"  {'student, K = ' + str(paths['paths']) + ' paths':<48} {paths['bits_per_byte']:.4f}")
+        say(f"  {'student, causal byte filter':<48} {paths['filter_bits_per_byte']:.4f}")
+        say(f"  {'student, joint, gold bits':<48} {paths['gold_bits_per_byte']:.4f}")
+        say(f"  {'teacher, canonical tokens':<48} {paths['teacher_bits_per_byte']:.4f}")
+    say(
+        f"\nretention {summary['retention']:.4f} (gap {summary['gap_bits_per_byte']:.4f} bits per byte) | stage 1 "
+        f"retention {summary['stage1_retention']:.4f} | boundary F1 {summary['boundary_f1']:.4f} | relative alignment "
+        f"error {summary['alignment_mse_relative']:.4f} | training time {duration(summary['seconds'])}"
+    )
+    say(f"\nthe student, temperature 0.7:\n{summary['sample']}\n")
+    say(f"written: {path}, {', '.join(summary['plots'])}")

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from megabyte_distill.config import STAGE_ORDER, Settings, parse_or_exit
+from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments, parse_or_exit
+from megabyte_distill.config.command_line import HELP_FLAGS
 from megabyte_distill.parallel import cpu_megatron
-from megabyte_distill.parallel.process_groups import World, torchrun_environment, world
+from megabyte_distill.parallel.cpu_memory import keep_large_buffers
+from megabyte_distill.parallel.process_groups import FailureElsewhere, World, on_main_rank, torchrun_environment, world
+from megabyte_distill.pretrain.failure import quiet_known_warnings, report_failure
+from megabyte_distill.pretrain.run_lock import only_job
 
-EXIT_FAILURE, EXIT_USAGE = 1, 2
+if TYPE_CHECKING:
+    from megabyte_distill.pretrain.prepare import Prepared
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run: Path | None = None) -> int:
     """Run the selected stages and return the process's exit code.
 
     Without ``--load`` and data flags the embedded example in ``example_folder`` is used and the run lies in
-    ``example_run``. User mistakes end with one message and code 2, failed training with code 1, a requested stop with 0.
+    ``example_run``. User mistakes end with one message and code 2, failed training with 1, a requested stop with 0.
     """
+    quiet_known_warnings()
     rank, size = torchrun_environment()
-    cpu_megatron.apply()
+    if cpu_megatron.apply():
+        keep_large_buffers()
     from megabyte_distill.pretrain.example import Example
 
     example = Example(example_folder) if example_folder is not None else None
     defaults = example.defaults(_save_folder(argv, example_run)) if example is not None else None
-    settings = parse_or_exit(list(argv), defaults, world_size=size, rank=rank)
     from megabyte_distill.training.loop import TrainingFailure
 
     try:
+        settings = _settings(argv, defaults, rank, size)
         with world(
             tensor_parallel=settings.parallel.tensor_model_parallel_size,
             pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
@@ -41,24 +50,43 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
         ) as ranks:
             return _run(settings, ranks, example)
     except TrainingFailure as failure:
-        return _fail(failure, rank, EXIT_FAILURE)
+        report_failure(str(failure), rank=rank, everywhere=True)
+        return EXIT_FAILURE
     except ValueError as mistake:
-        return _fail(mistake, rank, EXIT_USAGE)
+        report_failure(str(mistake), rank=rank, everywhere=isinstance(mistake, ConfigError | FailureElsewhere))
+        return EXIT_USAGE
+    except OSError as trouble:  # a full disk, a folder that may not be written
+        report_failure(f"{trouble}; what was saved before is untouched, the same command goes on from it", rank=rank)
+        return EXIT_FAILURE
+    except RuntimeError as lost:
+        if size == 1 or "onnection" not in str(lost):
+            raise
+        report_failure("another rank has ended; what stopped it is in its own message", rank=rank)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        report_failure("interrupted; the same command goes on from the last checkpoint", rank=rank, everywhere=True)
+        return EXIT_INTERRUPTED
+
+
+def _settings(argv: Sequence[str], defaults: dict[str, object] | None, rank: int, size: int) -> Settings:
+    if any(word in HELP_FLAGS for word in argv):
+        return parse_or_exit(list(argv), defaults, world_size=size, rank=rank)  # prints the help and leaves
+    warnings: list[str] = []
+    settings = parse_arguments(list(argv), defaults, world_size=size, warn=warnings.append)
+    for text in warnings if rank == 0 else ():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    return settings
 
 
 def _save_folder(argv: Sequence[str], default: Path | None) -> Path:
     """Where the run will lie: the example's teacher and data go there too, so it must be known before the defaults."""
-    for position, argument in enumerate(argv):
+    folder = default or Path("runs/tiny")
+    for position, argument in enumerate(argv):  # as everywhere, the last one counts
         if argument == "--save" and position + 1 < len(argv):
-            return Path(argv[position + 1])
-        if argument.startswith("--save="):
-            return Path(argument.removeprefix("--save="))
-    return default or Path("runs/tiny")
-
-
-def _fail(error: Exception, rank: int, code: int) -> int:
-    print(f"error{'' if rank == 0 else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
-    return code
+            folder = Path(argv[position + 1])
+        elif argument.startswith("--save="):
+            folder = Path(argument.removeprefix("--save="))
+    return folder
 
 
 def _prepare_example(settings: Settings, example: object, ranks: World) -> None:
@@ -70,23 +98,32 @@ def _prepare_example(settings: Settings, example: object, ranks: World) -> None:
     root = Path(settings.checkpoint.save)
     wanted = example.defaults(root)
     uses = settings.checkpoint.load == wanted["load"] or settings.data.train_data_path == wanted["train_data_path"]
-    if uses and ranks.is_main:
-        example.prepare(root)
-    dist.barrier()
+    if uses:
+        on_main_rank(ranks, lambda: example.prepare(root))
 
 
 def _run(settings: Settings, ranks: World, example: object) -> int:
     from megabyte_distill.pretrain.closing import closing_report, print_saved_summary
     from megabyte_distill.pretrain.prepare import prepare_run
+
+    with contextlib.ExitStack() as stack:
+        if settings.checkpoint.save is not None:
+            root = Path(settings.checkpoint.save)
+            on_main_rank(ranks, lambda: stack.enter_context(only_job(root)))
+        _prepare_example(settings, example, ranks)
+        prepared = prepare_run(settings, ranks)
+        if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, ranks):
+            closing_report(settings, prepared, ranks)
+    return 0
+
+
+def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
+    """Run the selected stages; True where they are all complete, False where somebody stopped them."""
     from megabyte_distill.pretrain.stage_runner import StageRunner
     from megabyte_distill.training.logging import MetricWriter, say
     from megabyte_distill.training.loop import StopReason
     from megabyte_distill.training.signals import stop_request
 
-    _prepare_example(settings, example, ranks)
-    prepared = prepare_run(settings, ranks)
-    if print_saved_summary(settings, prepared, ranks):
-        return 0
     limit = settings.run.exit_duration_in_mins
     board = settings.run.tensorboard_dir
     writer = MetricWriter(
@@ -109,8 +146,7 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
                 if reason is not StopReason.DONE:
                     if ranks.is_main:
                         say(f" stopped ({reason.value}); the same command goes on from here")
-                    return 0
+                    return False
     finally:
         writer.close()
-    closing_report(settings, prepared, ranks)
-    return 0
+    return True

@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
@@ -19,14 +17,23 @@ from megabyte_distill.conversion.model_config import (
 )
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
+from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.data.token_bytes import TokenBytes
-from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.runs import TEACHER_FILE, is_run, stage_progress, teacher_path
 from megabyte_distill.training.checkpoint import find_checkpoint
 
-WRITTEN_BY_RUNS = (*STAGE_ORDER, "tensorboard", "metrics.jsonl", "summary.json", TEACHER_FILE, MODEL_CONFIG_FILE)
+WRITTEN_BY_RUNS = (
+    *STAGE_ORDER,
+    "tensorboard",
+    "metrics.jsonl",
+    "summary.json",
+    TEACHER_FILE,
+    MODEL_CONFIG_FILE,
+    TOKENIZER_FOLDER,
+)
 """What ``--fresh`` removes from a run's folder, beside its plots; nothing else is touched."""
 
 
@@ -61,20 +68,20 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
     ValueError where the teacher is missing, does not fit the preset, or the folder belongs to another teacher or model.
     """
     root, load = _folder(settings.checkpoint.save, "--save"), _folder(settings.checkpoint.load, "--load")
-    if settings.run.fresh and world.is_main:
-        start_fresh(root)
-    dist.barrier()
     source = load if load.is_dir() and is_run(load) else None
     teacher = teacher_path(load) if source is not None else load
     backbone = read_model_config(teacher).backbone
+    table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
+    _check_place(root, teacher, source, fresh=settings.run.fresh)
+    # only now, when the command is known to have a teacher to start over from
+    if settings.run.fresh:
+        on_main_rank(world, lambda: start_fresh(root))
     config = ModelConfig(backbone=backbone, byte_side=settings.model.byte_side_for(backbone.hidden_size))
     for other, flag in ((root, "--save"), (source, "--load")):
         if other is not None and (other / MODEL_CONFIG_FILE).exists():
             _check_same_model(read_model_config(other), config, other, flag)
-    table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
-    if world.is_main:
-        _write_root(root, config, teacher)
-    dist.barrier()
+    _check_same_tokenizer(root, table, teacher)
+    on_main_rank(world, lambda: _write_root(root, config, teacher))
     return Prepared(root=root, teacher=teacher, source=source, model_config=config, token_bytes=table)
 
 
@@ -82,6 +89,16 @@ def _folder(value: str | None, flag: str) -> Path:
     if value is None:
         raise ValueError(f"{flag} is missing: --load names a converted teacher or a run, --save the run's own folder")
     return Path(value)
+
+
+def _check_place(root: Path, teacher: Path, source: Path | None, *, fresh: bool) -> None:
+    """The run's folder may be neither the teacher's nor, with ``--fresh``, the one it reads from."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--save {root} is not a directory; it names the folder of the run")
+    if root.resolve() == teacher.resolve():
+        raise ValueError(f"--save {root} is the teacher's own folder; give the run a folder of its own")
+    if fresh and source is not None and root.resolve() == source.resolve():
+        raise ValueError(f"--fresh would remove {root}, from which --load reads; give another --save")
 
 
 def _check_same_model(found: ModelConfig, wanted: ModelConfig, folder: Path, flag: str) -> None:
@@ -96,6 +113,18 @@ def _check_same_model(found: ModelConfig, wanted: ModelConfig, folder: Path, fla
         )
 
 
+def _check_same_tokenizer(root: Path, table: TokenBytes, teacher: Path) -> None:
+    own = root / TOKENIZER_FOLDER / TOKEN_BYTES_FILE
+    if not own.exists() or not is_run(root):
+        return
+    found = TokenBytes.load(own).hash
+    if found != table.hash:
+        raise ValueError(
+            f"--save {root} holds a run with another tokenizer (hash {found[:16]}…) than the teacher {teacher} has "
+            f"({table.hash[:16]}…); give the teacher it was made from, another --save, or --fresh to start over"
+        )
+
+
 def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if not (root / TOKENIZER_FOLDER).exists():
@@ -104,7 +133,9 @@ def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
         shutil.copytree(teacher / TOKENIZER_FOLDER, partial)
         partial.rename(root / TOKENIZER_FOLDER)
     write_model_config(root, config)
-    (root / TEACHER_FILE).write_text(json.dumps({"teacher": str(teacher.resolve())}) + "\n", encoding="utf-8")
+    pointer = root / TEACHER_FILE
+    write_and_sync(partial_path(pointer), (json.dumps({"teacher": str(teacher.resolve())}) + "\n").encode())
+    publish(pointer)
 
 
 def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None) -> tuple[Path, str]:

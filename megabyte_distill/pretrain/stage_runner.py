@@ -67,7 +67,11 @@ class StageRunner:
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
         student = build_student(self.prepared.model_config, document_mask=self.settings.model.document_mask)
-        if not has_own:
+        own = stage_progress(self.prepared.root, stage.name) if has_own else None
+        if own is not None:
+            # before the objective and the optimizer are made: both look at the weights
+            load_checkpoint(own.checkpoint, student)
+        else:
             ckpt_step = self.settings.checkpoint.ckpt_step
             checkpoint, what = starting_point(self.prepared, stage.name, ckpt_step)
             load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "")
@@ -91,7 +95,7 @@ class StageRunner:
             stage=stage.name,
             trained=wrap_for_training(
                 student,
-                student.config,  # type: ignore[arg-type]
+                student.config,
                 config,
                 bf16=settings.run.bf16,
                 use_distributed_optimizer=settings.parallel.use_distributed_optimizer,

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: iter_N/ in torch_dist format, then a tracker file, both put in place by rename.
+"""Checkpoints, complete or absent: iter_N/ in torch_dist format, then a tracker file, both put in place by rename.
 
 Layout of a stage's (or a converted teacher's) folder::
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
@@ -75,13 +78,28 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _fsync_tree(folder: Path) -> None:
     for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _fsync(path)
+
+
+def _report_within_the_process() -> None:
+    """Let megatron's writers hand their results back through a queue of this process.
+
+    Megatron starts a manager process for it, which only saving in the background needs. A SIGTERM to the process group
+    (what torchrun sends) ends that process, and the save that the signal asked for fails; a SIGKILL of ours leaves it
+    behind for ever.
+    """
+    if "_results_queue" in vars(filesystem_async) and filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
@@ -93,7 +111,7 @@ def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     if isinstance(module, MegatronModule):
         return module.sharded_state_dict(prefix=prefix)  # type: ignore[no-any-return]
     sharded: dict[str, Any] = {}
-    own = {name: p for name, p in module.named_parameters(recurse=False)}
+    own: dict[str, Any] = dict(module.named_parameters(recurse=False))
     own.update(
         {name: b for name, b in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set}
     )
@@ -143,7 +161,7 @@ def save_checkpoint(
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"iter_*{_INCOMPLETE}"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)  # a killed job's writer may still be at it
             partial.mkdir()
     except OSError as caught:
         error = caught
@@ -153,6 +171,7 @@ def save_checkpoint(
         state: dict[str, Any] = {"model": weights, "rng": torch.get_rng_state()}
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False)
+        _report_within_the_process()
         dist_checkpointing.save(state, str(partial))
         if main:
             _write_atomically(partial / STATE_FILE, json.dumps(dict(loop), indent=1))
@@ -167,13 +186,23 @@ def save_checkpoint(
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if main:
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _write_atomically(folder / TRACKER, f"{iteration}\n")
-    dist.barrier()
+    try:
+        if main:
+            _put_in_place(partial, final)
+            _write_atomically(folder / TRACKER, f"{iteration}\n")
+            _fsync(folder)
+    except OSError as caught:
+        error = caught
+    _barrier_with_failures(error, f"finishing {final}")
     return final
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    if final.exists():  # a save that never reached the tracker
+        replaced = final.with_name(f"{final.name}.replaced{_INCOMPLETE}")
+        os.replace(final, replaced)
+        shutil.rmtree(replaced)
+    os.replace(partial, final)
 
 
 def read_loop_state(checkpoint: Path) -> dict[str, Any]:
@@ -185,8 +214,21 @@ def read_loop_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error}); choose another checkpoint with --ckpt-step") from error
 
 
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # megatron, torch and the file system each raise their own kind
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded ({type(error).__name__}: {str(error)[:300]}): it is damaged, or made with "
+            f"other settings than its run_config.yaml says. To go on from an earlier one, write its number into "
+            f"{checkpoint.parent / TRACKER}"
+        ) from error
+
+
 def _check_shapes(wanted: dict[str, Any], checkpoint: Path) -> None:
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    with _readable(checkpoint):
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     problems = []
     for name, tensor in wanted.items():
         if not isinstance(tensor, ShardedTensor):
@@ -218,7 +260,8 @@ def load_checkpoint(
     wanted: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         wanted["optimizer"] = optimizer.sharded_state_dict(sharded_state_dict(model), is_loading=True)
-    loaded = dist_checkpointing.load(wanted, str(checkpoint))
+    with _readable(checkpoint):
+        loaded = dist_checkpointing.load(wanted, str(checkpoint))
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     assert not unexpected, unexpected
     lost = [name for name in missing if name.startswith(prefix) and "_extra_state" not in name]

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from megabyte_distill import optional
 
+METRICS_FILE = "metrics.jsonl"
+
 
 def timestamp() -> str:
     """Local time as Megatron prints it."""
@@ -61,6 +63,15 @@ def log_line(
     return " " + " | ".join(cells) + " |"
 
 
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed process left of its last line, or the next record would be glued to it."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
 class MetricWriter:
     """Scalars to tensorboard, to wandb where a project is named, and to metrics.jsonl (what the plots are made from).
 
@@ -81,7 +92,8 @@ class MetricWriter:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        _drop_unfinished_line(folder / METRICS_FILE)
+        self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(tensorboard_dir or folder / "tensorboard"))

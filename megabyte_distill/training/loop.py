@@ -1,4 +1,4 @@
-"""The loop: updates until the stage, the time or somebody's patience ends; between them evaluation, logs, checkpoints."""
+"""The loop: updates until the stage, the time or somebody's patience ends; between them evaluation, log, checkpoint."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.config.training import RunConfig
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.training.checkpoint import load_checkpoint, save_checkpoint
-from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state, save_checkpoint
+from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.training.optimizer import TrainerModel
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.step import StepReport, evaluate, train_step
@@ -73,6 +73,15 @@ class _Window:
     updates: int = 0
     started: float = field(default_factory=time.perf_counter)
 
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> _Window:
+        """A window that was open when a checkpoint was written."""
+        sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        return cls(sums=sums, updates=state["updates"], started=time.perf_counter() - state["seconds"])
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums, "updates": self.updates, "seconds": time.perf_counter() - self.started}
+
     def add(self, report: StepReport) -> None:
         for name, (total, count) in report.sums.items():
             before = self.sums.get(name, (0.0, 0.0))
@@ -111,18 +120,44 @@ class Loop:
     valid_rows: Callable[[], list[list[PackedRow]]] = list
     on_update: Callable[[Loop], None] | None = None
     progress: Progress = field(default_factory=Progress)
+    _window: _Window = field(default_factory=_Window)
 
     def resume(self, checkpoint: Path, *, with_optimizer: bool = True, with_rng: bool = True) -> None:
         """Continue from a checkpoint of this stage: weights, optimizer, counters and position in the data."""
+        if with_optimizer:
+            self._check_optimizer(checkpoint)
         optimizer = self.trained.optimizer if with_optimizer else None
-        state = load_checkpoint(checkpoint, self.trained.module, optimizer=optimizer, with_rng=with_rng)
+        with self.trained.own_settings():
+            state = load_checkpoint(checkpoint, self.trained.module, optimizer=optimizer, with_rng=with_rng)
+        if not with_optimizer:
+            self.trained.optimizer.reload_model_params()  # fp32 masters follow the loaded weights
         self.progress = Progress(**state["progress"])
+        self._window = _Window.from_state(state["window"]) if "window" in state else _Window()
         self.rows.load_state_dict(state["rows"])
+
+    def _check_optimizer(self, checkpoint: Path) -> None:
+        """ValueError where the checkpoint's optimizer cannot be taken up exactly."""
+        flag, here = "--use-distributed-optimizer", self.trained.is_distributed
+        was = bool(read_loop_state(checkpoint).get("distributed_optimizer", here))
+        if was != here:
+            words = ("with", "without") if was else ("without", "with")
+            raise ValueError(
+                f"{checkpoint} was saved {words[0]} {flag}, this run is started {words[1]} it, and the two save other "
+                f"states; start it {words[0]} {flag}, or begin with a fresh optimizer: --no-load-optim"
+            )
+        if self.trained.reloads_inexactly:
+            raise ValueError(
+                f"stage {self.stage} cannot go on from {checkpoint}: the state that {flag} saves does not load exactly "
+                "where the optimizer is torch's AdamW. Begin with a fresh optimizer (--no-load-optim), install "
+                f"Transformer Engine or NVIDIA apex, or train the stage again without {flag} (remove its folder)"
+            )
 
     def run(self) -> StopReason:
         """Train; on return the state is saved, whatever the reason."""
         self.trained.module.train()
-        window = _Window()
+        window = self._window
+        if not window.updates:
+            window.started = time.perf_counter()
         while self.progress.iteration < self.config.train_iters:
             report = self._update(window)
             self._log(window, report)
@@ -230,6 +265,8 @@ class Loop:
             "train_iters": self.config.train_iters,
             "progress": asdict(self.progress),
             "rows": self.rows.state_dict(),
+            "window": self._window.state(),
+            "distributed_optimizer": self.trained.is_distributed,
             **self.extra_state,
         }
         path = save_checkpoint(

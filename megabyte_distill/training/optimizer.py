@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
@@ -19,6 +21,10 @@ from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.training.schedule import learning_rate_factor
 
 BACKBONE_PARAMETERS = "*backbone.*"
+BACKBONE_GROUP = {"lr_mult": 2.0}
+"""A mark, not a factor: megatron tells the groups of a checkpoint apart by their multipliers, and nothing here scales
+by them. Without it the backbone's group would be reloaded as a copy of the other one."""
+_SETTINGS_OF_A_GROUP = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +43,39 @@ class TrainerModel:
     def set_learning_rate(self, iteration: int) -> float:
         """Set every group's learning rate for this update; return the highest."""
         factor = learning_rate_factor(self.config, iteration)
-        rates = []
+        rates: list[float] = []
         for group in self.optimizer.param_groups:
             group["lr"] = group["max_lr"] * factor
             rates.append(group["lr"])
         return max(rates)
+
+    @contextmanager
+    def own_settings(self) -> Iterator[None]:
+        """Around loading the optimizer: what the command line says now wins over what the checkpoint was made with."""
+        before = [{name: group[name] for name in _SETTINGS_OF_A_GROUP if name in group} for group in self._groups()]
+        yield
+        for group, own in zip(self._groups(), before, strict=True):
+            group.update(own)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
+
+    @property
+    def reloads_inexactly(self) -> bool:
+        """True for megatron's distributed optimizer over torch's AdamW, whose saved state cannot be loaded again.
+
+        (A KeyError in megatron-core 0.16.1; with the missing entry filled in, the next update differs.)
+        """
+        return any(type(part.optimizer).__module__.startswith("torch.optim") for part in self._distributed_parts())
+
+    @property
+    def is_distributed(self) -> bool:
+        """True where megatron's distributed optimizer holds the state."""
+        return bool(self._distributed_parts())
+
+    def _distributed_parts(self) -> list[Any]:
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
 def _finalize_without_rescaling(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
@@ -70,7 +104,7 @@ def wrap_for_training(
     """
     if not any(True for _ in trainable_parameters(module)):
         raise ValueError("no parameter of the model is trainable: nothing to optimise")
-    module.model_type = ModelType.encoder_or_decoder  # type: ignore[assignment]
+    module.model_type = ModelType.encoder_or_decoder
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=use_distributed_optimizer,
@@ -92,8 +126,7 @@ def wrap_for_training(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=use_distributed_optimizer,
     )
-    overrides = {ParamKey(name=BACKBONE_PARAMETERS): {"max_lr": config.backbone_peak_lr}}
-    # an empty mapping (not None) keeps megatron from exempting norms and biases from weight decay
-    chosen = overrides if config.backbone_peak_lr != config.lr else {}
-    optimizer = megatron_optimizer.get_megatron_optimizer(optimizer_config, [ddp], config_overrides=chosen)
+    # given (even empty), not None, or megatron would exempt norms and biases from weight decay
+    overrides = {ParamKey(name=BACKBONE_PARAMETERS): {"max_lr": config.backbone_peak_lr, **BACKBONE_GROUP}}
+    optimizer = megatron_optimizer.get_megatron_optimizer(optimizer_config, [ddp], config_overrides=overrides)
     return TrainerModel(ddp=ddp, optimizer=optimizer, config=config)

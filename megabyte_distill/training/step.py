@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.optimizer import TrainerModel
 
 
@@ -33,7 +33,7 @@ class StepReport:
 
 def global_counts(objective: Objective, rows: list[PackedRow], world: World) -> dict[str, float]:
     """Terms of each loss over all micro-batches and data-parallel ranks."""
-    totals: dict[str, float] = {name: 0.0 for name in objective.weights}
+    totals: dict[str, float] = dict.fromkeys(objective.weights, 0.0)
     for row in rows:
         for name, count in objective.counts(row).items():
             totals[name] += count

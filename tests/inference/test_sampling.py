@@ -1,0 +1,67 @@
+"""Drawing a class: exact at the defaults, and what each setting leaves out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megabyte_distill.inference.sampling import Sampling, choose, mask_padding, uniform_numbers
+
+LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+
+
+def frequencies(sampling: Sampling, logits: torch.Tensor = LOGITS) -> list[float]:
+    """Of a fine grid of uniform numbers: what random ones converge to."""
+    count = 10_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = choose(logits.expand(count, -1), sampling, uniform)
+    return (torch.bincount(drawn, minlength=logits.shape[0]) / count).tolist()
+
+
+def test_the_default_draws_from_the_distribution_itself() -> None:
+    assert frequencies(Sampling()) == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=1e-3)
+
+
+def test_log_weights_need_not_be_normalised() -> None:
+    assert frequencies(Sampling(), LOGITS - 700.0) == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=1e-3)
+
+
+def test_temperature_sharpens_and_zero_takes_the_likeliest() -> None:
+    powers = [0.5**2, 0.25**2, 0.15**2, 0.1**2]
+    assert frequencies(Sampling(temperature=0.5)) == pytest.approx([p / sum(powers) for p in powers], abs=1e-3)
+    assert frequencies(Sampling(temperature=0)) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_top_p_keeps_the_fewest_classes_that_reach_it() -> None:
+    assert frequencies(Sampling(top_p=0.7)) == pytest.approx([2 / 3, 1 / 3, 0.0, 0.0], abs=1e-3)
+    assert frequencies(Sampling(top_p=0.01)) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_top_k_keeps_the_likeliest() -> None:
+    assert frequencies(Sampling(top_k=2)) == pytest.approx([2 / 3, 1 / 3, 0.0, 0.0], abs=1e-3)
+    assert frequencies(Sampling(top_k=99)) == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=1e-3)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_impossible_classes_are_never_drawn(uniform: float) -> None:
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, -0.3, -math.inf]])
+    assert int(choose(logits, Sampling(), torch.tensor([uniform], dtype=torch.float64))) in (1, 3)
+
+
+def test_only_padding_is_masked() -> None:
+    masked = mask_padding(torch.zeros(2, 512))
+    assert masked.isinf().nonzero()[:, 1].tolist() == [255, 511] * 2
+
+
+def test_a_rows_numbers_depend_on_its_seed_alone() -> None:
+    assert torch.equal(uniform_numbers(4, 10, 7)[2], uniform_numbers(1, 10, 9)[0])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}]
+)
+def test_settings_out_of_range_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Sampling(**fields)  # type: ignore[arg-type]

@@ -1,0 +1,56 @@
+"""A stopped run goes on, and ends as if it had never been stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.job import STAGES, Job, assert_same_run, metrics
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_a_second_run_gives_the_same_digits(job: Job, finished: Path, run: Path) -> None:
+    assert job.run(run) == 0
+    assert_same_run(run, finished)
+
+
+def test_stopping_at_every_interval_changes_nothing(
+    job: Job, finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2 * len(STAGES)):
+        assert job.run(run, "--exit-interval", "3") == 0
+        printed = capsys.readouterr().out
+        if "stopped (interval)" not in printed:
+            break
+    else:
+        pytest.fail("the run never came to its end")
+    assert_same_run(run, finished)
+
+
+def test_a_finished_run_is_left_as_it_is(job: Job, finished: Path, run: Path) -> None:
+    shutil.copytree(finished, run)
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*/iter_*/*")}
+    assert job.run(run) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.glob("*/iter_*/*")} == before
+
+
+def test_averages_over_a_log_interval_survive_a_stop_inside_it(job: Job, run: Path, tmp_path: Path) -> None:
+    flags = ("--stages", "1a", "--log-interval", "4")
+    assert job.run(tmp_path / "whole", *flags) == 0
+    assert job.run(run, *flags, "--exit-interval", "3") == 0
+    assert job.run(run, *flags) == 0
+    assert metrics(run) == metrics(tmp_path / "whole")
+
+
+def test_mamba_and_bf16_resume_exactly(job: Job, run: Path, tmp_path: Path) -> None:
+    flags = ("--byte-mixer", "mamba2", "--bf16")
+    assert job.run(tmp_path / "whole", *flags) == 0
+    while any(not (run / stage / "iter_0000004").exists() for stage in STAGES):
+        assert job.run(run, *flags, "--exit-interval", "3") == 0
+    assert_same_run(run, tmp_path / "whole")
