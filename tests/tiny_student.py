@@ -85,7 +85,13 @@ def enlarged(module: ModuleT) -> ModuleT:
 
 
 def random_rows(
-    count: int, *, row_bytes: int = 64, bucket: int = 8, max_tokens: int = 20, seed: int = 0, vocab_size: int = VOCAB_SIZE
+    count: int,
+    *,
+    row_bytes: int = 64,
+    bucket: int = 8,
+    max_tokens: int = 20,
+    seed: int = 0,
+    vocab_size: int = VOCAB_SIZE,
 ) -> list[PackedRow]:
     """Rows of several documents each, some cut, some empty, most with an unused end."""
     source = MockDataset(vocab_size, seed=seed, max_tokens=max_tokens)

@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
     from megabyte_distill.inference.prompts import prompt_bytes
     from megabyte_distill.inference.sampling import Sampling
 
-    raw = arguments.prompt_file.read_bytes() if arguments.prompt_file is not None else arguments.prompt
+    if arguments.prompt_file is not None:
+        raw = arguments.prompt_file.read_bytes()
+    else:  # bytes that are no UTF-8 arrive as escapes on the command line
+        raw = arguments.prompt.encode("utf-8", "surrogateescape")
     prompt = prompt_bytes(raw)
     sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
     settings = GenerationSettings(

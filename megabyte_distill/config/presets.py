@@ -76,6 +76,7 @@ _TINY = Layer(
         "byte_ffn_hidden_size": 384,
         "router_hidden_size": 512,
         "conv_ffn_hidden_size": 256,
+        "conv_dilations": (1, 4),
         "mamba_state_dim": 64,
         "mamba_head_dim": 32,
         "mamba_scan_chunk": 64,

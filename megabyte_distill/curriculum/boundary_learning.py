@@ -20,9 +20,8 @@ MEASURE = "boundary f1"
 class BoundaryLearning:
     """Binary cross-entropy of p against gold bits over all bytes but a segment's last."""
 
-    weights = {LOSS: 1.0}
-
     def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+        self.weights = {LOSS: 1.0}
         self._measures: Sums = {}
 
     def counts(self, row: PackedRow) -> dict[str, int]:

@@ -19,9 +19,8 @@ RELATIVE = "alignment mse relative"
 class EmbeddingAlignment:
     """MSE between r at gold ends and the teacher's embedding of the token that ends there."""
 
-    weights = {LOSS: 1.0}
-
     def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+        self.weights = {LOSS: 1.0}
         assert teacher is not None
         self._teacher = teacher
         self._variance = float(table_variance(teacher.embedding.weight[: teacher.backbone_config.vocab_size]))

@@ -1,8 +1,9 @@
-"""1b, joint distillation: bytes through gold chunks and the student's backbone, against the teacher on the gold tokens."""
+"""1b, joint distillation: gold chunks through the student's backbone, against the teacher on the gold tokens."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import text_chunks, text_positions
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Gold, Parts
+from megabyte_distill.objectives.objective import Sums
 from megabyte_distill.objectives.token_ce import token_nll
 from megabyte_distill.objectives.token_kl import reverse_kl
-from megabyte_distill.objectives.objective import Sums
 
 LOSS = "reverse kl"
 MEASURE = "bits per byte"
@@ -25,9 +26,8 @@ MEASURE = "bits per byte"
 class JointDistillation:
     """Reverse KL over the whole vocabulary at every chunk; no hard labels."""
 
-    weights = {LOSS: 1.0}
-
     def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+        self.weights = {LOSS: 1.0}
         assert teacher is not None
         self._teacher = teacher
         self._measures: Sums = {}
@@ -39,7 +39,8 @@ class JointDistillation:
     def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
         """Summed over gold chunks, in nats."""
         outputs = model(row, Gold(), Parts.ENCODER | Parts.BACKBONE)
-        student: Backbone = getattr(model, "module", model).backbone
+        bare: Any = getattr(model, "module", model)
+        student: Backbone = bare.backbone
         with torch.no_grad():
             teacher = self._teacher
             wanted = teacher.logits(teacher(teacher.embed(row.tokens), outputs.layout.cu_chunks))

@@ -113,7 +113,7 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> Tensor:
-        """[N, 1, heads, d], [N, 1, groups, d] twice → [N, 1, heads · d]; N positions packed, or N = K rows of a cache."""
+        """[N, 1, heads, d], [N, 1, groups, d] twice → [N, 1, heads · d]; N packed positions, or K rows of a cache."""
         if isinstance(packed_seq_params, CachedRows):
             return self._cached(query, key, value, packed_seq_params)
         assert isinstance(packed_seq_params, PackedSegments)
@@ -122,7 +122,7 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if repeat > 1:
             key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
-        parts = [x.split(packed_seq_params.lengths, dim=2) for x in (query, key, value)]
+        parts = [torch.split(x, packed_seq_params.lengths, dim=2) for x in (query, key, value)]
         out = [
             F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
             for q, k, v in zip(*parts, strict=True)
@@ -135,9 +135,13 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
         # rows stand on the sequence axis: [K, 1, heads, d]
         keys, values = step.cache.append(self.layer_number, step.rows, key[:, 0], value[:, 0])
         visible = torch.arange(keys.shape[1], device=keys.device) <= step.cache.lengths[step.rows][:, None]
-        repeat = query.shape[2] // key.shape[2]
-        keys, values = (x.transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (keys, values))
+        # grouped queries stand on the query axis of their group: no copy of keys and values
+        grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[3])
         out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, attn_mask=visible[:, None, None, :], scale=self.softmax_scale
+            grouped,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=visible[:, None, None, :],
+            scale=self.softmax_scale,
         )
-        return out.transpose(1, 2).reshape(out.shape[0], 1, -1)
+        return out.reshape(out.shape[0], 1, -1)

@@ -31,29 +31,29 @@ class BackboneRMSNorm(torch.nn.RMSNorm):
 
 
 def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerConfig:
-    """megatron-core's TransformerConfig of a backbone; ``overrides`` are its fields (dtype, parallel sizes, recompute)."""
-    fields: dict[str, Any] = dict(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        kv_channels=config.head_dim,
-        layernorm_epsilon=config.norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+    """megatron-core's TransformerConfig; ``overrides`` are its fields (dtype, parallel sizes, recompute)."""
+    fields: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.head_dim,
+        "layernorm_epsilon": config.norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "use_cpu_initialization": not torch.cuda.is_available(),
         # gradients are sums over the global count, which the loop divides by beforehand
-        calculate_per_token_loss=True,
-    )
+        "calculate_per_token_loss": True,
+    }
     return TransformerConfig(**{**fields, **overrides})
 
 
@@ -105,17 +105,19 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings [T, E] of ids [T] int64."""
-        return self.embedding(tokens)
+        embedded: Tensor = self.embedding(tokens)
+        return embedded
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.embedding.weight.dtype
+        dtype: torch.dtype = self.embedding.weight.dtype
+        return dtype
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """States [M, E] after the final norm; x [M, E], positions restart at 0 in each segment of cu_seqlens [S + 1]."""
+        """States [M, E] after the final norm; x [M, E], positions restart in each segment of cu_seqlens [S + 1]."""
         angles = self._angles(packed_positions(cu_seqlens, x.shape[0]))
-        hidden = self.decoder(
+        hidden: Tensor = self.decoder(
             x.to(self.dtype)[:, None], None, rotary_pos_emb=angles, packed_seq_params=PackedSegments.of(cu_seqlens)
         )
         return hidden[:, 0]
@@ -131,12 +133,12 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: KeyValueCache, rows: Tensor) -> Tensor:
-        """One more position of the rows ``rows`` [K] (distinct) of the cache: x [K, E] → states [K, E]; cache is updated.
+        """One more position of the cache's (distinct) rows ``rows`` [K]: x [K, E] → states [K, E]; cache is updated.
 
         Equal to :meth:`forward` on those rows' whole sequences.
         """
         angles = self._angles(cache.lengths[rows])
-        hidden = self.decoder(
+        hidden: Tensor = self.decoder(
             x.to(self.dtype)[:, None], None, rotary_pos_emb=angles, packed_seq_params=CachedRows(cache=cache, rows=rows)
         )
         cache.lengths[rows] += 1

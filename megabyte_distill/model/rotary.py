@@ -1,4 +1,4 @@
-"""Rotary position angles, with Llama 3's frequency scaling: exact numbers for each family, independent of any library's version."""
+"""Rotary position angles, with Llama 3's frequency scaling; independent of any library's version."""
 
 from __future__ import annotations
 

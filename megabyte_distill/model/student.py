@@ -1,6 +1,6 @@
-"""The byte-level student: encoder, router, the teacher's transformer as backbone, decoder. ``forward`` and ``step`` agree.
+"""The byte-level student: encoder, router, the teacher's transformer, decoder. ``forward`` and ``step`` agree.
 
-The backbone is anything with ``forward(x [M, E], cu_chunks)``, ``init_cache(rows)`` and ``step(x [K, E], cache, rows)``:
+A backbone is anything with ``forward(x [M, E], cu_chunks)``, ``init_cache(rows)`` and ``step(x [K, E], cache, rows)``:
 megatron's layers in training, transformers' in an export. The model does not know which stage trains it.
 """
 

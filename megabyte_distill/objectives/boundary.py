@@ -23,7 +23,7 @@ def boundary_positions(row: PackedRow, cu_seqlens: Tensor) -> Tensor:
 
 
 def boundary_counts(predicted: Tensor, row: PackedRow) -> dict[str, Tensor]:
-    """Hits, predicted and gold ends over the bytes where a prediction is one: neither BOS, nor a segment's last, nor PAD.
+    """Hits, predicted and gold ends over bytes that are predictions: neither BOS, nor a segment's last, nor PAD.
 
     precision = hits / predicted, recall = hits / gold, F1 = 2 hits / (predicted + gold).
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +23,8 @@ class TokenCrossEntropy:
     The measure "bits per byte" leaves the event "the document ends" out, as everywhere in this project.
     """
 
-    weights = {"lm loss": 1.0}
-
     def __init__(self) -> None:
+        self.weights = {"lm loss": 1.0}
         self._measures: dict[str, tuple[Tensor, Tensor | int]] = {}
 
     def counts(self, row: PackedRow) -> dict[str, int]:
@@ -33,7 +33,7 @@ class TokenCrossEntropy:
 
     def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
         """Summed cross-entropy in nats; ``model`` is a Backbone, wrapped or not."""
-        module = getattr(model, "module", model)
+        module: Any = getattr(model, "module", model)
         logits = module.logits(module(module.embed(row.tokens), row.cu_chunks))
         nll = token_nll(logits, row.token_labels)
         bits = nll.detach()[text_chunks(row)].sum() / math.log(2)

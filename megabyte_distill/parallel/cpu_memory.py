@@ -1,6 +1,6 @@
 """glibc's allocator set up for training on CPU: large buffers are kept instead of being given back after every use.
 
-By default each activation of a few MB is mapped fresh and page-faulted in; keeping them halves the page faults of a step.
+By default each activation of a few MB is mapped fresh and page-faulted in; keeping them halves a step's page faults.
 Where the C library is another one, nothing happens.
 """
 

@@ -92,17 +92,18 @@ def world(
     if parallel_state.model_parallel_is_initialized():
         yield current_world()
         return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _init_torch(datetime.timedelta(minutes=timeout_minutes))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _init_torch(datetime.timedelta(minutes=timeout_minutes))
             parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
             megatron_tp.model_parallel_cuda_manual_seed(seed)
         yield current_world()
     finally:
         parallel_state.destroy_model_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def current_world() -> World:

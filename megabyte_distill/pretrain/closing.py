@@ -193,7 +193,7 @@ def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     for name, value in figures:
         say(f"  {name:<48} {'–' if value is None else f'{value:.4f}'}")
     if paths:
-        say(f"and on the first {paths['text_bytes']:,} of them, without a tokenizer:")
+        say(f"and on a sample of {paths['text_bytes']:,} of them, without a tokenizer:")
         say(f"  {'student, K = ' + str(paths['paths']) + ' paths':<48} {paths['bits_per_byte']:.4f}")
         say(f"  {'student, causal byte filter':<48} {paths['filter_bits_per_byte']:.4f}")
         say(f"  {'student, joint, gold bits':<48} {paths['gold_bits_per_byte']:.4f}")

@@ -77,9 +77,7 @@ def recipe(name: str, *, tied: bool, freeze: bool) -> set[str]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_trainable_parts_are_the_recipes(name: str, tied: bool, freeze: bool) -> None:
     student = tiny_student(tied=tied)
-    prefixes = STAGES[name].trains(
-        replace(CONFIG, freeze_backbone=freeze), replace(BACKBONE, tied_embeddings=tied)
-    )
+    prefixes = STAGES[name].trains(replace(CONFIG, freeze_backbone=freeze), replace(BACKBONE, tied_embeddings=tied))
     names = [parameter for parameter, _ in student.named_parameters()]
     assert all(any(parameter.startswith(prefix) for parameter in names) for prefix in prefixes)
     set_trainable(student, prefixes)

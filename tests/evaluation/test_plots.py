@@ -51,7 +51,7 @@ def test_metrics_without_figures_are_refused(tmp_path: Path, content: str | None
     metrics = tmp_path / "metrics.jsonl"
     if content is not None:
         metrics.write_text(content)
-    with pytest.raises(ValueError, match="metrics.jsonl"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
         plot_losses(metrics, tmp_path / "losses.png")
 
 

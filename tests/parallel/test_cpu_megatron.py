@@ -69,9 +69,9 @@ def test_everything_else_is_torchs_own() -> None:
         assert getattr(facade, name) is getattr(torch, name)
     assert facade.cuda.is_available is torch.cuda.is_available
     with pytest.raises(AttributeError):
-        facade.there_is_no_such_function
+        _ = facade.there_is_no_such_function
     with pytest.raises(AttributeError):
-        facade.cuda.there_is_no_such_function
+        _ = facade.cuda.there_is_no_such_function
 
 
 def test_device_and_streams_are_the_cpus() -> None:

@@ -48,6 +48,7 @@ def test_mistakes_are_one_error_line(finished: Path, tmp_path: Path, capsys: pyt
         for command, message in (
             ([*run, "--prompt-file", str(tmp_path / "bad")], "byte 254 (0xFE) at offset 3"),
             ([*run, "--prompt-file", str(tmp_path / "missing")], "missing"),
+            ([*run, "--prompt", "ab\udcff"], "byte 255 (0xFF) at offset 2"),
             ([*run, "--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
             ([*run, "--prompt", "a", "--top-p", "0"], "top_p is 0.0"),
             ([*run, "--prompt", "a", "--top-k", "-2"], "top_k is -2"),
