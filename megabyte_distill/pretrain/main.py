@@ -145,7 +145,8 @@ def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
                 reason = runner.run(name)
                 if reason is not StopReason.DONE:
                     if ranks.is_main:
-                        say(f" stopped ({reason.value}); the same command goes on from here")
+                        who = f", {stop.received}" if stop.received else ""
+                        say(f" stopped ({reason.value}{who}); the same command goes on from here")
                     return False
     finally:
         writer.close()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +22,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
+
+from megabyte_distill.training.save_processes import tied_to_this_process
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "loop_state.json"
@@ -89,17 +89,6 @@ def _fsync(path: Path) -> None:
 def _fsync_tree(folder: Path) -> None:
     for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
         _fsync(path)
-
-
-def _report_within_the_process() -> None:
-    """Let megatron's writers hand their results back through a queue of this process.
-
-    Megatron starts a manager process for it, which only saving in the background needs. A SIGTERM to the process group
-    (what torchrun sends) ends that process, and the save that the signal asked for fails; a SIGKILL of ours leaves it
-    behind for ever.
-    """
-    if "_results_queue" in vars(filesystem_async) and filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
@@ -171,8 +160,8 @@ def save_checkpoint(
         state: dict[str, Any] = {"model": weights, "rng": torch.get_rng_state()}
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False)
-        _report_within_the_process()
-        dist_checkpointing.save(state, str(partial))
+        with tied_to_this_process():
+            dist_checkpointing.save(state, str(partial))
         if main:
             _write_atomically(partial / STATE_FILE, json.dumps(dict(loop), indent=1))
             for name, text in texts.items():

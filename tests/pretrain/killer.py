@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -40,8 +41,13 @@ def progress(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def is_saving(run: Path) -> bool:
-    return any(run.glob("*/*.incomplete"))
+def saves_begun(run: Path) -> set[tuple[str, int]]:
+    """Unfinished saves, each by its folder and inode."""
+    found = set()
+    for path in run.glob("*/*.incomplete"):
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            found.add((str(path), path.stat().st_ino))
+    return found
 
 
 def kill_at_random(run: Path, flags: list[str], choose: random.Random) -> str | None:
@@ -49,8 +55,9 @@ def kill_at_random(run: Path, flags: list[str], choose: random.Random) -> str | 
     during_save = choose.random() < 0.5
     wanted = progress(run) + choose.choice((0, 0, 1, 1, 2))
     pause = choose.uniform(0.0, 0.02 if during_save else 0.15)
+    before = saves_begun(run)
     child, started = start(flags), time.monotonic()
-    while progress(run) < wanted or (during_save and not is_saving(run)):
+    while progress(run) < wanted or (during_save and saves_begun(run) <= before):
         if has_ended(child):
             return None
         if time.monotonic() - started > PATIENCE:
@@ -62,7 +69,7 @@ def kill_at_random(run: Path, flags: list[str], choose: random.Random) -> str | 
         return None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return "save" if is_saving(run) else "elsewhere"
+    return "elsewhere" if saves_begun(run) <= before else "save"
 
 
 def kill_and_finish(run: Path, kills: int, seed: int, flags: list[str]) -> dict[str, object]:

@@ -1,0 +1,71 @@
+"""The end of a finished run: summary.json, the table, the plots, and a second start that only prints them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.job import Job
+
+PROMISED = (
+    "teacher_bits_per_byte",
+    "student_bits_per_byte",
+    "retention",
+    "stage1_retention",
+    "boundary_f1",
+    "alignment_mse_relative",
+    "seconds",
+)
+
+
+@pytest.fixture(scope="module")
+def closed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("closed") / "run"
+    assert job.run(run, "--summary-bytes", "1500") == 0
+    return run
+
+
+def test_summary_holds_every_promised_figure(closed: Path) -> None:
+    summary = json.loads((closed / "summary.json").read_text())
+    assert all(math.isfinite(summary[name]) for name in PROMISED)
+    assert summary["retention"] == pytest.approx(summary["teacher_bits_per_byte"] / summary["student_bits_per_byte"])
+    assert summary["bytes_per_stage"] == dict.fromkeys(("1a", "1b", "1c", "2a", "2b"), 4 * 2 * 256)
+    assert summary["paths"]["paths"] == 4
+    assert summary["unigram_bits_per_byte"] > 0
+
+
+def test_plots_are_images(closed: Path) -> None:
+    for name in ("losses.png", "boundaries.png"):
+        assert (closed / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_start_prints_the_summary_and_trains_nothing(
+    job: Job, closed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in closed.rglob("*.distcp")}
+    assert job.run(closed, "--summary-bytes", "1500") == 0
+    shown = capsys.readouterr().out
+    assert "bits per byte on" in shown and "retention" in shown and "is complete" in shown
+    assert {path: path.stat().st_mtime_ns for path in closed.rglob("*.distcp")} == before
+
+
+def test_more_updates_replace_the_summary(job: Job, closed: Path) -> None:
+    before = json.loads((closed / "summary.json").read_text())
+    assert job.run(closed, "--summary-bytes", "1500", "--2b.train-iters", "6") == 0
+    after = json.loads((closed / "summary.json").read_text())
+    assert after["bytes_per_stage"]["2b"] == 6 * 2 * 256
+    assert after["student_bits_per_byte"] != before["student_bits_per_byte"]
+
+
+def test_fresh_starts_over(job: Job, closed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.run(closed, "--summary-bytes", "0", "--fresh", "--stages", "1a") == 0
+    assert "starts from teacher" in capsys.readouterr().out
+    assert not (closed / "summary.json").exists() and not (closed / "2b").exists()
+
+
+def test_no_summary_before_the_decoder_is_trained(job: Job, tmp_path: Path) -> None:
+    assert job.run(tmp_path / "run", "--summary-bytes", "1500", "--stages", "1a") == 0
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -1,0 +1,70 @@
+"""Ctrl-C and kill: the job finishes its update, saves and says so; the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.job import ROOT, SCRIPT, Job, assert_same_run, environment, torchrun
+
+LONG = ("--1a.train-iters", "2000", "--1a.eval-interval", "0", "--1a.save-interval", "0", "--stages", "1a")
+PATIENCE = 120.0
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A job in its own process group; whatever is left of it at the end is killed."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment(),
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_updates(run: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    path = run / "metrics.jsonl"
+    while not (path.exists() and path.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_plain_process_stops_with_a_checkpoint_and_exit_code_0(
+    job: Job, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    with started([sys.executable, str(SCRIPT), *job.flags(run, *LONG)]) as process:
+        wait_for_updates(run, process)
+        os.killpg(process.pid, number)  # as a terminal and as torchrun do: to the group
+        printed, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, printed
+    assert f"stopped (signal, {number.name}" in printed
+    assert "the same command goes on from here" in printed
+    assert (run / "1a" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_torchrun_passes_the_signal_on_and_the_run_goes_on(job: Job, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = job.flags(run)
+    with started(torchrun(str(SCRIPT), *flags)) as process:
+        wait_for_updates(run, process)
+        os.kill(process.pid, signal.SIGTERM)
+        printed, _ = process.communicate(timeout=PATIENCE)
+    assert "stopped (signal, SIGTERM" in printed, printed
+    assert job.run(run) == 0
+    assert_same_run(run, finished)
