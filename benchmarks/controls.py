@@ -4,9 +4,9 @@
     python benchmarks/controls.py                 # about a quarter of the demo's bytes a run, three seeds
     python benchmarks/controls.py --quick         # under a minute: shows that it runs, its figures mean nothing
 
-All arms see the same number of bytes in training: the updates of a step left out go to 2a, the model from scratch
-spends all of them in 2b (everything trains, random backbone of the same size). The measure is joint bits per byte on the
-held-out works. A difference counts where it is above twice the spread (standard deviation over seeds, pooled). The last
+All arms see the same number of bytes in training: the updates of a step left out go to 2a, the model from
+scratch spends all of them in 2b (everything trains, random backbone of the same size). The measure is joint bits
+per byte on the held-out works. A difference counts where it is above twice the spread (standard deviation over seeds, pooled). The last
 line is one JSON object.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megabyte_distill.config import PRESETS, STAGE_ORDER
+from megabyte_distill.config import PRESETS, STAGE_ORDER  # noqa: E402 - after the path is set
 
 ARMS = ("student", "without 1a", "without 1b", "from scratch")
 SCRATCH_LR = ("--2b.lr", "3e-3", "--2b.backbone-lr", "3e-3")
@@ -86,7 +86,7 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         *("--load", str(load), "--save", str(root), "--seed", str(seed)),
         *("--train-data-path", *data["train_data_path"], "--valid-data-path", *data["valid_data_path"]),
         *("--eval-iters", "0", "--save-interval", "0", "--log-interval", "50"),
-        *("--summary-bytes", str(args.summary_bytes)),
+        *("--summary-bytes", str(args.summary_bytes), "--summary-paths", "0"),
         *arm_flags(arm, iterations(args.scale)),
         *(["--seq-length", "512"] if args.quick else []),
     ]

@@ -92,7 +92,7 @@ def build_student(config: ModelConfig, *, document_mask: bool = True, backbone: 
 def load_student(root: Path, stage: str | None = None, *, iteration: int | None = None) -> LoadedStudent:
     """The student of a run after a stage (default: the last complete one), in evaluation mode.
 
-    ValueError where the folder is no run or the stage is not there. Needs process groups (parallel.process_groups.world).
+    ValueError where the folder is no run or the stage is not there. Needs process groups (process_groups.world).
     """
     if not root.is_dir() or not is_run(root):
         raise ValueError(f"{root} is not a run: expected a folder written by training, with {TEACHER_FILE} in it")

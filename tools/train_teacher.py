@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a small Llama-architecture teacher from scratch: byte-level BPE, then next-token prediction, then a Hugging Face folder.
+"""Train a small Llama teacher from scratch: byte-level BPE, next-token prediction, a Hugging Face folder.
 
 The embedded teacher in examples/tiny/teacher was made by
 

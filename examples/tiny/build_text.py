@@ -1,8 +1,9 @@
 """Rebuild examples/tiny/*.jsonl.xz from two Debian packages: one JSON line a chapter, keys text, work, part.
 
-    apt-get download r-cran-janeaustenr bible-kjv-text bible-kjv    # then: dpkg-deb -x or install the two bible packages
+    apt-get install bible-kjv bible-kjv-text
+    apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr*.deb X
     pip install rdata
-    python examples/tiny/build_text.py --janeaustenr DIR_OF_data/ --output-dir examples/tiny
+    python examples/tiny/build_text.py --janeaustenr X/usr/lib/R/site-library/janeaustenr/data --output-dir examples/tiny
 
 Sources: the six novels of Jane Austen as packaged in janeaustenr 1.0.0 (Project Gutenberg's public-domain texts), and
 the King James Version as packaged in bible-kjv-text (public domain). Paragraphs are unwrapped to one line each and
@@ -92,7 +93,9 @@ def main() -> None:
     documents = [*austen_documents(args.janeaustenr), *bible_documents()]
     print(sorted({d["work"] for d in documents}))
     write(args.output_dir / "train.jsonl.xz", [d for d in documents if d["work"] not in HELD_OUT])
-    write(args.output_dir / "heldout.jsonl.xz", interleave([[d for d in documents if d["work"] == w] for w in HELD_OUT]))
+    write(
+        args.output_dir / "heldout.jsonl.xz", interleave([[d for d in documents if d["work"] == w] for w in HELD_OUT])
+    )
 
 
 if __name__ == "__main__":

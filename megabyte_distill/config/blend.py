@@ -11,22 +11,22 @@ DEFAULT_SPLIT = "969,30,1"
 
 @dataclass(frozen=True, slots=True)
 class BlendEntry:
-    """One data set of a blend. ``weight`` is as given, not normalised."""
+    """One data set of a blend. ``weight`` is as given, not normalised; None counts the set by its bytes."""
 
-    weight: float
+    weight: float | None
     stem: str
 
 
 def parse_blend(words: Sequence[str]) -> tuple[BlendEntry, ...]:
-    """``stem`` or ``w1 stem1 w2 stem2 …`` as entries; nothing gives nothing. ValueError says what is expected."""
-    if len(words) == 1:
-        return (BlendEntry(1.0, words[0]),)
+    """``stem1 stem2 …`` or ``w1 stem1 w2 stem2 …`` as entries; nothing gives nothing. ValueError for a mixture."""
+    if not any(_reads_as_number(word) for word in words):
+        return tuple(BlendEntry(None, word) for word in words)
     if len(words) % 2:
-        raise ValueError(f"got {len(words)} words, expected one stem, or pairs: weight stem weight stem …")
+        raise ValueError(f"got {len(words)} words, expected stems only, or pairs: weight stem weight stem …")
     entries = []
     for word, stem in zip(words[::2], words[1::2], strict=True):
         weight = _number(word)
-        if weight is None or weight <= 0:
+        if weight is None or weight <= 0 or _reads_as_number(stem):
             raise ValueError(f"got {word!r} where the weight of {stem!r} stands, expected a number above 0")
         entries.append(BlendEntry(weight, stem))
     return tuple(entries)
@@ -42,6 +42,15 @@ def parse_split(text: str | None) -> tuple[float, float, float]:
     numbers += [0.0] * (3 - len(numbers))
     total = sum(numbers)
     return numbers[0] / total, numbers[1] / total, numbers[2] / total
+
+
+def _reads_as_number(word: str) -> bool:
+    """True also for nan and inf: nobody's data set is called that."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(word: str) -> float | None:

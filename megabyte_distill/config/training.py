@@ -119,6 +119,11 @@ class RunConfig:
     summary_bytes: int = option(
         0, "held-out bytes on which the closing summary is measured; 0 writes none", unit="bytes", low=0
     )
+    summary_paths: int = option(
+        4,
+        "K of the summary's figures without a tokenizer (K boundary histories side by side); 0 leaves them out",
+        low=0,
+    )
     max_nan_iterations: int = option(
         3, "stop at this many updates in a row without a finite loss and gradient", unit="updates", low=1
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.config.blend import parse_blend
 from megabyte_distill.data.alignment import boundary_bits, check_rebuild
 from megabyte_distill.data.formats import IndexedReader
 from megabyte_distill.data.manifest import Manifest, StoredPaths
@@ -133,54 +133,25 @@ class ByteTokenDataset:
         return Document(byte_ids, tokens, boundary_bits(tokens, self.table))
 
 
-def split_documents(documents: int, split: str) -> tuple[range, range, range]:
-    """Contiguous ranges for training, validation and test, by weights such as "969,30,1" (missing ones are 0).
+def split_documents(documents: int, shares: tuple[float, float, float]) -> tuple[range, range, range]:
+    """Contiguous ranges for training, validation and test (``config.blend.parse_split`` gives the shares).
 
-    ValueError for a malformed split. Held-out quality should be read on whole works: give them as their own data set.
+    Held-out quality should be read on whole works: give them as their own data set.
     """
-    try:
-        weights = [float(part) for part in split.split(",")]
-    except ValueError:
-        weights = []
-    if not 1 <= len(weights) <= 3 or any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
-        raise ValueError(f"--split {split}: expected up to three weights that are not negative, such as 969,30,1")
-    weights += [0.0] * (3 - len(weights))
-    cuts = [0, *(round(documents * sum(weights[: i + 1]) / sum(weights)) for i in range(3))]
+    cuts = [0, *(round(documents * sum(shares[: i + 1]) / sum(shares)) for i in range(3))]
     return range(cuts[0], cuts[1]), range(cuts[1], cuts[2]), range(cuts[2], cuts[3])
-
-
-def parse_blend(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Stems and weights of ``--data-path [w1] p1 [w2] p2 …``; weights None where none is given.
-
-    ValueError for a mixture of both, and for weights that are not positive and finite.
-    """
-
-    def number(text: str) -> float | None:
-        try:
-            return float(text)
-        except ValueError:
-            return None
-
-    if not data_path:
-        raise ValueError("--data-path: expected at least one stem PREFIX_KEY_document")
-    numbers = [number(part) for part in data_path]
-    if all(value is None for value in numbers):
-        return list(data_path), None
-    shape = [value is not None for value in numbers]
-    if shape != [i % 2 == 0 for i in range(len(shape))] or len(shape) % 2:
-        raise ValueError(f"--data-path {' '.join(data_path)}: expected weight stem weight stem …, or stems only")
-    weights = [value for value in numbers[::2] if value is not None]
-    if any(not math.isfinite(w) or w <= 0 for w in weights):
-        raise ValueError(f"--data-path: weights {weights}, expected positive numbers")
-    return list(data_path[1::2]), weights
 
 
 def open_blend(
     data_path: Sequence[str], *, tokenizer_hash: str | None = None
 ) -> tuple[list[ByteTokenDataset], list[float]]:
     """The data sets of ``--data-path`` and their weights; without weights, each counts by its bytes."""
-    stems, weights = parse_blend(data_path)
-    datasets = [ByteTokenDataset(stem, tokenizer_hash=tokenizer_hash) for stem in stems]
-    if weights is None:
-        weights = [float(max(1, dataset.manifest.bytes)) for dataset in datasets]
+    entries = parse_blend(data_path)
+    if not entries:
+        raise ValueError("--data-path: expected at least one stem PREFIX_KEY_document")
+    datasets = [ByteTokenDataset(entry.stem, tokenizer_hash=tokenizer_hash) for entry in entries]
+    weights = [
+        float(max(1, dataset.manifest.bytes)) if entry.weight is None else entry.weight
+        for entry, dataset in zip(entries, datasets, strict=True)
+    ]
     return datasets, weights

@@ -1,7 +1,7 @@
 """The one bits-per-byte accounting: which predictions of a packed row count as text, each byte of text exactly once.
 
-A segment's last prediction does not count: at a document's end it is the event "the document ends" (left out for teacher
-and student alike, reported apart), at a cut it is repeated by the next segment, which starts with BOS again.
+A segment's last prediction does not count: at a document's end it is the event "the document ends" (left out for
+teacher and student alike, reported apart), at a cut it is repeated by the next segment, which starts with BOS again.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.curriculum.stages import STAGES
-from megabyte_distill.data.dataset import ByteTokenDataset, open_blend
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
 from megabyte_distill.evaluation.held_out import held_out_rows
@@ -22,7 +21,7 @@ from megabyte_distill.evaluation.plots import plot_boundaries, plot_losses
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.pretrain.prepare import Prepared
+from megabyte_distill.pretrain.prepare import Prepared, data_sets
 from megabyte_distill.runs import GENERATES_FROM, load_run_teacher, load_student, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
@@ -55,7 +54,8 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
 
     The main rank works alone; the others wait.
     """
-    if world.is_main and settings.run.summary_bytes and _finished(prepared.root):
+    wanted = settings.run.summary_bytes > 0 and not settings.data.mock_data and _finished(prepared.root)
+    if world.is_main and wanted:
         summary = _measure(settings, prepared)
         path = prepared.root / SUMMARY_FILE
         temporary = path.with_name(f"{path.name}.tmp")
@@ -86,32 +86,28 @@ def _finished(root: Path) -> bool:
     return all(p.is_complete for p in progress) and any(p.stage in GENERATES_FROM for p in progress)
 
 
-def _valid_sets(settings: Settings, prepared: Prepared) -> list[ByteTokenDataset]:
-    path = settings.data.valid_data_path or settings.data.data_path
-    return open_blend(path, tokenizer_hash=prepared.token_bytes.hash)[0]
-
-
 def _measure(settings: Settings, prepared: Prepared) -> dict[str, Any]:
     root = prepared.root
+    (training, _), (held_out, _) = data_sets(settings, prepared)
     say(f" measuring on held-out text ({settings.run.summary_bytes:,} bytes) …")
     loaded = load_student(root)
     config = settings.stages.get(loaded.stage) or next(iter(settings.stages.values()))
     rows = held_out_rows(
-        _valid_sets(settings, prepared),
+        held_out,
         row_bytes=config.seq_length,
         chunk_bucket=config.chunk_bucket,
         max_bytes=settings.run.summary_bytes,
     )
     has_stage1 = stage_progress(root, "1b") is not None
-    training = open_blend(settings.data.train_data_path or settings.data.data_path)[0]
     evaluation = evaluate_run(
         loaded.student,
         load_run_teacher(root, prepared.teacher).backbone.eval(),
         rows,
         stage1_student=load_student(root, "1b").student if has_stage1 else None,
         unigram=unigram_nll(token_counts(training), prepared.token_bytes),
+        paths=settings.run.summary_paths,
     )
-    stages = _stage_rows(root, evaluation)
+    stages = _stage_rows(root)
     sample = generate(
         loaded.student,
         ["The "],
@@ -135,7 +131,7 @@ def _last_validation(root: Path) -> dict[str, dict[str, float]]:
     return records
 
 
-def _stage_rows(root: Path, evaluation: Evaluation) -> list[StageRow]:
+def _stage_rows(root: Path) -> list[StageRow]:
     validation = _last_validation(root)
     rows = []
     for name, stage in STAGES.items():

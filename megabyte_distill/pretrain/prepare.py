@@ -165,32 +165,38 @@ def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None)
     return find_checkpoint(prepared.teacher, ckpt_step), "teacher"
 
 
-def _open(data_path: tuple[str, ...], prepared: Prepared) -> tuple[list[ByteTokenDataset], list[float]]:
-    return open_blend(data_path, tokenizer_hash=prepared.token_bytes.hash)
+WeightedSets = tuple[list[ByteTokenDataset], list[float]]
+"""Data sets of a blend and their weights."""
+
+
+def data_sets(settings: Settings, prepared: Prepared) -> tuple[WeightedSets, WeightedSets]:
+    """(training, held-out) data sets of the command line; a set whose share of ``--split`` is empty is left out.
+
+    ValueError where data and teacher do not belong together or files are damaged.
+    """
+    data, tokenizer_hash = settings.data, prepared.token_bytes.hash
+    if not data.data_path:
+        train = open_blend(data.train_data_path, tokenizer_hash=tokenizer_hash)
+        return train, open_blend(data.valid_data_path, tokenizer_hash=tokenizer_hash)
+    datasets, weights = open_blend(data.data_path, tokenizer_hash=tokenizer_hash)
+    parts: tuple[WeightedSets, WeightedSets] = ([], []), ([], [])
+    for dataset, weight in zip(datasets, weights, strict=True):
+        for (sets, kept), documents in zip(parts, split_documents(len(dataset), data.split_shares)[:2], strict=True):
+            if len(documents):
+                sets.append(dataset.subset(documents))
+                kept.append(weight)
+    return parts
 
 
 def row_streams(
     settings: Settings, config: StageConfig, prepared: Prepared, stage: str
 ) -> tuple[RowStream, RowStream | None]:
-    """(training rows, held-out rows or None) of a stage. Each stage reads its data in another order.
-
-    ValueError where data and teacher do not belong together or files are damaged.
-    """
-    data, seed = settings.data, settings.run.seed + 1000 * (1 + STAGE_ORDER.index(stage))
+    """(training rows, held-out rows or None) of a stage. Each stage reads its data in another order."""
+    seed = settings.run.seed + 1000 * (1 + STAGE_ORDER.index(stage))
     size = {"row_bytes": config.seq_length, "chunk_bucket": config.chunk_bucket}
-    if data.mock_data:
+    if settings.data.mock_data:
         vocab_size = prepared.model_config.backbone.vocab_size
         return MockRowStream(vocab_size, seed=seed, **size), MockRowStream(vocab_size, seed=1, **size)
-    if data.data_path:
-        datasets, weights = _open(data.data_path, prepared)
-        shares = ",".join(str(share) for share in data.split_shares)
-        splits = [split_documents(len(dataset), shares) for dataset in datasets]
-        train = [dataset.subset(split[0]) for dataset, split in zip(datasets, splits, strict=True)]
-        valid = [dataset.subset(split[1]) for dataset, split in zip(datasets, splits, strict=True)]
-        held_out = [(dataset, weight) for dataset, weight in zip(valid, weights, strict=True) if len(dataset)]
-        valid, valid_weights = [d for d, _ in held_out], [w for _, w in held_out]
-    else:
-        train, weights = _open(data.train_data_path, prepared)
-        valid, valid_weights = _open(data.valid_data_path, prepared)
-    held_out_rows = RowStream(valid, valid_weights, seed=1, **size) if valid else None
+    (train, weights), (held_out, held_out_weights) = data_sets(settings, prepared)
+    held_out_rows = RowStream(held_out, held_out_weights, seed=1, **size) if held_out else None
     return RowStream(train, weights, seed=seed, **size), held_out_rows

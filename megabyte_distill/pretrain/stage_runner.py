@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,13 +119,3 @@ class StageRunner:
             "document_mask": self.settings.model.document_mask,
             "tokenizer_hash": self.prepared.token_bytes.hash,
         }
-
-
-def remaining_bytes(settings: Settings, root: Path) -> int:
-    """Bytes of training that the selected stages still have before them."""
-    total = 0
-    for name, config in settings.stages.items():
-        progress = stage_progress(root, name)
-        done = 0 if progress is None else progress.iteration
-        total += max(0, config.train_iters - done) * config.bytes_per_update
-    return total

@@ -7,8 +7,9 @@ import pytest
 from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
 
 
-def test_one_stem_has_weight_one_and_none_is_no_blend() -> None:
-    assert parse_blend(["a"]) == (BlendEntry(1.0, "a"),)
+def test_stems_without_weights_and_none_is_no_blend() -> None:
+    assert parse_blend(["a"]) == (BlendEntry(None, "a"),)
+    assert parse_blend(["a", "b"]) == (BlendEntry(None, "a"), BlendEntry(None, "b"))
     assert parse_blend([]) == ()
 
 
@@ -16,7 +17,20 @@ def test_extreme_weights_are_kept() -> None:
     assert parse_blend(["1e-6", "a", "1", "b"]) == (BlendEntry(1e-6, "a"), BlendEntry(1.0, "b"))
 
 
-@pytest.mark.parametrize("words", [["a", "b", "c"], ["a", "b"], ["-1", "b"], ["nan", "b"], ["inf", "b"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["1"],
+        ["1", "a", "b"],
+        ["a", "1"],
+        ["1", "a", "2"],
+        ["1", "2"],
+        ["0", "a"],
+        ["-1", "b"],
+        ["nan", "b"],
+        ["inf", "b"],
+    ],
+)
 def test_a_wrong_blend_is_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_blend(words)

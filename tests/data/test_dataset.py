@@ -9,7 +9,8 @@ import pytest
 
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data import tokenizers
-from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, parse_blend, split_documents
+from megabyte_distill.config.blend import parse_split
+from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import IndexedReader, IndexedWriter
 from megabyte_distill.data.manifest import StoredPaths
 from megabyte_distill.data.sampler import RowStream
@@ -133,25 +134,11 @@ def test_a_manifest_of_another_version_is_refused(store: Store) -> None:
 def test_split_covers_every_document_once() -> None:
     for count in (0, 1, 2, 3, 10, 1000, 999_999):
         for split in ("969,30,1", "1", "0,1,0", "0.5,0.5", "1,1,1"):
-            parts = split_documents(count, split)
+            parts = split_documents(count, parse_split(split))
             assert [index for part in parts for index in (part.start, part.stop) if part][0:1] in ([], [0])
             assert sum(map(len, parts)) == count
             assert parts[0].stop == parts[1].start and parts[1].stop == parts[2].start and parts[2].stop == count
-    assert split_documents(1000, "969,30,1") == (range(0, 969), range(969, 999), range(999, 1000))
-
-
-@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0", "nan"])
-def test_bad_splits_are_refused(split: str) -> None:
-    with pytest.raises(ValueError, match="--split"):
-        split_documents(10, split)
-
-
-def test_blends_are_parsed() -> None:
-    assert parse_blend(["a"]) == (["a"], None) and parse_blend(["a", "b"]) == (["a", "b"], None)
-    assert parse_blend(["0.3", "a", "1e-6", "b"]) == (["a", "b"], [0.3, 1e-6])
-    for bad in ([], ["1"], ["1", "a", "b"], ["a", "1"], ["1", "a", "2"], ["0", "a"], ["-1", "a"], ["inf", "a"]):
-        with pytest.raises(ValueError, match="--data-path"):
-            parse_blend(bad)
+    assert split_documents(1000, parse_split("969,30,1")) == (range(0, 969), range(969, 999), range(999, 1000))
 
 
 def test_without_weights_a_set_counts_by_its_bytes(store: Store) -> None:

@@ -47,8 +47,9 @@ def test_certain_mistakes_are_dear_but_finite_in_value_and_gradient() -> None:
     p = torch.tensor([0.0, 1.0, 0.0, 1.0], requires_grad=True)
     loss = boundary_bce(p, torch.tensor([True, False, False, True]))
     loss.sum().backward()
-    assert loss.isfinite().all() and (loss[:2] > 13).all() and (loss[2:] < 1e-5).all()
-    assert p.grad is not None and p.grad.isfinite().all()
+    # torch's own guard stands at 100 nats and a slope of 1e12, which one byte would spend a whole update's clipping on
+    assert ((loss[:2] > 13) & (loss[:2] < 17)).all() and (loss[2:] < 1e-5).all()
+    assert p.grad is not None and bool((p.grad.abs() <= 2e6).all())
 
 
 def test_bce_is_computed_in_fp32() -> None:

@@ -29,7 +29,28 @@ SCRIPT = ROOT / "examples" / "pretrain_byte_kd.sh"
 STAGES = ("1a", "1b", "1c", "2a", "2b")
 TIMES = ("time", "bytes/s")
 """What a record of metrics.jsonl has beside what must be equal."""
-WORDS = "the old house stood on a hill and nobody in town knew why its door was never shut at night".split()
+WORDS = [
+    "the",
+    "old",
+    "house",
+    "stood",
+    "on",
+    "a",
+    "hill",
+    "and",
+    "nobody",
+    "in",
+    "town",
+    "knew",
+    "why",
+    "its",
+    "door",
+    "was",
+    "never",
+    "shut",
+    "at",
+    "night",
+]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Starts a job again and again and kills it, in forks of one process so that a start costs no imports.
 
-    python -m tests.pretrain.killer RUN KILLS SEED FLAG…        prints one JSON object
+python -m tests.pretrain.killer RUN KILLS SEED FLAG…        prints one JSON object
 """
 
 from __future__ import annotations
