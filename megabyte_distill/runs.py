@@ -82,11 +82,11 @@ def last_stage(root: Path) -> StageProgress:
     return found[-1]
 
 
-def build_student(config: ModelConfig, *, document_mask: bool = True, backbone: Backbone | None = None) -> Student:
+def build_student(config: ModelConfig, backbone: Backbone | None = None) -> Student:
     """A student with fresh weights in megatron's layers (or around the given backbone)."""
     assert config.byte_side is not None
     host = backbone or Backbone(config.backbone, transformer_config(config.backbone))
-    return Student(config.byte_side, host, document_mask=document_mask)
+    return Student(config.byte_side, host)
 
 
 def load_student(root: Path, stage: str | None = None, *, iteration: int | None = None) -> LoadedStudent:
@@ -99,7 +99,7 @@ def load_student(root: Path, stage: str | None = None, *, iteration: int | None 
     name = stage or last_stage(root).stage
     checkpoint = find_checkpoint(root / name, iteration)
     config = read_model_config(root)
-    student = build_student(config, document_mask=bool(read_loop_state(checkpoint).get("document_mask", True)))
+    student = build_student(config)
     load_checkpoint(checkpoint, student)
     return LoadedStudent(
         student=student.eval(),

@@ -65,11 +65,10 @@ def tiny_student(
     mixer: ByteMixer = ByteMixer.CONV,
     mode: DechunkMode = DechunkMode.HARD,
     *,
-    document_mask: bool = True,
     tied: bool = False,
 ) -> Student:
     config = replace(BYTE_SIDE, byte_mixer=mixer, dechunk_mode=mode)
-    student = Student(config, tiny_backbone(tied_embeddings=tied), document_mask=document_mask)
+    student = Student(config, tiny_backbone(tied_embeddings=tied))
     nn.init.normal_(student.byte_decoder.residual.get_parameter("weight"), std=0.2)
     return student
 

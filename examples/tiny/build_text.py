@@ -3,7 +3,7 @@
     apt-get install bible-kjv bible-kjv-text
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr*.deb X
     pip install rdata
-    python examples/tiny/build_text.py --janeaustenr X/usr/lib/R/site-library/janeaustenr/data --output-dir examples/tiny
+    python examples/tiny/build_text.py --janeaustenr X/usr/lib/R/site-library/janeaustenr/data
 
 Sources: the six novels of Jane Austen as packaged in janeaustenr 1.0.0 (Project Gutenberg's public-domain texts), and
 the King James Version as packaged in bible-kjv-text (public domain). Paragraphs are unwrapped to one line each and

@@ -26,13 +26,13 @@ class BoundaryLearning:
 
     def counts(self, row: PackedRow) -> dict[str, int]:
         """Bytes that are not a segment's last."""
-        return {LOSS: int(boundary_positions(row, row.cu_seqlens).sum())}
+        return {LOSS: int(boundary_positions(row).sum())}
 
     def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
         """Summed over those bytes, in nats."""
         p = model(row, parts=Parts.ENCODER | Parts.ROUTER).p
         self._measures = {MEASURE: f1_pair(decide(p.detach(), row.byte_ids), row)}
-        return {LOSS: boundary_bce(p, row.bits)[boundary_positions(row, row.cu_seqlens)].sum()}
+        return {LOSS: boundary_bce(p, row.bits)[boundary_positions(row)].sum()}
 
     def measures(self) -> Sums:
         """F1 of the router's ends."""

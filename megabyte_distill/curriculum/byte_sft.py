@@ -35,7 +35,7 @@ class ByteSft:
         """Bytes that predict something, and those whose boundary is a prediction."""
         counts = {BYTE_LOSS: int(row.loss_mask.sum())}
         if ROUTER_LOSS in self.weights:
-            counts[ROUTER_LOSS] = int(boundary_positions(row, row.cu_seqlens).sum())
+            counts[ROUTER_LOSS] = int(boundary_positions(row).sum())
         return counts
 
     def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ class ByteSft:
         losses = {BYTE_LOSS: nll[row.loss_mask].sum()}
         self._measures = {MEASURE: joint_bits_pair(nll, row)}
         if ROUTER_LOSS in self.weights:
-            mask = boundary_positions(row, row.cu_seqlens)
+            mask = boundary_positions(row)
             losses[ROUTER_LOSS] = boundary_bce(outputs.p, row.bits)[mask].sum()
             self._measures["boundary f1"] = f1_pair(decide(outputs.p.detach(), row.byte_ids), row)
         return losses

@@ -53,6 +53,21 @@ class PackedRow:
         return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 
+def without_document_mask(row: PackedRow) -> PackedRow:
+    """The same row with all its text as one segment (the paper's way): documents in it see each other.
+
+    PAD and the padding of the bucket stay apart. Do it row by row, before rows are joined to a micro-batch.
+    """
+    used, chunks = int(row.loss_mask.sum()), int(row.token_mask.sum())
+    size, capacity = row.byte_ids.shape[0], row.tokens.shape[0]
+    nothing = np.zeros(1, dtype=np.int64)
+    return replace(
+        row,
+        cu_seqlens=_offsets(nothing, used, size),
+        cu_chunks=_offsets(nothing, chunks, chunks + int(used < size), capacity),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """A run of whole tokens of one document, without BOS; empty for an empty document."""

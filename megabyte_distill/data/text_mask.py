@@ -22,12 +22,14 @@ def not_last(cu_seqlens: Tensor, length: int) -> Tensor:
 
 def text_positions(row: PackedRow) -> Tensor:
     """[P] bool: positions whose label is a byte of text. Their number is the row's text in bytes."""
-    return row.loss_mask & not_last(row.cu_seqlens, row.byte_ids.shape[0])
+    is_byte = row.loss_mask & (row.labels != END_OF_DOCUMENT_CLASS)
+    return is_byte & not_last(row.cu_seqlens, row.byte_ids.shape[0])
 
 
 def text_chunks(row: PackedRow) -> Tensor:
     """[M] bool: gold chunks whose label is a token of text; the tokens spell the bytes of :func:`text_positions`."""
-    return row.token_mask & not_last(row.cu_chunks, row.tokens.shape[0])
+    is_token = row.token_mask & ~row.token_ends_document
+    return is_token & not_last(row.cu_chunks, row.tokens.shape[0])
 
 
 def document_end_positions(row: PackedRow) -> Tensor:

@@ -106,10 +106,9 @@ class StudentState:
 class Student(nn.Module):
     """A distribution over (byte, boundary bit) sequences around a given backbone."""
 
-    def __init__(self, config: ByteSideConfig, backbone: nn.Module, *, document_mask: bool = True) -> None:
+    def __init__(self, config: ByteSideConfig, backbone: nn.Module) -> None:
         super().__init__()
         self.byte_side_config = config
-        self.document_mask = document_mask
         # not "decoder": megatron's schedules take a module of that name for a transformer block
         self.byte_encoder = ByteEncoder(config)
         self.router = Router(config)
@@ -125,23 +124,10 @@ class Student(nn.Module):
     def set_input_tensor(self, tensor: Any) -> None:
         """Megatron's schedules call it; without pipeline stages there is nothing to receive."""
 
-    def segments(self, row: ByteRow) -> Tensor:
-        """cu_seqlens [S + 1] in force: the row's documents or, without document mask, its runs of text and of PAD.
-
-        A micro-batch of several rows has PAD in its middle too; without document mask a row that is full to its last
-        byte runs on into the next.
-        """
-        if self.document_mask:
-            return row.cu_seqlens
-        mask = row.loss_mask
-        inner = (mask[1:] != mask[:-1]).nonzero()[:, 0] + 1
-        edges = torch.nn.functional.pad(inner, (1, 0))
-        return torch.nn.functional.pad(edges, (0, 1), value=mask.shape[0]).to(torch.int32)
-
     def forward(self, row: ByteRow, boundaries: Boundaries | None = None, parts: Parts = Parts.ALL) -> StudentOutputs:
         """Run ``parts`` over a packed row with the given boundaries (default: gold)."""
         boundaries = boundaries or Gold()
-        cu_seqlens = self.segments(row)
+        cu_seqlens = row.cu_seqlens
         r = self.byte_encoder(row.byte_ids, cu_seqlens)
         needs_p = Parts.DECODER in parts and self.byte_decoder.mode is not DechunkMode.HARD
         p = None

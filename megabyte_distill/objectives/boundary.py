@@ -17,9 +17,9 @@ def boundary_bce(p: Tensor, bits: Tensor) -> Tensor:
     return F.binary_cross_entropy(p.float().clamp(1e-6, 1 - 1e-6), bits.float(), reduction="none")
 
 
-def boundary_positions(row: PackedRow, cu_seqlens: Tensor) -> Tensor:
+def boundary_positions(row: PackedRow) -> Tensor:
     """[P] bool: bytes on which the router is trained; not a segment's last one (its p is 1 by definition), not PAD."""
-    return row.loss_mask & not_last(cu_seqlens, row.byte_ids.shape[0])
+    return row.loss_mask & not_last(row.cu_seqlens, row.byte_ids.shape[0])
 
 
 def boundary_counts(predicted: Tensor, row: PackedRow) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def boundary_counts(predicted: Tensor, row: PackedRow) -> dict[str, Tensor]:
 
     precision = hits / predicted, recall = hits / gold, F1 = 2 hits / (predicted + gold).
     """
-    mask = boundary_positions(row, row.cu_seqlens) & (row.byte_ids != BOS_BYTE)
+    mask = boundary_positions(row) & (row.byte_ids != BOS_BYTE)
     guess, gold = predicted & mask, row.bits & mask
     return {"hits": (guess & gold).sum(), "predicted": guess.sum(), "gold": gold.sum()}
 

@@ -65,7 +65,7 @@ class StageRunner:
         dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
-        student = build_student(self.prepared.model_config, document_mask=self.settings.model.document_mask)
+        student = build_student(self.prepared.model_config)
         own = stage_progress(self.prepared.root, stage.name) if has_own else None
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
@@ -89,7 +89,7 @@ class StageRunner:
     def _loop(self, stage: Stage, config: StageConfig, student: Student, teacher: Backbone | None) -> Loop:
         settings, world = self.settings, self.world
         train, valid = row_streams(settings, config, self.prepared, stage.name)
-        evaluates = config.eval_iters > 0
+        evaluates, mask = config.eval_iters > 0, settings.model.document_mask
         return Loop(
             stage=stage.name,
             trained=wrap_for_training(
@@ -101,7 +101,7 @@ class StageRunner:
                 overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
             ),
             objective=stage.objective(config, teacher),
-            rows=MicroBatches(train, config, world),
+            rows=MicroBatches(train, config, world, document_mask=mask),
             config=config,
             run_config=settings.run,
             world=world,
@@ -111,11 +111,8 @@ class StageRunner:
             deadline=self.deadline,
             texts={RUN_CONFIG_NAME: json.dumps(settings_to_dict(settings), indent=2)},
             extra_state=self._identity(),
-            valid_rows=HeldOutRows(valid if evaluates else None, config, world),
+            valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
         )
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "document_mask": self.settings.model.document_mask,
-            "tokenizer_hash": self.prepared.token_bytes.hash,
-        }
+        return {"tokenizer_hash": self.prepared.token_bytes.hash}

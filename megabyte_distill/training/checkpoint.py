@@ -25,12 +25,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megabyte_distill.training.save_processes import tied_to_this_process
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "loop_state.json"
 _INCOMPLETE = ".incomplete"
+_ANY_FAILURE = (Exception, CheckpointException)
+"""torch's CheckpointException is not an Exception."""
 
 
 class CheckpointError(ValueError):
@@ -119,13 +122,29 @@ class Saved:
     """JSON: stage, iteration, train_iters, consumed rows, data position, hashes."""
 
 
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line; torch wraps the errors of ranks, with their tracebacks, into one."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _room(folder: Path) -> str:
+    """Space left on the disk, for messages about saves that failed."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free in {folder}"
+    except OSError as error:
+        return str(error)
+
+
 def _barrier_with_failures(error: BaseException | None, doing: str) -> None:
     """Meet all ranks; raise on every one of them where any failed, so that none waits for ever."""
     errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    dist.all_gather_object(errors, None if error is None else _reason(error))
     failed = {rank: text for rank, text in enumerate(errors) if text}
     if failed:
-        raise CheckpointError(f"{doing} failed on rank(s) {failed}; earlier checkpoints are untouched") from error
+        where = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        raise CheckpointError(f"{doing} failed ({where}); earlier checkpoints are untouched") from error
 
 
 def save_checkpoint(
@@ -167,10 +186,10 @@ def save_checkpoint(
             for name, text in texts.items():
                 _write_atomically(partial / name, text)
             _fsync_tree(partial)
-    except Exception as caught:  # every kind of failure must reach the other ranks, or they wait for ever
+    except _ANY_FAILURE as caught:  # every kind must reach the other ranks, or they wait for ever
         error = caught
     try:
-        _barrier_with_failures(error, f"saving {final}")
+        _barrier_with_failures(error, f"saving {final} ({_room(folder)})")
     except CheckpointError:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -207,9 +226,9 @@ def read_loop_state(checkpoint: Path) -> dict[str, Any]:
 def _readable(checkpoint: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # megatron, torch and the file system each raise their own kind
+    except _ANY_FAILURE as error:  # megatron, torch and the file system each raise their own kind
         raise CheckpointError(
-            f"{checkpoint} cannot be loaded ({type(error).__name__}: {str(error)[:300]}): it is damaged, or made with "
+            f"{checkpoint} cannot be loaded ({_reason(error)}): it is damaged, or made with "
             f"other settings than its run_config.yaml says. To go on from an earlier one, write its number into "
             f"{checkpoint.parent / TRACKER}"
         ) from error

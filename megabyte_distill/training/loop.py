@@ -20,7 +20,7 @@ from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state, save_checkpoint
 from megabyte_distill.training.logging import MetricWriter, log_line, say
-from megabyte_distill.training.optimizer import TrainerModel
+from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.step import StepReport, evaluate, train_step
 
@@ -195,8 +195,8 @@ class Loop:
                 f"stage {self.stage}: {progress.nan_in_a_row} updates in a row without a finite loss and gradient, "
                 f"the last at iteration {progress.iteration} "
                 f"({ {n: t for n, (t, _) in report.sums.items()} }, gradient norm {report.grad_norm}); "
-                f"its batch: {self.rows.describe_last()}. Weights are those before the first of them; "
-                "lower --lr, check the data, or raise --max-nan-iterations"
+                f"its batch: {self.rows.describe_last()}. No update was made with them, and the last "
+                "checkpoint is from before; lower --lr, check the data, or raise --max-nan-iterations"
             )
         return report
 
@@ -258,8 +258,23 @@ class Loop:
             reason = int(answer.item())
         return (None, StopReason.SIGNAL, StopReason.DURATION, StopReason.INTERVAL)[reason]
 
+    def _check_weights(self) -> None:
+        """TrainingFailure where a weight is not finite, which a finite loss and gradient do not rule out."""
+        trained = list(trainable_parameters(self.trained.module))
+        bad = torch.stack([~torch.isfinite(parameter.detach()).all() for _, parameter in trained])
+        anywhere = bad.any().to(dtype=torch.int32)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        if anywhere.item():
+            names = [name for (name, _), is_bad in zip(trained, bad.tolist(), strict=True) if is_bad]
+            raise TrainingFailure(
+                f"stage {self.stage}: {len(names)} weights are NaN or infinite after iteration "
+                f"{self.progress.iteration} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), which is not "
+                f"saved; its batch: {self.rows.describe_last()}. The last checkpoint is from before; lower --lr"
+            )
+
     def save(self) -> Path:
         """Write this iteration's checkpoint."""
+        self._check_weights()
         loop = {
             "stage": self.stage,
             "train_iters": self.config.train_iters,

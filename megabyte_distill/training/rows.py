@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.data.micro_batch import concatenate_rows
-from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.parallel.process_groups import World
 
 
@@ -30,9 +30,9 @@ def _group(rows: Sequence[PackedRow], size: int, world: World) -> list[PackedRow
 class MicroBatches:
     """Cuts each update's rows over data-parallel ranks (row i goes to rank i mod ranks) and into micro-batches."""
 
-    def __init__(self, stream: Stream, config: StageConfig, world: World) -> None:
+    def __init__(self, stream: Stream, config: StageConfig, world: World, *, document_mask: bool = True) -> None:
         config.micro_batches(world.data_parallel_size)  # refuses sizes that do not divide
-        self._stream, self._config, self._world = stream, config, world
+        self._stream, self._config, self._world, self._document_mask = stream, config, world, document_mask
         self._last: list[Any] = []
 
     def next_micro_batches(self) -> list[PackedRow]:
@@ -40,6 +40,8 @@ class MicroBatches:
         self._last = self._stream.next_rows(self._config.global_batch_size)
         mine = self._last[self._world.data_parallel_rank :: self._world.data_parallel_size]
         rows = [self._stream.materialize(plan) for plan in mine]
+        if not self._document_mask:
+            rows = [without_document_mask(row) for row in rows]
         return _group(rows, self._config.micro_batch_size, self._world)
 
     def describe_last(self) -> str:
@@ -58,11 +60,11 @@ class MicroBatches:
 class HeldOutRows:
     """The same held-out batches at every evaluation: the first rows of a second stream, read once and kept."""
 
-    def __init__(self, stream: Stream | None, config: StageConfig, world: World) -> None:
+    def __init__(self, stream: Stream | None, config: StageConfig, world: World, *, document_mask: bool = True) -> None:
         self._batches: list[list[PackedRow]] = []
         if stream is None:
             return
-        source = MicroBatches(stream, config, world)
+        source = MicroBatches(stream, config, world, document_mask=document_mask)
         self._batches = [source.next_micro_batches() for _ in range(config.eval_iters)]
 
     def __call__(self) -> list[list[PackedRow]]:

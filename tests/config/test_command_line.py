@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megabyte_distill.config import (
+    PRESETS,
     BoundarySource,
     ByteMixer,
     ConfigError,
@@ -49,7 +50,7 @@ def test_layers_go_from_caller_defaults_over_preset_and_smoke_to_flags() -> None
     defaults = {"save": "runs/x", "train_iters": 7, "seed": 5}
     assert parse_arguments(MOCK, defaults).checkpoint.save == "runs/x"
     assert parse_arguments(MOCK, defaults).run.seed == 5
-    assert parse_arguments(MOCK, defaults).stages["1a"].train_iters == 100
+    assert parse_arguments(MOCK, defaults).stages["1a"].train_iters == PRESETS["tiny"].stages["1a"]["train_iters"]
     assert parse_arguments([*MOCK, "--smoke"], defaults).stages["1a"].train_iters == 6
     settings = parse_arguments([*MOCK, "--smoke", "--train-iters", "8", "--seed=9"], defaults)
     assert settings.stages["1a"].train_iters == 8

@@ -19,7 +19,7 @@ MOCK = "--mock-data "
         ("--train-data-path y", "--train-data-path needs --valid-data-path"),
         ("--valid-data-path y", "--valid-data-path needs --train-data-path"),
         ("--train-data-path y --valid-data-path z --split 9,1,0", "--split cuts what --data-path names"),
-        ("--data-path 1 x 2", "got 3 words, expected one stem, or pairs"),
+        ("--data-path 1 x 2", "got 3 words, expected stems only, or pairs"),
         ("--data-path a x 2 y", "got 'a' where the weight of 'x' stands"),
         ("--data-path 0 x 2 y", "expected a number above 0"),
         ("--data-path x --split 1,2,3,4", "expected up to three numbers"),
@@ -38,10 +38,16 @@ MOCK = "--mock-data "
         (MOCK + "--2a.min-lr 1 --2a.min-lr-ratio 0.1", "stage 2a: --min-lr and --min-lr-ratio"),
         (MOCK + "--1b.min-lr 1", "stage 1b: --min-lr 1.0 is above --lr 0.001"),
         (MOCK + "--1a.lr-warmup-iters 2 --1a.lr-warmup-fraction 0.1", "say the same thing twice"),
-        (MOCK + "--1a.lr-warmup-iters 200", "is more than --train-iters 100"),
+        (MOCK + "--train-iters 100 --1a.lr-warmup-iters 200", "is more than --train-iters 100"),
         (MOCK + "--2b.freeze-backbone --2b.backbone-lr 1", "--freeze-backbone and --backbone-lr contradict"),
-        (MOCK + "--micro-batch-size 3", "--global-batch-size 4 is not a multiple of --micro-batch-size 3"),
-        (MOCK + "--1c.micro-batch-size 3", "stage 1c: --global-batch-size 4 is not a multiple"),
+        (
+            MOCK + "--global-batch-size 4 --micro-batch-size 3",
+            "--global-batch-size 4 is not a multiple of --micro-batch-size 3",
+        ),
+        (
+            MOCK + "--global-batch-size 4 --micro-batch-size 1 --1c.micro-batch-size 3",
+            "stage 1c: --global-batch-size 4 is not a multiple",
+        ),
         (MOCK + "--byte-width 0", "--byte-width: got 0, expected more than 0"),
         (MOCK + "--backbone-width -1", "--backbone-width: got -1"),
         (MOCK + "--conv-dilations 0 1", "--conv-dilations: got (0, 1)"),
@@ -66,10 +72,10 @@ def test_a_mistake_shared_by_all_stages_is_told_once(line: str) -> None:
 
 
 def test_the_global_batch_is_divided_over_the_ranks() -> None:
+    small = ["--mock-data", "--micro-batch-size", "1", "--global-batch-size"]
     with pytest.raises(ConfigError, match=r"1 × 8 data-parallel ranks = 8; 8 would be"):
-        parse_arguments(["--mock-data"], world_size=8)
-    settings = parse_arguments(["--mock-data", "--global-batch-size", "24"], world_size=8)
-    assert settings.stages["2a"].micro_batches(8) == 3
+        parse_arguments([*small, "4"], world_size=8)
+    assert parse_arguments([*small, "24"], world_size=8).stages["2a"].micro_batches(8) == 3
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other_does(
     mixer = ByteMixer.CONV if way == "ours-conv" else ByteMixer.MAMBA2
     mode = {"official": DechunkMode.OFFICIAL, "causal-router": DechunkMode.CAUSAL}.get(way, DechunkMode.HARD)
     config = replace(CONFIG if way.startswith("ours") else OFFICIAL, freeze_backbone=freeze)
-    student = tiny_student(mixer, mode, document_mask=way != "official", tied=tied)
+    student = tiny_student(mixer, mode, tied=tied)
     found = stage_gradients(name, config, student)
     assert set(found) == trainable(student)
     dead = sorted(parameter for parameter, value in found.items() if not value.any())
@@ -105,7 +105,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other_does(
 
 
 def test_null_group_learns_where_the_router_does_not_end_a_rows_first_byte() -> None:
-    student = tiny_student(mode=DechunkMode.OFFICIAL, document_mask=False)
+    student = tiny_student(mode=DechunkMode.OFFICIAL)
     with torch.no_grad():
         # q of one vector and k of the same: the first byte looks just like the next
         for parameter, other in zip(student.router.q.parameters(), student.router.k.parameters(), strict=True):

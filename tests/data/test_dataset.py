@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.data import tokenizers
 from megabyte_distill.config.blend import parse_split
+from megabyte_distill.data import tokenizers
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import IndexedReader, IndexedWriter
 from megabyte_distill.data.manifest import StoredPaths

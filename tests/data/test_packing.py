@@ -10,7 +10,8 @@ import torch
 
 from megabyte_distill.alphabet import BOS_BYTE, END_OF_DOCUMENT_CLASS, PAD_BYTE, joint_class
 from megabyte_distill.data.dataset import ByteTokenDataset
-from megabyte_distill.data.packing import PackedRow, Segment, pack_row
+from megabyte_distill.data.mock import MockDataset
+from megabyte_distill.data.packing import PackedRow, Segment, pack_row, without_document_mask
 from megabyte_distill.data.sampler import RowStream, evaluation_rows
 
 ROW, BUCKET = 64, 8
@@ -173,3 +174,15 @@ def test_a_cut_document_goes_on_with_bos(store: Callable[..., str]) -> None:
         last = int(row.loss_mask.sum()) - 1
         assert row.labels[last] == following.labels[0] != END_OF_DOCUMENT_CLASS
         assert row.token_labels[row.token_mask][-1] == following.tokens[1]
+
+
+def test_without_document_mask_text_is_one_segment_and_padding_stays_apart() -> None:
+    for row in evaluation_rows(
+        MockDataset(2000, seed=5, num_documents=40, max_tokens=30), row_bytes=64, chunk_bucket=8
+    ):
+        merged = without_document_mask(row)
+        used, chunks = int(row.loss_mask.sum()), int(row.token_mask.sum())
+        dummy = int(used < 64)
+        assert merged.cu_seqlens.tolist() == sorted({0, used, 64})
+        assert merged.cu_chunks.tolist() == sorted({0, chunks, chunks + dummy, row.tokens.shape[0]})
+        assert torch.equal(merged.bits, row.bits) and torch.equal(merged.labels, row.labels)

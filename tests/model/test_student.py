@@ -11,7 +11,7 @@ from torch import Tensor
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.model import ByteMixer, DechunkMode
 from megabyte_distill.data.micro_batch import concatenate_rows
-from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.model.student import (
     Boundaries,
     Given,
@@ -80,9 +80,8 @@ def test_a_packed_row_equals_its_documents_alone(mixer: ByteMixer, mode: Dechunk
 def test_a_micro_batch_equals_its_rows_one_by_one(
     document_mask: bool, mode: DechunkMode, boundaries: Boundaries
 ) -> None:
-    student = tiny_student(mode=mode, document_mask=document_mask).double()
-    # without document mask a row that is full would run on into the next
-    rows = [row for row in random_rows(20) if not row.loss_mask[-1]][:3]
+    student = tiny_student(mode=mode).double()
+    rows = random_rows(3) if document_mask else [without_document_mask(row) for row in random_rows(3)]
     batch = concatenate_rows(rows)
     with torch.no_grad():
         expected = torch.cat([student(row, boundaries).logits for row in rows])
@@ -95,8 +94,8 @@ def test_a_micro_batch_equals_its_rows_one_by_one(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("boundaries", [Gold(), RouterDecides()], ids=["gold", "router"])
 def test_padding_influences_nothing(document_mask: bool, mode: DechunkMode, boundaries: Boundaries) -> None:
-    student = tiny_student(mode=mode, document_mask=document_mask).double()
-    row = padded_row()
+    student = tiny_student(mode=mode).double()
+    row = padded_row() if document_mask else without_document_mask(padded_row())
     used = int(row.loss_mask.sum())
     for other in (with_other_padding(row), replace(row, chunk_bucket=50)):
         with torch.no_grad():
@@ -214,27 +213,15 @@ def test_a_part_that_is_frozen_needs_no_gradient() -> None:
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("mode", MODES)
-def test_without_document_mask_the_text_of_a_row_is_one_segment(mixer: ByteMixer, mode: DechunkMode) -> None:
-    masked, open_ = tiny_student(mixer, mode), tiny_student(mixer, mode, document_mask=False)
-    open_.load_state_dict(masked.state_dict())
-    row = padded_row()
-    used, length = int(row.loss_mask.sum()), row.byte_ids.shape[0]
-    merged = replace(row, cu_seqlens=torch.tensor([0, used, length], dtype=torch.int32))
-    first = int(row.cu_seqlens[1])
+def test_without_document_mask_documents_of_a_row_see_each_other(mixer: ByteMixer, mode: DechunkMode) -> None:
+    student, row = tiny_student(mixer, mode), padded_row()
+    used, first = int(row.loss_mask.sum()), int(row.cu_seqlens[1])
     with torch.no_grad():
-        got, expected, apart = open_(row), masked(merged), masked(row)
-    torch.testing.assert_close(got.logits, expected.logits)
-    assert open_.segments(row).tolist() == [0, used, length]
-    assert (got.p[row.cu_seqlens[1:-2].long() - 1] < 1).all() and got.p[used - 1] == 1
-    assert not torch.allclose(got.logits[first:used], apart.logits[first:used])
+        merged, apart = student(without_document_mask(row)), student(row)
+    assert (merged.p[row.cu_seqlens[1:-2].long() - 1] < 1).all() and merged.p[used - 1] == 1
+    assert not torch.allclose(merged.logits[first:used], apart.logits[first:used])
     if mode is not DechunkMode.OFFICIAL:
-        torch.testing.assert_close(got.logits[:first], apart.logits[:first])
-
-
-def test_a_row_without_pad_is_one_segment_too() -> None:
-    student = tiny_student(document_mask=False)
-    row = next(row for row in random_rows(50) if row.loss_mask.all())
-    assert student.segments(row).tolist() == [0, row.byte_ids.shape[0]]
+        torch.testing.assert_close(merged.logits[:first], apart.logits[:first])
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -36,13 +36,13 @@ def refused(job: Job, run: Path, capsys: pytest.CaptureFixture[str]):  # type: i
 def copy_of_data(stem: str, folder: Path) -> str:
     source = Path(stem)
     folder.mkdir()
-    for file in source.parent.glob(f"{source.name}*"):
+    for file in source.parent.glob(f"{source.name.removesuffix('_document')}*"):
         shutil.copy(file, folder / file.name)
     return str(folder / source.name)
 
 
 def test_a_teacher_that_is_not_a_directory(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    refused("--load", str(tmp_path / "nowhere"), says=("nowhere", "not a directory"))
+    refused("--load", str(tmp_path / "nowhere"), says=("nowhere", "does not exist"))
     file = tmp_path / "file"
     file.write_text("x")
     refused("--load", str(file), says=(str(file), "not a directory"))
@@ -149,7 +149,7 @@ def test_a_run_folder_that_is_the_teachers_or_no_folder(refused, job: Job, tmp_p
 
 
 def test_fresh_keeps_the_old_run_until_the_teacher_is_known(refused, begun: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    refused("--fresh", "--load", str(tmp_path / "nowhere"), says=("not a directory",))
+    refused("--fresh", "--load", str(tmp_path / "nowhere"), says=("does not exist",))
     assert (begun / "1a" / "iter_0000002").is_dir()
     refused("--fresh", "--load", str(begun), says=("--fresh",))
     assert (begun / "1a" / "iter_0000002").is_dir()
@@ -182,8 +182,13 @@ def test_nan_stops_the_run_names_the_batch_and_keeps_the_checkpoint_finite(  # t
     refused, run: Path
 ) -> None:
     refused(
-        "--1a.lr", "1e30", "--1a.train-iters", "30", "--1a.save-interval", "1", "--max-nan-iterations", "2",
+        "--1a.lr", "1e30", "--1a.train-iters", "30", "--1a.save-interval", "0", "--max-nan-iterations", "2",
         says=("stage 1a: 2 updates in a row", "its batch:", "document", "--max-nan-iterations"),
+        code=1,
+    )  # fmt: skip
+    refused(
+        "--1a.lr", "1e30", "--1a.train-iters", "30", "--1a.save-interval", "1",
+        says=("stage 1a: ", "weights are NaN or infinite after iteration", "its batch:", "document"),
         code=1,
     )  # fmt: skip
     seen = metrics(run)

@@ -1,0 +1,61 @@
+"""Two ranks with the same global batch give the losses of one process."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.job import SCRIPT, STAGES, Job, metrics, run_command, torchrun, weights
+
+TOLERANCE = 1e-5
+FLAGS = ("--global-batch-size", "4")
+
+
+@pytest.fixture(scope="module")
+def alone(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, two micro-batches of two rows an update."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert job.run(run, *FLAGS, "--micro-batch-size", "2") == 0
+    return run
+
+
+def assert_close(run: Path, alone: Path) -> None:
+    ours, theirs = metrics(run), metrics(alone)
+    assert ours.keys() == theirs.keys()
+    far = {
+        key: (ours[key], theirs[key])
+        for key in theirs
+        if not math.isclose(ours[key], theirs[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    }
+    assert not far, far
+    for stage in STAGES:
+        before, after = weights(alone, stage), weights(run, stage)
+        distance = max(float((before[name] - after[name]).abs().max()) for name in before)
+        assert distance < 1e-4, (stage, distance)
+
+
+@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer", "--overlap-grad-reduce")])
+def test_two_ranks_give_the_losses_of_one(job: Job, alone: Path, tmp_path: Path, optimizer: tuple[str, ...]) -> None:
+    run = tmp_path / "run"
+    done = run_command(torchrun(str(SCRIPT), *job.flags(run, *FLAGS, *optimizer), processes=2))
+    assert done.returncode == 0, done.stderr
+    assert_close(run, alone)
+
+
+def test_accumulating_micro_batches_gives_the_losses_of_large_ones(job: Job, alone: Path, tmp_path: Path) -> None:
+    assert job.run(tmp_path / "run", *FLAGS, "--micro-batch-size", "1") == 0
+    assert_close(tmp_path / "run", alone)
+
+
+def test_resuming_the_distributed_optimizer_over_torchs_adamw_is_refused(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, flag = tmp_path / "run", "--use-distributed-optimizer"
+    assert job.run(run, "--stages", "1a", "--exit-interval", "2", flag) == 0
+    assert job.run(run, "--stages", "1a", flag) == 2
+    assert "does not load exactly" in (message := capsys.readouterr().err) and "--no-load-optim" in message
+    assert job.run(run, "--stages", "1a") == 2
+    assert "was saved with --use-distributed-optimizer" in capsys.readouterr().err
+    assert job.run(run, "--stages", "1a", flag, "--no-load-optim") == 0

@@ -1,0 +1,104 @@
+"""One file, three ways to start it; its flags; and what a wrong one says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megabyte_distill.pretrain.main import main
+from tests.pretrain.job import SCRIPT, Job, assert_same_run, environment, metrics, run_command, torchrun
+
+SHORT = ("--stages", "1a", "--train-iters", "2")
+
+
+def test_the_script_is_valid_bash_and_valid_python() -> None:
+    done = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    ast.parse(SCRIPT.read_text())
+
+
+def test_importing_the_script_again_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(SCRIPT), run_name="__mp_main__")
+    assert "main" not in names
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_gives_the_run_of_the_function(job: Job, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_command(torchrun(str(SCRIPT), *job.flags(run)))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, finished)
+    noise = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert not noise, noise
+
+
+def test_bash_starts_as_many_ranks_as_asked_for(job: Job, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *job.flags(run, *SHORT)],
+        capture_output=True, text=True, env=environment(GPUS="2"), cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("1a", 2, "alignment mse") in metrics(run)
+    assert done.stdout.count("iteration       2/      2") == 1, "only the main rank writes the log"
+
+
+def test_an_unknown_flag_is_said_last_and_exits_with_an_error(tmp_path: Path) -> None:
+    done = run_command(torchrun(str(SCRIPT), "--save", str(tmp_path / "run"), "--trian-iters", "3", processes=2))
+    assert done.returncode != 0
+    assert "did you mean --train-iters?" in done.stderr
+    assert "did you mean --train-iters?" in done.stderr[-900:]
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_of_all_stages_and_of_one(job: Job, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--train-iters", "1", "--lr", "3e-3", "--2a.lr", "5e-3", "--lr-warmup-fraction", "0", "--eval-iters", "0")
+    assert job.run(run, *flags) == 0
+    rates = {stage: value for (stage, _, name), value in metrics(run).items() if name == "learning rate"}
+    # 2b's backbone has its own, lower one: the line shows the highest
+    assert rates == {"1a": 3e-3, "1b": 3e-3, "1c": 3e-3, "2a": 5e-3, "2b": 3e-3}
+    stored = json.loads((run / "2a" / "iter_0000001" / "run_config.yaml").read_text())
+    assert "0.005" in json.dumps(stored)
+
+
+def test_help_is_printed_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    assert "--global-batch-size" in capsys.readouterr().out
+
+
+def test_a_flag_without_effect_is_warned_of(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.run(tmp_path / "run", *SHORT, "--2a.lr", "1") == 0
+    assert "--2a.lr has no effect" in capsys.readouterr().err
+
+
+def test_mock_data_needs_no_files(job: Job, tmp_path: Path) -> None:
+    flags = [flag for flag in job.flags(tmp_path / "run", *SHORT)]
+    for name in ("--train-data-path", "--valid-data-path"):
+        place = flags.index(name)
+        del flags[place : place + 2]
+    assert main([*flags, "--mock-data"]) == 0
+
+
+def test_a_run_goes_on_from_the_last_stage_of_another_run(job: Job, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert job.run(run, "--load", str(finished), "--stages", "2b", "--train-iters", "2") == 0
+    assert (run / "2b" / "iter_0000002").is_dir()
+    assert not (run / "1a").exists()
+
+
+def test_fresh_starts_over(job: Job, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert job.run(run, *SHORT, "--lr", "1e-3") == 0
+    before = metrics(run)
+    assert job.run(run, *SHORT, "--lr", "2e-3", "--byte-width", "48", "--fresh") == 0
+    assert metrics(run).keys() == before.keys()
+    assert metrics(run) != before
