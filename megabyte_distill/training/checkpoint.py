@@ -32,6 +32,8 @@ from megabyte_distill.training.save_processes import tied_to_this_process
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "loop_state.json"
 _INCOMPLETE = ".incomplete"
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Of the distributed optimizer's state; its default cannot be saved any more."""
 _ANY_FAILURE = (Exception, CheckpointException)
 """torch's CheckpointException is not an Exception."""
 
@@ -178,7 +180,7 @@ def save_checkpoint(
         weights = sharded_state_dict(model)
         state: dict[str, Any] = {"model": weights, "rng": torch.get_rng_state()}
         if optimizer is not None:
-            state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False)
+            state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=_OPTIMIZER_FORMAT)
         with tied_to_this_process():
             dist_checkpointing.save(state, str(partial))
         if main:
@@ -267,7 +269,9 @@ def load_checkpoint(
     _check_shapes(weights, checkpoint)
     wanted: dict[str, Any] = {"model": weights}
     if optimizer is not None:
-        wanted["optimizer"] = optimizer.sharded_state_dict(sharded_state_dict(model), is_loading=True)
+        wanted["optimizer"] = optimizer.sharded_state_dict(
+            sharded_state_dict(model), is_loading=True, metadata=_OPTIMIZER_FORMAT
+        )
     with _readable(checkpoint):
         loaded = dist_checkpointing.load(wanted, str(checkpoint))
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
