@@ -8,7 +8,7 @@ from megabyte_distill.config.stage import AlignLossScale, StageConfig
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.backbone import Backbone
-from megabyte_distill.model.student import Parts
+from megabyte_distill.model.student import Gold, Parts
 from megabyte_distill.objectives.alignment import alignment_squared_error, table_variance
 from megabyte_distill.objectives.objective import Sums
 
@@ -34,11 +34,10 @@ class EmbeddingAlignment:
 
     def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
         """Summed over gold ends, mean over E, scaled as ``align_loss_scale`` says."""
-        r = model(row, parts=Parts.ENCODER).r
-        ends = (row.bits & row.loss_mask).nonzero()[:, 0]
+        chunks = model(row, Gold(), Parts.ENCODER).chunks
         target = self._teacher.embed(row.tokens[row.token_mask]).detach()
-        error = alignment_squared_error(r[ends], target).sum()
-        self._measures = {RELATIVE: (error.detach() / self._variance, int(ends.shape[0]))}
+        error = alignment_squared_error(chunks[row.token_mask], target).sum()
+        self._measures = {RELATIVE: (error.detach() / self._variance, int(target.shape[0]))}
         return {LOSS: error * self._scale}
 
     def measures(self) -> Sums:

@@ -190,12 +190,11 @@ def _add_row(sums: _Sums, student: Student, stage1_student: Student, teacher: Ba
 
 def _add_stage1(sums: _Sums, student: Student, teacher: Backbone, outputs: StudentOutputs, row: PackedRow) -> None:
     backbone = student.backbone
-    assert isinstance(backbone, Backbone) and outputs.hidden is not None
+    assert isinstance(backbone, Backbone) and outputs.hidden is not None and outputs.chunks is not None
     sums.stage1.add(token_row_score(token_nll(backbone, outputs.hidden, row.token_labels), row))
-    ends = (row.bits & row.loss_mask).nonzero()[:, 0]
     target = teacher.embed(row.tokens[row.token_mask])
-    sums.squared_error += float(alignment_squared_error(outputs.r[ends], target).double().sum())
-    sums.aligned += int(ends.shape[0])
+    sums.squared_error += float(alignment_squared_error(outputs.chunks[row.token_mask], target).double().sum())
+    sums.aligned += int(target.shape[0])
 
 
 @torch.no_grad()

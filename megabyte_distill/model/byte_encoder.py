@@ -28,9 +28,18 @@ class ByteEncoder(nn.Module):
 
     def forward(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """r [P, E] in the parameters' dtype for byte_ids [P] int64, segments given by cu_seqlens [S+1]."""
+        return self.project(self.mix(byte_ids, cu_seqlens))
+
+    def mix(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The normalised stream [P, D] behind the mixers."""
         segments = Segments(cu_seqlens, byte_ids.shape[0])
         x = byte_embedding(byte_ids, self.embedding.weight)
-        result: Tensor = self.head(self.norm(self.mixer(x, segments)))
+        result: Tensor = self.norm(self.mixer(x, segments))
+        return result
+
+    def project(self, x: Tensor) -> Tensor:
+        """r [.., E] of the stream at any bytes [.., D]: the head looks at one byte alone, and zero stays zero."""
+        result: Tensor = self.head(x)
         return result
 
     def init_state(self, rows: int) -> StackState:

@@ -68,8 +68,10 @@ class Parts(Flag):
 class StudentOutputs:
     """Everything a loss or a score may need; None for parts that did not run."""
 
-    r: Tensor
-    """[P, E] encoder states, in the teacher's embedding space."""
+    r: Tensor | None = None
+    """[P, E] encoder states, in the teacher's embedding space; None where only those at chunk ends were needed."""
+    chunks: Tensor | None = None
+    """[M, E] encoder states at chunk ends, zero on padding; None where the router ran and nothing behind it."""
     p: Tensor | None = None
     """[P] fp32 routing probabilities."""
     bits: Tensor | None = None
@@ -128,22 +130,26 @@ class Student(nn.Module):
         """Run ``parts`` over a packed row with the given boundaries (default: gold)."""
         boundaries = boundaries or Gold()
         cu_seqlens = row.cu_seqlens
-        r = self.byte_encoder(row.byte_ids, cu_seqlens)
+        x = self.byte_encoder.mix(row.byte_ids, cu_seqlens)
+        # in hard mode p carries no value, so a router that is not needed need not run
         needs_p = Parts.DECODER in parts and self.byte_decoder.mode is not DechunkMode.HARD
-        p = None
-        if Parts.ROUTER in parts or needs_p or isinstance(boundaries, RouterDecides):
-            p = self.router(r, cu_seqlens)
-        if not parts & (Parts.BACKBONE | Parts.DECODER):
+        needs_p = needs_p or Parts.ROUTER in parts or isinstance(boundaries, RouterDecides)
+        # the encoder's head works byte by byte: where only chunk ends are read, it runs only there
+        r = self.byte_encoder.project(x) if needs_p or Parts.DECODER in parts else None
+        p = self.router(r, cu_seqlens) if needs_p else None
+        if parts == Parts.ENCODER | Parts.ROUTER:
             return StudentOutputs(r=r, p=p)
         bits = self._bits(row, boundaries, p)
         layout = chunk_layout(bits, cu_seqlens, row.chunk_bucket)
-        hidden = self.backbone(pool_chunks(r, layout), layout.cu_chunks)
+        chunks = self.byte_encoder.project(pool_chunks(x, layout)) if r is None else pool_chunks(r, layout)
+        if parts == Parts.ENCODER:
+            return StudentOutputs(chunks=chunks, bits=bits, layout=layout)
+        hidden = self.backbone(chunks, layout.cu_chunks)
         logits = None
         if Parts.DECODER in parts:
-            # in hard mode p carries no value, so a router that is not needed need not run
             confidence = bits.float() if p is None else p
             logits = self.byte_decoder(hidden, r, confidence, row.byte_ids, layout, cu_seqlens, bits)
-        return StudentOutputs(r=r, p=p, bits=bits, layout=layout, hidden=hidden, logits=logits)
+        return StudentOutputs(r=r, chunks=chunks, p=p, bits=bits, layout=layout, hidden=hidden, logits=logits)
 
     def _bits(self, row: ByteRow, boundaries: Boundaries, p: Tensor | None) -> Tensor:
         if isinstance(boundaries, Gold):

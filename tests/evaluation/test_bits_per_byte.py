@@ -93,12 +93,15 @@ def test_a_student_that_writes_the_teachers_embeddings_retains_everything(
     assert isinstance(host, Backbone)
 
     class Perfect(torch.nn.Module):
-        def forward(self, byte_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        def mix(self, byte_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
             row = next(row for row in rows if torch.equal(row.byte_ids, byte_ids))
             r = torch.zeros(byte_ids.shape[0], host.backbone_config.hidden_size)
             ends = (row.bits & row.loss_mask).nonzero()[:, 0]
             r[ends] = host.embed(row.tokens[row.token_mask]).detach()
             return r
+
+        def project(self, x: torch.Tensor) -> torch.Tensor:
+            return x
 
     perfect = tiny_student().eval()
     perfect.backbone, perfect.byte_encoder = host, Perfect()  # type: ignore[assignment]

@@ -153,25 +153,25 @@ def test_parts_that_do_not_run_give_none_and_get_no_gradient() -> None:
     row = padded_row()
     student = tiny_student(mode=DechunkMode.HARD)
     cases = {
-        Parts.ENCODER: ({"r"}, {"byte_encoder"}),
+        Parts.ENCODER: ({"chunks", "bits", "layout"}, {"byte_encoder"}),
         Parts.ENCODER | Parts.ROUTER: ({"r", "p"}, {"byte_encoder", "router"}),
-        Parts.ENCODER | Parts.BACKBONE: ({"r", "bits", "layout", "hidden"}, {"byte_encoder", "backbone"}),
+        Parts.ENCODER | Parts.BACKBONE: ({"chunks", "bits", "layout", "hidden"}, {"byte_encoder", "backbone"}),
         Parts.ENCODER | Parts.BACKBONE | Parts.DECODER: (
-            {"r", "bits", "layout", "hidden", "logits"},
+            {"r", "chunks", "bits", "layout", "hidden", "logits"},
             {"byte_encoder", "backbone", "byte_decoder"},
         ),
         Parts.ALL: (
-            {"r", "p", "bits", "layout", "hidden", "logits"},
+            {"r", "chunks", "p", "bits", "layout", "hidden", "logits"},
             {"byte_encoder", "router", "backbone", "byte_decoder"},
         ),
     }
-    names = ("r", "p", "bits", "layout", "hidden", "logits")
+    names = ("r", "chunks", "p", "bits", "layout", "hidden", "logits")
     for parts, (given, trained) in cases.items():
         outputs = student(row, parts=parts)
         assert {name for name in names if getattr(outputs, name) is not None} == given
 
         def loss(outputs: StudentOutputs = outputs) -> Tensor:
-            found = [getattr(outputs, name) for name in ("r", "p", "hidden", "logits")]
+            found = [getattr(outputs, name) for name in ("r", "chunks", "p", "hidden", "logits")]
             return torch.stack([value.square().sum() for value in found if value is not None]).sum()
 
         assert {name.split(".")[0] for name in gradients(student, loss)} == trained
@@ -183,6 +183,14 @@ def test_modes_that_read_p_run_the_router_whether_asked_or_not(mode: DechunkMode
     with torch.no_grad():
         asked = student(row).logits
         assert torch.equal(student(row, parts=Parts.ENCODER | Parts.BACKBONE | Parts.DECODER).logits, asked)
+
+
+def test_the_encoders_head_at_chunk_ends_alone_says_the_same() -> None:
+    student, row = tiny_student(), padded_row()
+    with torch.no_grad():
+        few, all_bytes = student(row, parts=Parts.ENCODER), student(row)
+    torch.testing.assert_close(few.chunks, all_bytes.chunks)
+    assert not few.chunks[few.layout.num_chunks :].any()
 
 
 def test_hard_logits_do_not_depend_on_the_router() -> None:
