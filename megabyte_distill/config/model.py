@@ -36,8 +36,11 @@ class ByteSideConfig:
     encoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the encoder"})
     decoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the decoder"})
     byte_mixer: ByteMixer = field(default=ByteMixer.MAMBA2, metadata={"help": "layer that mixes bytes"})
-    byte_ffn_hidden_size: int = field(
-        default=4096, metadata={"help": "hidden width of the SwiGLU heads D → E (encoder) and E → D (decoder)"}
+    encoder_ffn_hidden_size: int = field(
+        default=4096, metadata={"help": "hidden width of the SwiGLU D → E behind the encoder"}
+    )
+    decoder_ffn_hidden_size: int = field(
+        default=4096, metadata={"help": "hidden width of the SwiGLU E → D in front of the decoder"}
     )
     router_hidden_size: int = field(default=8192, metadata={"help": "hidden width of the router's two SwiGLUs"})
     mamba_state_dim: int = field(default=128, metadata={"help": "Mamba-2 state size"})

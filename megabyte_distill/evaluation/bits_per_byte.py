@@ -26,7 +26,7 @@ from megabyte_distill.inference.scoring import (
 )
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
-from megabyte_distill.model.student import Gold, Parts, RouterDecides, Student, StudentOutputs
+from megabyte_distill.model.student import Gold, Parts, RouterDecides, Student
 from megabyte_distill.objectives.alignment import alignment_squared_error, table_variance
 from megabyte_distill.objectives.boundary import boundary_counts
 
@@ -135,6 +135,7 @@ def evaluate_run(
     rows: Sequence[PackedRow],
     *,
     stage1_student: Student | None = None,
+    aligned_student: Student | None = None,
     unigram: Tensor | None = None,
     paths: int = 4,
     path_bytes: int = 20_000,
@@ -145,7 +146,8 @@ def evaluate_run(
         student: after 2a or 2b; an earlier one gives bits per byte of an untrained decoder.
         teacher: what it was distilled from.
         rows: at least one byte of text; on the student's device or not.
-        stage1_student: the student after 1b, for the stage 1 figures (alignment, token head). 2b trains the
+        aligned_student: the student after 1a, for the alignment error. Default: ``stage1_student``.
+        stage1_student: the student after 1b, for the figures of the token head. 2b trains the
             backbone on, and the token head no longer fits exactly. Default: ``student``.
         unigram: ``anchors.unigram_nll`` [W] of the training text, for the anchor.
         paths: K of the figure without a tokenizer, which steps byte by byte; 0 leaves it out, as does official mode,
@@ -155,7 +157,9 @@ def evaluate_run(
     device = device_of(student)
     sums = _Sums()
     for row in (row.to(device) for row in rows):
-        _add_row(sums, student, stage1_student or student, teacher, row)
+        _add_row(sums, student, teacher, row)
+        stage1 = stage1_student or student
+        _add_stage1(sums, stage1, aligned_student or stage1, teacher, row)
         if unigram is not None:
             sums.unigram.add(score_unigram(unigram.to(device), row))
     figures = None
@@ -167,7 +171,7 @@ def evaluate_run(
     return _report(sums, variance=variance, documents=documents, has_unigram=has_unigram, paths=figures)
 
 
-def _add_row(sums: _Sums, student: Student, stage1_student: Student, teacher: Backbone, row: PackedRow) -> None:
+def _add_row(sums: _Sums, student: Student, teacher: Backbone, row: PackedRow) -> None:
     outputs = student(row, Gold(), Parts.ALL)
     score = joint_row_score(joint_nll(outputs.logits, row.bits, row), row)
     sums.gold.add(score)
@@ -183,21 +187,19 @@ def _add_row(sums: _Sums, student: Student, stage1_student: Student, teacher: Ba
     sums.marked += int(counts["gold"])
     sums.chunks += int(row.token_mask.sum()) - len(row.documents)
     sums.router_chunks += int((predicted & row.loss_mask).sum()) - len(row.documents)
-    if stage1_student is not student:
-        outputs = stage1_student(row, Gold(), Parts.ENCODER | Parts.BACKBONE)
-    _add_stage1(sums, stage1_student, teacher, outputs, row)
 
 
-def _add_stage1(sums: _Sums, student: Student, teacher: Backbone, outputs: StudentOutputs, row: PackedRow) -> None:
+def _add_stage1(sums: _Sums, student: Student, aligned: Student, teacher: Backbone, row: PackedRow) -> None:
+    outputs = student(row, Gold(), Parts.ENCODER | Parts.BACKBONE)
     backbone = student.backbone
-    assert isinstance(backbone, Backbone) and outputs.hidden is not None and outputs.chunks is not None
+    assert isinstance(backbone, Backbone) and outputs.hidden is not None
     sums.stage1.add(token_row_score(token_nll(backbone, outputs.hidden, row.token_labels), row))
+    chunks = aligned(row, Gold(), Parts.ENCODER).chunks
     target = teacher.embed(row.tokens[row.token_mask])
-    sums.squared_error += float(alignment_squared_error(outputs.chunks[row.token_mask], target).double().sum())
+    sums.squared_error += float(alignment_squared_error(chunks[row.token_mask], target).double().sum())
     sums.aligned += int(target.shape[0])
 
 
-@torch.no_grad()
 def path_figures(
     student: Student, teacher: Backbone, rows: Sequence[PackedRow], *, paths: int = 4, batch: int = 32
 ) -> PathFigures:

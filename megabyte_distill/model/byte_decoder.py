@@ -40,7 +40,7 @@ class ByteDecoder(nn.Module):
         else:
             # BOS ends a chunk, so nothing reads it; a parameter without gradient would only decay.
             self.register_parameter("null_group", None)
-        self.input = SwiGLU(backbone, config.byte_ffn_hidden_size, width, make)
+        self.input = SwiGLU(backbone, config.decoder_ffn_hidden_size, width, make)
         self.embedding = nn.Embedding(BYTE_VOCAB, width)
         self.mixer = ByteMixerStack(config, config.decoder_layers, make)
         self.norm = RMSNorm(width, config.norm_eps)

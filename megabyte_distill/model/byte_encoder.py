@@ -24,7 +24,7 @@ class ByteEncoder(nn.Module):
         self.embedding = nn.Embedding(BYTE_VOCAB, config.byte_width)
         self.mixer = ByteMixerStack(config, config.encoder_layers, make)
         self.norm = RMSNorm(config.byte_width, config.norm_eps)
-        self.head = SwiGLU(config.byte_width, config.byte_ffn_hidden_size, config.backbone_width, make)
+        self.head = SwiGLU(config.byte_width, config.encoder_ffn_hidden_size, config.backbone_width, make)
 
     def forward(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """r [P, E] in the parameters' dtype for byte_ids [P] int64, segments given by cu_seqlens [S+1]."""

@@ -48,6 +48,12 @@ _PRELOAD = (
     "megatron.core.utils",
     "megatron.core.rerun_state_machine",
 )
+_PRELOAD_IF_THERE = (
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+)
+"""Imported inside functions by some versions, so that the facade would come too late."""
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -182,6 +188,9 @@ def apply() -> bool:
     if not _FACADE.applied:
         for name in _PRELOAD:
             importlib.import_module(name)
+        for name in _PRELOAD_IF_THERE:
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(name)
         _patch_rng()
         _patch_type_checks()
         torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -98,12 +98,13 @@ def _measure(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         chunk_bucket=config.chunk_bucket,
         max_bytes=settings.run.summary_bytes,
     )
-    has_stage1 = stage_progress(root, "1b") is not None
+    earlier = {name: load_student(root, name).student for name in ("1a", "1b") if stage_progress(root, name)}
     evaluation = evaluate_run(
         loaded.student,
         load_run_teacher(root, prepared.teacher).backbone.eval(),
         rows,
-        stage1_student=load_student(root, "1b").student if has_stage1 else None,
+        stage1_student=earlier.get("1b"),
+        aligned_student=earlier.get("1a"),
         unigram=unigram_nll(token_counts(training), prepared.token_bytes),
         paths=settings.run.summary_paths,
     )

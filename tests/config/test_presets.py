@@ -62,7 +62,8 @@ def test_official_is_the_recipe_point_by_point() -> None:
 def test_model_presets_have_the_published_widths_and_our_behaviour(name: str, width: int) -> None:
     settings = parse_arguments(["--mock-data", "--preset", name], world_size=GPUS)
     side = settings.model.byte_side_for(width)
-    assert (side.backbone_width, side.byte_width, side.byte_ffn_hidden_size) == (width, 1536, 4096)
+    assert (side.backbone_width, side.byte_width) == (width, 1536)
+    assert (side.encoder_ffn_hidden_size, side.decoder_ffn_hidden_size) == (4096, 4096)
     assert (side.router_hidden_size, side.encoder_layers, side.decoder_layers) == (8192, 4, 4)
     assert (side.mamba_state_dim, side.mamba_head_dim, side.mamba_expand) == (128, 64, 2)
     assert side.dechunk_mode is DechunkMode.HARD

@@ -1,4 +1,4 @@
-"""A job small enough to run many times: a random teacher of 2 layers and width 32, a few KB of text, 4 updates a stage."""
+"""A job small enough to run many times: a random teacher of 2 layers, a few KB of text, 4 updates a stage."""
 
 from __future__ import annotations
 
@@ -69,9 +69,10 @@ class Job:
             "--train-data-path", self.train, "--valid-data-path", self.held_out,
             "--train-iters", "4", "--seq-length", "256", "--global-batch-size", "2", "--micro-batch-size", "1",
             "--chunk-bucket", "32", "--byte-width", "32", "--encoder-layers", "1", "--decoder-layers", "1",
-            "--byte-ffn-hidden-size", "48", "--router-hidden-size", "48", "--conv-ffn-hidden-size", "48",
+            "--encoder-ffn-hidden-size", "48", "--decoder-ffn-hidden-size", "48", "--router-hidden-size", "48", "--conv-ffn-hidden-size", "48",
             "--mamba-state-dim", "16", "--mamba-head-dim", "16", "--mamba-scan-chunk", "32",
-            "--eval-interval", "2", "--eval-iters", "1", "--save-interval", "2", "--log-interval", "1", "--summary-bytes", "0",
+            "--eval-interval", "2", "--eval-iters", "1", "--save-interval", "2", "--log-interval", "1",
+            "--summary-bytes", "0",
             *more,
         ]  # fmt: skip
 

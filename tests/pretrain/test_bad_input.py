@@ -76,7 +76,7 @@ def test_missing_data(refused, tmp_path: Path) -> None:  # type: ignore[no-untyp
 
 def test_tokens_that_do_not_rebuild_the_document(refused, job: Job, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     stem = copy_of_data(job.train, tmp_path / "data")
-    [tokens] = [path for path in Path(stem).parent.glob("*token*.bin")]
+    [tokens] = list(Path(stem).parent.glob("*tokens.bin"))
     content = bytearray(tokens.read_bytes())
     content[40] = content[40] ^ 1  # one token of the first document
     tokens.write_bytes(bytes(content))

@@ -81,7 +81,7 @@ def test_a_flag_without_effect_is_warned_of(job: Job, tmp_path: Path, capsys: py
 
 
 def test_mock_data_needs_no_files(job: Job, tmp_path: Path) -> None:
-    flags = [flag for flag in job.flags(tmp_path / "run", *SHORT)]
+    flags = job.flags(tmp_path / "run", *SHORT)
     for name in ("--train-data-path", "--valid-data-path"):
         place = flags.index(name)
         del flags[place : place + 2]

@@ -37,10 +37,8 @@ def test_what_a_stage_does_not_train_keeps_every_bit(job: Job, finished: Path, t
         assert any(name.startswith(prefix) for name in changed), prefix
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["1b", "2b"])
 def test_a_frozen_backbone_keeps_every_bit(job: Job, finished: Path, tmp_path: Path, stage: str) -> None:
-    if stage not in ("1b", "2b"):
-        pytest.skip("trains no backbone")
     before = weights(finished, "2b")
     after = one_update(job, finished, tmp_path / "run", stage, "--freeze-backbone")
     frozen = [name for name in before if name.startswith("backbone.")]
@@ -106,11 +104,12 @@ def test_bf16_keeps_fp32_masters(job: Job, tmp_path: Path) -> None:
     assert job.run(run, "--bf16") == 0
     # updates far below bf16's resolution add up in the masters
     flags = ("--stages", "1c", "--lr", "1e-5", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0")
+    rarely = ("--train-iters", "100", "--eval-iters", "0", "--save-interval", "0", "--log-interval", "100")
     small = tmp_path / "small"
-    assert job.run(small, "--load", str(run), "--bf16", *flags, "--train-iters", "300", "--eval-iters", "0") == 0
+    assert job.run(small, "--load", str(run), "--bf16", *flags, *rarely) == 0
     before, after = weights(run, "2b"), weights(small, "1c")
     moved = [float((before[n] - after[n]).abs().mean()) for n in before if n.startswith("router.")]
-    assert max(moved) > 20e-5
+    assert max(moved) > 10e-5
 
 
 def test_without_the_saved_optimizer_a_bf16_run_goes_on_from_the_saved_weights(job: Job, tmp_path: Path) -> None:
