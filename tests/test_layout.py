@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": BELOW_MODEL | {"model", "objectives"},
     "evaluation": BELOW_MODEL | {"model", "objectives", "inference", "conversion"},
     "hf": BELOW_MODEL | {"model", "inference"},
+    "tool": set(),
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
     "pretrain": BELOW_MODEL
     | {"model", "objectives", "curriculum", "training", "conversion", "inference", "evaluation", "runs"},

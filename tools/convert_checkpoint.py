@@ -15,15 +15,15 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megabyte_distill.tool import run_tool
+
 if TYPE_CHECKING:
     import torch
 
-_EXIT_ERROR = 2
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -113,15 +113,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    for category in (UserWarning, FutureWarning):  # of megatron and torch among themselves; nothing a user can mend
-        warnings.filterwarnings("ignore", category=category)
-    arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _EXIT_ERROR
-    return 0
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megabyte_distill.tool import run_tool
+
 if TYPE_CHECKING:
     from megabyte_distill.evaluation.bits_per_byte import Evaluation
-
-_EXIT_ERROR = 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -127,15 +126,7 @@ def table(result: Evaluation) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    for category in (UserWarning, FutureWarning, DeprecationWarning):  # of megatron and torch among themselves
-        warnings.filterwarnings("ignore", category=category)
-    arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _EXIT_ERROR
-    return 0
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ import argparse
 import io
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megabyte_distill.tool import run_tool
 
 if TYPE_CHECKING:
     from megabyte_distill.inference.generation import GenerationSettings
     from megabyte_distill.model.student import Student
 
-_EXIT_ERROR = 2
 _SHADES = ("\x1b[48;5;236m", "\x1b[48;5;24m")
 _PLAIN = "\x1b[0m"
 
@@ -118,15 +118,7 @@ def _report(size: int, seconds: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    for category in (UserWarning, FutureWarning, DeprecationWarning):  # of megatron and torch among themselves
-        warnings.filterwarnings("ignore", category=category)
-    arguments = build_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _EXIT_ERROR
-    return 0
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

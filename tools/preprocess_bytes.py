@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from megabyte_distill.data.preprocess import preprocess
 from megabyte_distill.data.tokenizers import TokenizerKind
+from megabyte_distill.tool import run_tool
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,29 +48,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on stderr for bad input."""
-    options = _parser().parse_args(arguments)
-    try:
-        summary = preprocess(
-            options.input,
-            output_prefix=options.output_prefix,
-            tokenizer_model=options.tokenizer_model,
-            tokenizer_kind=options.tokenizer_type,
-            tiktoken_pattern=options.tiktoken_pattern,
-            end_of_text=options.end_of_text,
-            bos=options.bos,
-            json_keys=options.json_keys,
-            workers=options.workers,
-            log_interval=options.log_interval,
-            overwrite=options.overwrite,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> None:
+    """Preprocess and print the summary."""
+    summary = preprocess(
+        options.input,
+        output_prefix=options.output_prefix,
+        tokenizer_model=options.tokenizer_model,
+        tokenizer_kind=options.tokenizer_type,
+        tiktoken_pattern=options.tiktoken_pattern,
+        end_of_text=options.end_of_text,
+        bos=options.bos,
+        json_keys=options.json_keys,
+        workers=options.workers,
+        log_interval=options.log_interval,
+        overwrite=options.overwrite,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(summary)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_tool(_parser(), run, argv)
 
 
 if __name__ == "__main__":
