@@ -36,7 +36,7 @@ MOCK = "--mock-data "
         (MOCK + "--stages 1a,1a", "1a occurs twice"),
         (MOCK + "--stages 1c,1b", "the order is 1b,1c"),
         (MOCK + "--2a.min-lr 1 --2a.min-lr-ratio 0.1", "stage 2a: --min-lr and --min-lr-ratio"),
-        (MOCK + "--1b.min-lr 1", "stage 1b: --min-lr 1.0 is above --lr 0.001"),
+        (MOCK + "--1b.lr 1e-3 --1b.min-lr 1", "stage 1b: --min-lr 1.0 is above --lr 0.001"),
         (MOCK + "--1a.lr-warmup-iters 2 --1a.lr-warmup-fraction 0.1", "say the same thing twice"),
         (MOCK + "--train-iters 100 --1a.lr-warmup-iters 200", "is more than --train-iters 100"),
         (MOCK + "--2b.freeze-backbone --2b.backbone-lr 1", "--freeze-backbone and --backbone-lr contradict"),
