@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -14,6 +16,7 @@ from megabyte_distill.config.flags import ReadFlags, read_flags
 from megabyte_distill.config.layers import Layer, all_options, known_stages, settings_from_layers
 from megabyte_distill.config.options import NONE_WORD, Option
 from megabyte_distill.config.presets import PRESETS, SMOKE
+from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.config.training import ModelFlags, RunConfig, Settings
 from megabyte_distill.config.validation import problems_of
 
@@ -45,6 +48,7 @@ def parse_arguments(
     """
     read = read_flags(argv, all_options())
     settings, preset_problems = _resolve(read, defaults or {})
+    settings = _fit_micro_batches(settings, read, world_size)
     problems = [*read.problems, *preset_problems, *problems_of(settings, world_size=world_size)]
     if problems:
         raise ConfigError(problems)
@@ -119,6 +123,21 @@ def _resolve(read: ReadFlags, defaults: Mapping[str, Any]) -> tuple[Settings, li
     layers += [read.layer(), Layer(common={"preset": preset})]
     stages = read.common.get("stages", defaults.get("stages", RunConfig().stages))
     return settings_from_layers(layers, known_stages(RunConfig(stages=stages).stage_names)), problems
+
+
+def _fit_micro_batches(settings: Settings, read: ReadFlags, world_size: int) -> Settings:
+    """Presets are written for one rank: a micro-batch nobody asked for shrinks until it divides a rank's share."""
+    model_ranks = settings.parallel.tensor_model_parallel_size * settings.parallel.pipeline_model_parallel_size
+    ranks = world_size // model_ranks
+
+    def fit(stage: str, config: StageConfig) -> StageConfig:
+        asked_for = "micro_batch_size" in read.common or "micro_batch_size" in read.stages.get(stage, {})
+        if asked_for or ranks < 1 or config.global_batch_size % ranks:
+            return config
+        share = math.gcd(config.global_batch_size // ranks, config.micro_batch_size)
+        return replace(config, micro_batch_size=share)
+
+    return replace(settings, stages={stage: fit(stage, config) for stage, config in settings.stages.items()})
 
 
 def _without_effect(read: ReadFlags, settings: Settings) -> list[str]:

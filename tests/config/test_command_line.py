@@ -194,3 +194,10 @@ def test_settings_cannot_be_changed() -> None:
     assert isinstance(settings, Settings)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.run.seed = 3  # type: ignore[misc]
+
+
+def test_a_preset_fits_any_number_of_ranks_and_a_flag_is_taken_as_given() -> None:
+    assert parse_arguments([*MOCK, "--global-batch-size", "4"]).stages["2a"].micro_batch_size == 2
+    assert parse_arguments([*MOCK, "--global-batch-size", "4"], world_size=4).stages["2a"].micro_batch_size == 1
+    with pytest.raises(ConfigError, match="micro-batch-size 2"):
+        parse_arguments([*MOCK, "--global-batch-size", "4", "--micro-batch-size", "2"], world_size=4)
