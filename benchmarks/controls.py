@@ -4,9 +4,9 @@
     python benchmarks/controls.py                 # about a quarter of the demo's bytes a run, three seeds
     python benchmarks/controls.py --quick         # under a minute: shows that it runs, its figures mean nothing
 
-All arms see the same number of bytes in training: the updates of a step left out go to 2a, the model from
-scratch spends all of them in 2b (everything trains, random backbone of the same size). The measure is joint bits
-per byte on the held-out works. A difference counts where it is above twice the spread (standard deviation over
+All arms see the same number of bytes in training: those of a step left out go to 2a, the model from scratch
+spends all of them in 2b (everything trains, random backbone of the same size, updates as small as 2a's). The
+measure is joint bits per byte on the held-out works. A difference counts where it is above twice the spread (standard deviation over
 seeds, pooled). The last line is one JSON object.
 """
 
@@ -23,26 +23,35 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megabyte_distill.config import PRESETS, STAGE_ORDER  # noqa: E402 - after the path is set
+from megabyte_distill.config import STAGE_ORDER, parse_arguments  # noqa: E402 - after the path is set
 
 ARMS = ("student", "without 1a", "without 1b", "from scratch")
-SCRATCH_LR = ("--2b.lr", "3e-3", "--2b.backbone-lr", "3e-3")
+SCRATCH_FLAGS = ("--2b.lr", "3e-3", "--2b.backbone-lr", "3e-3")
 """The teacher's own learning rate: what a model that starts from nothing wants."""
 
 
 def iterations(scale: float) -> dict[str, int]:
     """Updates of each stage: the tiny preset's, scaled."""
-    stages = PRESETS["tiny"].stages
-    return {name: max(2, round(scale * stages[name]["train_iters"])) for name in STAGE_ORDER}
+    stages = parse_arguments(["--mock-data"]).stages
+    return {name: max(2, round(scale * stages[name].train_iters)) for name in STAGE_ORDER}
+
+
+def bytes_per_update(stage: str) -> int:
+    """Of the tiny preset."""
+    return parse_arguments(["--mock-data"]).stages[stage].bytes_per_update
 
 
 def arm_flags(arm: str, updates: Mapping[str, int]) -> list[str]:
-    """Command line of an arm; every arm spends Σ updates."""
+    """Command line of an arm; every arm spends the same bytes."""
     chosen = dict(updates)
-    if arm.startswith("without"):
-        chosen["2a"] += chosen.pop(arm.removeprefix("without "))
     if arm == "from scratch":
-        return ["--stages", "2b", "--2b.train-iters", str(sum(updates.values())), *SCRATCH_LR]
+        total = sum(count * bytes_per_update(name) for name, count in updates.items())
+        size = parse_arguments(["--mock-data"]).stages["2a"]
+        flags = ["--stages", "2b", "--2b.seq-length", str(size.seq_length)]
+        return [*flags, "--2b.train-iters", str(total // size.bytes_per_update), *SCRATCH_FLAGS]
+    if arm.startswith("without"):
+        left_out = arm.removeprefix("without ")
+        chosen["2a"] += round(chosen.pop(left_out) * bytes_per_update(left_out) / bytes_per_update("2a"))
     flags = ["--stages", ",".join(chosen)]
     for name, count in chosen.items():
         flags += [f"--{name}.train-iters", str(count)]

@@ -1,0 +1,51 @@
+"""Each benchmark's arms are what it says; running them is not a test's business."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megabyte_distill.config import parse_arguments
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def controls() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("controls", BENCHMARKS / "controls.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["controls"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def trained_bytes(flags: list[str]) -> int:
+    stages = parse_arguments(["--mock-data", *flags]).stages
+    return sum(config.train_iters * config.bytes_per_update for config in stages.values())
+
+
+def test_all_arms_spend_the_same_bytes(controls: ModuleType) -> None:
+    updates = controls.iterations(0.25)
+    spent = {arm: trained_bytes(controls.arm_flags(arm, updates)) for arm in controls.ARMS}
+    assert max(spent.values()) - min(spent.values()) <= 4096, spent
+
+
+def test_an_arm_leaves_out_what_it_says(controls: ModuleType) -> None:
+    updates = controls.iterations(0.25)
+    for arm in ("without 1a", "without 1b"):
+        flags = controls.arm_flags(arm, updates)
+        assert arm.removeprefix("without ") not in flags[flags.index("--stages") + 1].split(",")
+    assert "2b" in controls.arm_flags("from scratch", updates)
+
+
+def test_a_difference_counts_above_twice_the_pooled_spread(controls: ModuleType) -> None:
+    near = controls.verdict([1.0, 1.1, 1.2], [1.15, 1.25, 1.35])
+    far = controls.verdict([1.0, 1.1, 1.2], [1.4, 1.5, 1.6])
+    assert math.isclose(near["spread"], 0.1) and not near["above_twice_the_spread"]
+    assert far["above_twice_the_spread"] and math.isclose(far["worse_by"], 0.4)
