@@ -6,8 +6,8 @@
 
 All arms see the same number of bytes in training: those of a step left out go to 2a, the model from scratch
 spends all of them in 2b (everything trains, random backbone of the same size, updates as small as 2a's). The
-measure is joint bits per byte on the held-out works. A difference counts where it is above twice the spread (standard deviation over
-seeds, pooled). The last line is one JSON object.
+measure is joint bits per byte on the held-out works. A difference counts where it is above twice the spread
+(standard deviation over seeds, pooled). The last line is one JSON object.
 """
 
 from __future__ import annotations
