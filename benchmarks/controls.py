@@ -79,12 +79,14 @@ def random_teacher(teacher: Path, folder: Path, seed: int) -> None:
 
 def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Train one arm (or take what an earlier call finished) and return its summary."""
+    from megabyte_distill.parallel.process_groups import world
     from megabyte_distill.pretrain.example import Example
     from megabyte_distill.pretrain.main import main
 
     shared = args.work_dir / "shared"
     example = Example(ROOT / "examples" / "tiny")
-    example.prepare(shared)
+    with world():
+        example.prepare(shared)
     root = args.work_dir / f"{arm.replace(' ', '-')}-{seed}"
     load = shared / "teacher"
     if arm == "from scratch":

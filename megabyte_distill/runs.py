@@ -14,6 +14,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megabyte_distill.config.stage import STAGE_ORDER
 from megabyte_distill.conversion.model_config import ModelConfig, read_model_config
 from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
@@ -21,6 +23,7 @@ from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENI
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.student import Student
+from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
 
 TEACHER_FILE = "teacher.json"
@@ -102,12 +105,34 @@ def load_student(root: Path, stage: str | None = None, *, iteration: int | None 
     student = build_student(config)
     load_checkpoint(checkpoint, student)
     return LoadedStudent(
-        student=student.eval(),
+        student=student.to(current_world().device).eval(),
         model_config=config,
         token_bytes=TokenBytes.load(root / TOKENIZER_FOLDER / TOKEN_BYTES_FILE),
         stage=name,
         checkpoint=checkpoint,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStudents:
+    """The students a run's figures are taken from, all in evaluation mode."""
+
+    last: LoadedStudent
+    """After the last complete stage, or the one asked for."""
+    aligned: Student | None
+    """After 1a, None where that is not complete."""
+    distilled: Student | None
+    """After 1b, None where that is not complete."""
+
+
+def load_students(root: Path, stage: str | None = None) -> RunStudents:
+    """The students of a run; collective, as every load. Errors as :func:`load_student`."""
+
+    def after(name: str) -> Student | None:
+        progress = stage_progress(root, name)
+        return load_student(root, name).student if progress is not None and progress.is_complete else None
+
+    return RunStudents(last=load_student(root, stage), aligned=after("1a"), distilled=after("1b"))
 
 
 def require_speaking(loaded: LoadedStudent) -> None:
@@ -129,4 +154,7 @@ def load_run_teacher(root: Path, override: Path | None = None) -> Teacher:
     path = override or teacher_path(root)
     if not path.is_dir():
         raise ValueError(f"the teacher of {root} should be at {path}, which is not a directory; give --teacher")
-    return load_teacher(path)
+    # in fp32 as the student is, so that their figures compare
+    teacher = load_teacher(path, dtype=torch.float32)
+    teacher.backbone.eval()
+    return teacher

@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load", type=Path, required=True, metavar="RUN", help="folder of a training run")
     add("--stage", help="stage whose weights are taken (default: the last complete one)")
     add("--data-path", nargs="+", required=True, metavar="STEM", help="held-out data sets, PREFIX_KEY_document")
+    add("--split", metavar="T,V,S", help="score only the validation share V of each set, as held out by training")
     add("--train-data-path", nargs="+", metavar="STEM", help="training data, for the token unigram anchor")
     add("--teacher", type=Path, metavar="CKPT", help="the teacher's checkpoint, where it moved")
     add("--seq-length", type=int, default=2048, help="bytes of a row: the context of all figures (2048)")
@@ -55,19 +56,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> Evaluation:
     """Loads everything and evaluates; needs process groups."""
-    from megabyte_distill.data.dataset import open_blend
+    from megabyte_distill.config.blend import parse_split
+    from megabyte_distill.data.dataset import open_blend, split_documents
     from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
     from megabyte_distill.evaluation.bits_per_byte import evaluate_run
     from megabyte_distill.evaluation.held_out import held_out_rows
-    from megabyte_distill.runs import load_run_teacher, load_student, require_speaking, stage_progress
+    from megabyte_distill.runs import load_run_teacher, load_students, require_speaking
 
-    loaded = load_student(arguments.load, arguments.stage)
+    students = load_students(arguments.load, arguments.stage)
+    loaded = students.last
     require_speaking(loaded)
     teacher = load_run_teacher(arguments.load, arguments.teacher)
-    after_1b = stage_progress(arguments.load, "1b")
-    stage1 = load_student(arguments.load, "1b").student if after_1b is not None else None
     table_hash = loaded.token_bytes.hash
     datasets, _ = open_blend(arguments.data_path, tokenizer_hash=table_hash)
+    if arguments.split:
+        shares = parse_split(arguments.split)
+        datasets = [dataset.subset(split_documents(len(dataset), shares)[1]) for dataset in datasets]
     unigram = None
     if arguments.train_data_path:
         training, _ = open_blend(arguments.train_data_path, tokenizer_hash=table_hash)
@@ -82,7 +86,8 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
         loaded.student,
         teacher.backbone,
         rows,
-        stage1_student=stage1,
+        stage1_student=students.distilled,
+        aligned_student=students.aligned,
         unigram=unigram,
         paths=arguments.paths,
         path_bytes=arguments.path_bytes,

@@ -150,7 +150,7 @@ def train(args: argparse.Namespace, tokenizer: Path, stems: dict[str, Path]) -> 
         from megabyte_distill.training.loop import StopReason
 
         torch.manual_seed(args.seed)
-        model = Backbone(backbone_config(args))
+        model = Backbone(backbone_config(args)).to(ranks.device)
         say(f"teacher of {sum(p.numel() for p in model.parameters()):,} parameters, torch threads: {args.threads}")
         if run_loop(args, model, ranks, stems) is StopReason.DONE and ranks.is_main:
             export_backbone(model, args.hf_path, tokenizer, dtype=torch.bfloat16, overwrite=True)

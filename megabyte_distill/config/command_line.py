@@ -126,16 +126,22 @@ def _resolve(read: ReadFlags, defaults: Mapping[str, Any]) -> tuple[Settings, li
 
 
 def _fit_micro_batches(settings: Settings, read: ReadFlags, world_size: int) -> Settings:
-    """Presets are written for one rank: a micro-batch nobody asked for shrinks until it divides a rank's share."""
+    """Presets are written for one rank: where nobody asked for batch sizes, they are made to divide over the ranks.
+
+    The global batch grows to a multiple of the ranks, the micro-batch shrinks until it divides a rank's share.
+    """
     model_ranks = settings.parallel.tensor_model_parallel_size * settings.parallel.pipeline_model_parallel_size
     ranks = world_size // model_ranks
 
     def fit(stage: str, config: StageConfig) -> StageConfig:
-        asked_for = "micro_batch_size" in read.common or "micro_batch_size" in read.stages.get(stage, {})
-        if asked_for or ranks < 1 or config.global_batch_size % ranks:
+        given = {*read.common, *read.stages.get(stage, {})}
+        if ranks < 1 or "micro_batch_size" in given:
             return config
-        share = math.gcd(config.global_batch_size // ranks, config.micro_batch_size)
-        return replace(config, micro_batch_size=share)
+        rows = config.global_batch_size
+        if "global_batch_size" not in given:
+            rows = -(-rows // ranks) * ranks
+        share = math.gcd(rows // ranks, config.micro_batch_size) if rows % ranks == 0 else config.micro_batch_size
+        return replace(config, global_batch_size=rows, micro_batch_size=share)
 
     return replace(settings, stages={stage: fit(stage, config) for stage, config in settings.stages.items()})
 

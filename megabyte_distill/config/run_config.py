@@ -51,15 +51,18 @@ def settings_from_dict(plain: Mapping[str, Any]) -> Settings:
     )
 
 
+def run_config_text(settings: Settings) -> str:
+    """What run_config.yaml holds."""
+    content = {"schema": SCHEMA, "megabyte_distill": __version__, "settings": settings_to_dict(settings)}
+    return json.dumps(content, indent=2) + "\n"
+
+
 def write_run_config(settings: Settings, path: Path) -> None:
     """Write settings to a file (or to run_config.yaml in a folder); the file is complete or what it was before."""
     path = path / RUN_CONFIG_NAME if path.is_dir() else path
-    text = json.dumps(
-        {"schema": SCHEMA, "megabyte_distill": __version__, "settings": settings_to_dict(settings)}, indent=2
-    )
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
+        stream.write(run_config_text(settings))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)

@@ -73,8 +73,8 @@ class CheckpointConfig:
     load: str | None = option(None, "a converted teacher, or a run, whose last complete stage is taken")
     save: str | None = option(None, "folder of the run; started again with the same folder, a run goes on")
     ckpt_step: int | None = option(None, "take this iteration of --load instead of its latest", low=1)
-    no_load_optim: bool = option(False, "leave the optimizer's state in --load alone")
-    no_load_rng: bool = option(False, "leave the random number state in --load alone")
+    no_load_optim: bool = option(False, "go on with a fresh optimizer instead of the checkpoint's")
+    no_load_rng: bool = option(False, "go on without the checkpoint's random number state")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

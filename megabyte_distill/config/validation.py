@@ -137,13 +137,8 @@ def _unreadable(flag: str, read: Callable[[], object]) -> Iterator[str]:
 
 def _checkpoint(settings: Settings) -> Iterator[str]:
     checkpoint = settings.checkpoint
-    if checkpoint.load is None:
-        needs_load = {
-            "--ckpt-step": checkpoint.ckpt_step is not None,
-            "--no-load-optim": checkpoint.no_load_optim,
-            "--no-load-rng": checkpoint.no_load_rng,
-        }
-        yield from (f"{flag} needs --load, whose checkpoint it is about" for flag, given in needs_load.items() if given)
+    if checkpoint.load is None and checkpoint.ckpt_step is not None:
+        yield "--ckpt-step needs --load, whose checkpoint it is about"
     if settings.run.fresh and checkpoint.save is None:
         yield "--fresh needs --save, the folder to start over"
     if settings.run.fresh and checkpoint.load is not None and checkpoint.load == checkpoint.save:

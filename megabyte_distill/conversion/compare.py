@@ -40,7 +40,7 @@ def compare_logits(hf_model: Path, megatron_path: Path, text: str = DEFAULT_TEXT
     reference = _transformers_model(hf_model)
     with torch.no_grad():
         theirs = reference(tokens[None]).logits[0]
-        ours = backbone_logits(teacher.backbone, tokens)
+        ours = backbone_logits(teacher.backbone, tokens).cpu()
     if theirs.shape != ours.shape:
         raise ValueError(
             f"{hf_model} has {theirs.shape[-1]} tokens, {megatron_path} {ours.shape[-1]}; these are different models"
@@ -54,7 +54,8 @@ def compare_logits(hf_model: Path, megatron_path: Path, text: str = DEFAULT_TEXT
 
 def backbone_logits(backbone: Backbone, tokens: Tensor) -> Tensor:
     """Logits [T, W] of one sequence of token ids [T]."""
-    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    tokens = tokens.to(backbone.embedding.weight.device)
+    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
     return backbone.logits(backbone(backbone.embed(tokens), cu_seqlens))
 
 

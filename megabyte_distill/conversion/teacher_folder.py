@@ -30,6 +30,7 @@ from megabyte_distill.conversion.model_config import (
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER, copy_files, token_table
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import (
     TRACKER,
     find_checkpoint,
@@ -105,7 +106,7 @@ def load_teacher(
     transformer: TransformerConfig = transformer_config(config, **fields)
     backbone = Backbone(config, transformer).to(dtype or stored_dtype(checkpoint))
     load_checkpoint(checkpoint, TeacherHolder(backbone), prefix=BACKBONE_PREFIX)
-    return Teacher(backbone, config, tokens)
+    return Teacher(backbone.to(current_world().device), config, tokens)
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class Evaluation:
 
     text_bytes: int
     documents: int
+    is_bound: bool
+    """False in official dechunk, which reads p and so the next byte: the student's figures then credit a leak."""
     teacher_bits_per_byte: float
     """Of the teacher's canonical tokens."""
     student_bits_per_byte: float
@@ -168,7 +170,8 @@ def evaluate_run(
     documents = sums.ends + int(not _ends_document(rows[-1]))
     variance = float(table_variance(teacher.embedding.weight[: teacher.backbone_config.vocab_size]))
     has_unigram = unigram is not None
-    return _report(sums, variance=variance, documents=documents, has_unigram=has_unigram, paths=figures)
+    report = _report(sums, variance=variance, documents=documents, has_unigram=has_unigram, paths=figures)
+    return replace(report, is_bound=not student.is_official)
 
 
 def _add_row(sums: _Sums, student: Student, teacher: Backbone, row: PackedRow) -> None:
@@ -238,6 +241,7 @@ def _report(
     return Evaluation(
         text_bytes=size,
         documents=documents,
+        is_bound=True,
         teacher_bits_per_byte=teacher / size,
         student_bits_per_byte=student / size,
         retention=teacher / student,

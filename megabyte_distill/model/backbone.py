@@ -50,7 +50,8 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        "use_cpu_initialization": not torch.cuda.is_available(),
+        # norms and the byte side are born on the CPU as well; whoever builds a model moves all of it at once
+        "use_cpu_initialization": True,
         # gradients are sums over the global count, which the loop divides by beforehand
         "calculate_per_token_loss": True,
     }

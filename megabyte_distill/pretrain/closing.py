@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
@@ -20,9 +18,10 @@ from megabyte_distill.evaluation.marked_text import mark_sentence
 from megabyte_distill.evaluation.plots import plot_boundaries, plot_losses
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
+from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, data_sets
-from megabyte_distill.runs import GENERATES_FROM, load_run_teacher, load_student, stage_progress
+from megabyte_distill.runs import GENERATES_FROM, RunStudents, load_run_teacher, load_students, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
 
@@ -52,17 +51,19 @@ class StageRow:
 def closing_report(settings: Settings, prepared: Prepared, world: World) -> None:
     """Measure, write and print the summary where all stages are complete and ``summary_bytes`` asks for one.
 
-    The main rank works alone; the others wait.
+    All ranks load (checkpoints are read collectively); then the main rank measures and the others leave.
     """
-    wanted = settings.run.summary_bytes > 0 and not settings.data.mock_data and _finished(prepared.root)
-    if world.is_main and wanted:
-        summary = _measure(settings, prepared)
+    if not settings.run.summary_bytes or settings.data.mock_data or not _finished(prepared.root):
+        return
+    students = load_students(prepared.root)
+    teacher = load_run_teacher(prepared.root, prepared.teacher).backbone
+    if world.is_main:
+        summary = _measure(settings, prepared, students, teacher)
         path = prepared.root / SUMMARY_FILE
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         print_summary(summary, path)
-    dist.barrier()
 
 
 def print_saved_summary(settings: Settings, prepared: Prepared, world: World) -> bool:
@@ -86,11 +87,10 @@ def _finished(root: Path) -> bool:
     return all(p.is_complete for p in progress) and any(p.stage in GENERATES_FROM for p in progress)
 
 
-def _measure(settings: Settings, prepared: Prepared) -> dict[str, Any]:
-    root = prepared.root
+def _measure(settings: Settings, prepared: Prepared, students: RunStudents, teacher: Backbone) -> dict[str, Any]:
+    root, loaded = prepared.root, students.last
     (training, _), (held_out, _) = data_sets(settings, prepared)
     say(f" measuring on held-out text ({settings.run.summary_bytes:,} bytes) …")
-    loaded = load_student(root)
     config = settings.stages.get(loaded.stage) or next(iter(settings.stages.values()))
     rows = held_out_rows(
         held_out,
@@ -98,13 +98,12 @@ def _measure(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         chunk_bucket=config.chunk_bucket,
         max_bytes=settings.run.summary_bytes,
     )
-    earlier = {name: load_student(root, name).student for name in ("1a", "1b") if stage_progress(root, name)}
     evaluation = evaluate_run(
         loaded.student,
-        load_run_teacher(root, prepared.teacher).backbone.eval(),
+        teacher,
         rows,
-        stage1_student=earlier.get("1b"),
-        aligned_student=earlier.get("1a"),
+        stage1_student=students.distilled,
+        aligned_student=students.aligned,
         unigram=unigram_nll(token_counts(training), prepared.token_bytes),
         paths=settings.run.summary_paths,
     )
@@ -177,6 +176,8 @@ def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     """The closing table, the figures and the sample, for a person."""
     header = ("stage", "what", "bytes seen", "time", "its own measure (held-out)", "bits per byte")
     say("\n" + _table(header, summary["stages"]) + "\n")
+    if not summary["is_bound"]:
+        say("official dechunk reads p, which knows the next byte: the student's figures below are no bounds\n")
     paths = summary.get("paths") or {}
     figures = [
         ("teacher, canonical tokens", summary["teacher_bits_per_byte"]),
@@ -198,7 +199,7 @@ def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     say(
         f"\nretention {summary['retention']:.4f} (gap {summary['gap_bits_per_byte']:.4f} bits per byte) | stage 1 "
         f"retention {summary['stage1_retention']:.4f} | boundary F1 {summary['boundary_f1']:.4f} | relative alignment "
-        f"error {summary['alignment_mse_relative']:.4f} | training time {duration(summary['seconds'])}"
+        f"error {summary['alignment_mse_relative']:.4f} | time in updates {duration(summary['seconds'])}"
     )
     say(f"\nthe student, temperature 0.7:\n{summary['sample']}\n")
     say(f"written: {path}, {', '.join(summary['plots'])}")

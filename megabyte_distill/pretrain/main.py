@@ -99,12 +99,14 @@ def _prepare_example(settings: Settings, example: object, ranks: World) -> None:
     wanted = example.defaults(root)
     uses = settings.checkpoint.load == wanted["load"] or settings.data.train_data_path == wanted["train_data_path"]
     if uses:
+        if settings.run.fresh:
+            on_main_rank(ranks, lambda: example.remove(root))
         on_main_rank(ranks, lambda: example.prepare(root))
 
 
 def _run(settings: Settings, ranks: World, example: object) -> int:
     from megabyte_distill.pretrain.closing import closing_report, print_saved_summary
-    from megabyte_distill.pretrain.prepare import prepare_run
+    from megabyte_distill.pretrain.prepare import check_held_out, prepare_run
 
     with contextlib.ExitStack() as stack:
         if settings.checkpoint.save is not None:
@@ -112,6 +114,7 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
             on_main_rank(ranks, lambda: stack.enter_context(only_job(root)))
         _prepare_example(settings, example, ranks)
         prepared = prepare_run(settings, ranks)
+        check_held_out(settings, prepared)
         if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, ranks):
             closing_report(settings, prepared, ranks)
     return 0

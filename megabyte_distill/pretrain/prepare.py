@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
+from megabyte_distill.config.blend import DEFAULT_SPLIT
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
     ModelConfig,
@@ -163,6 +164,19 @@ def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None)
             f"--load {prepared.source} is a run without a complete stage; train it first, or load a teacher"
         )
     return find_checkpoint(prepared.teacher, ckpt_step), "teacher"
+
+
+def check_held_out(settings: Settings, prepared: Prepared) -> None:
+    """ValueError before any training where something is to be measured on held-out text and there is none."""
+    wanted = settings.run.summary_bytes > 0 or any(config.eval_iters for config in settings.stages.values())
+    if not wanted or settings.data.mock_data:
+        return
+    _, (held_out, _) = data_sets(settings, prepared)
+    if not held_out:
+        raise ValueError(
+            f"no document is held out by --split {settings.data.split or DEFAULT_SPLIT}: give --valid-data-path, a "
+            "--split with a larger second share, or --eval-iters 0 --summary-bytes 0 to train without measuring"
+        )
 
 
 WeightedSets = tuple[list[ByteTokenDataset], list[float]]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megabyte_distill.config import Settings, StageConfig
-from megabyte_distill.config.run_config import RUN_CONFIG_NAME, settings_to_dict
+from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
@@ -55,7 +55,17 @@ class StageRunner:
                 with_rng=not checkpoint.no_load_rng,
             )
             self._say(f" stage {name} goes on from {progress.checkpoint}")
+            for line in self._changes(progress.checkpoint, name):
+                self._say(f" warning: changed since that checkpoint: {line}")
         return loop.run()
+
+    def _changes(self, checkpoint: Path, name: str) -> list[str]:
+        """What this stage's settings are now that they were not when the checkpoint was written."""
+        before = read_run_config(checkpoint / RUN_CONFIG_NAME)
+        if name not in before.stages:
+            return []
+        only = {name: before.stages[name]}, {name: self.settings.stages[name]}
+        return diff(replace(before, stages=only[0]), replace(self.settings, stages=only[1]))
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
@@ -78,10 +88,11 @@ class StageRunner:
         student.to(device=self.world.device, dtype=dtype)
         set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
         teacher: Backbone | None = None
-        if stage.teacher is TeacherNeed.EMBEDDING or (stage.teacher is TeacherNeed.FROZEN and config.freeze_backbone):
-            # untouched by this stage, so the student's own copy is the teacher
+        is_untouched = stage.teacher is TeacherNeed.EMBEDDING or config.freeze_backbone
+        if stage.teacher is not TeacherNeed.NONE and is_untouched and self.prepared.source is None:
+            # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = student.backbone  # type: ignore[assignment]
-        elif stage.teacher is TeacherNeed.FROZEN:
+        elif stage.teacher is not TeacherNeed.NONE:
             teacher = load_teacher(self.prepared.teacher, dtype=dtype).backbone.to(self.world.device)
             teacher.requires_grad_(False).eval()
         return student, teacher
@@ -109,7 +120,7 @@ class StageRunner:
             writer=self.writer,
             stop=self.stop,
             deadline=self.deadline,
-            texts={RUN_CONFIG_NAME: json.dumps(settings_to_dict(settings), indent=2)},
+            texts={RUN_CONFIG_NAME: run_config_text(settings)},
             extra_state=self._identity(),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
         )

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +113,6 @@ def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     for name, child in module.named_children():
         sharded.update(sharded_state_dict(child, f"{prefix}{name}."))
     return sharded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """What besides weights and optimizer a checkpoint holds."""
-
-    loop: dict[str, Any]
-    """JSON: stage, iteration, train_iters, consumed rows, data position, hashes."""
 
 
 def _reason(error: BaseException) -> str:

@@ -118,7 +118,6 @@ class Loop:
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Written into each checkpoint's state: hashes of what it was made from."""
     valid_rows: Callable[[], list[list[PackedRow]]] = list
-    on_update: Callable[[Loop], None] | None = None
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
 
@@ -162,8 +161,6 @@ class Loop:
             report = self._update(window)
             self._log(window, report)
             self._evaluate_if_due()
-            if self.on_update is not None:
-                self.on_update(self)
             reason = self._reason_to_stop()
             if reason is not None:
                 self.save()

@@ -66,8 +66,6 @@ def forward_backward(
     objective: Objective,
     rows: list[PackedRow],
     counts: dict[str, float],
-    *,
-    forward_only: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated."""
 
@@ -87,7 +85,7 @@ def forward_backward(
         num_microbatches=len(rows),
         seq_length=1,
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=False,
     )
 
 

@@ -26,8 +26,6 @@ MOCK = "--mock-data "
         ("--data-path x --split 1,-2", "expected up to three numbers"),
         ("--data-path x --split 0,0,0", "expected up to three numbers"),
         (MOCK + "--ckpt-step 3", "--ckpt-step needs --load"),
-        (MOCK + "--no-load-optim", "--no-load-optim needs --load"),
-        (MOCK + "--no-load-rng", "--no-load-rng needs --load"),
         (MOCK + "--fresh", "--fresh needs --save"),
         (MOCK + "--fresh --load r --save r", "--fresh removes r, from which --load wants to read"),
         (MOCK + "--tensor-model-parallel-size 2", "tensor and pipeline parallelism is not built yet"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -59,3 +60,14 @@ def test_resuming_the_distributed_optimizer_over_torchs_adamw_is_refused(
     assert job.run(run, "--stages", "1a") == 2
     assert "was saved with --use-distributed-optimizer" in capsys.readouterr().err
     assert job.run(run, "--stages", "1a", flag, "--no-load-optim") == 0
+
+
+def test_two_ranks_end_with_the_summary_of_one(job: Job, tmp_path: Path) -> None:
+    """Checkpoints are loaded collectively: the closing report must not leave a rank behind."""
+    summaries = []
+    for name, processes in (("two", 2), ("one", 1)):
+        flags = job.flags(tmp_path / name, *FLAGS, "--summary-bytes", "1500", "--stages", "2a")
+        done = run_command(torchrun(str(SCRIPT), *flags, processes=processes), timeout=120)
+        assert done.returncode == 0, done.stderr
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    assert summaries[0]["student_bits_per_byte"] == pytest.approx(summaries[1]["student_bits_per_byte"], abs=1e-4)
