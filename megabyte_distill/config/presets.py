@@ -96,11 +96,11 @@ _TINY = Layer(
         "summary_bytes": 150_000,
     },
     stages={
-        "1a": {"lr": 6e-3, "train_iters": 1500, "seq_length": 1024, "min_lr_ratio": 0.0},
-        "1b": {"lr": 6e-4, "train_iters": 180},
-        "1c": {"lr": 4e-3, "train_iters": 400, "seq_length": 1024},
-        "2a": {"lr": 5e-3, "train_iters": 1500, "seq_length": 1024},
-        "2b": {"lr": 1e-3, "backbone_lr": 3e-4, "train_iters": 120},
+        "1a": {"lr": 6e-3, "train_iters": 1800, "seq_length": 1024, "min_lr_ratio": 0.0},
+        "1b": {"lr": 6e-4, "train_iters": 200},
+        "1c": {"lr": 4e-3, "train_iters": 500, "seq_length": 1024},
+        "2a": {"lr": 5e-3, "train_iters": 2200, "seq_length": 1024},
+        "2b": {"lr": 1e-3, "backbone_lr": 3e-4, "train_iters": 130},
     },
 )
 
