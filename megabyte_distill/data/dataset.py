@@ -33,6 +33,8 @@ class DocumentSource(Protocol):
     name: str
     documents: range
     table: TokenBytes
+    digest: str
+    """Says which data these are, wherever they lie."""
 
     def num_tokens(self, document: int) -> int:
         """Tokens of a document, without the start id."""
@@ -86,6 +88,7 @@ class ByteTokenDataset:
                 "the text with the teacher's tokenizer"
             )
         self.documents = range(len(self._bytes))
+        self.digest = self.manifest.digest
 
     def subset(self, documents: range) -> ByteTokenDataset:
         """The same files, fewer documents; global indices stay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,6 +75,12 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     """Library → version."""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """sha256 in hex of what the data are: the inputs' hashes, the tokenizer's, the counts; not where they lie."""
+        content = [self.tokenizer_hash, self.documents, self.bytes, self.tokens, [i.get("sha256") for i in self.inputs]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

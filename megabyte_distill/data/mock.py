@@ -31,6 +31,7 @@ class MockDataset:
     def __init__(self, vocab_size: int, *, seed: int, num_documents: int = 10_000, max_tokens: int = 1000) -> None:
         self.name = "mock data"
         self.documents = range(num_documents)
+        self.digest = f"mock data {vocab_size} {seed} {num_documents} {max_tokens}"
         self.table = mock_table(vocab_size)
         self._seed, self._max_tokens = seed, max_tokens
 

@@ -231,6 +231,7 @@ class RowStream:
             "row_bytes": self.row_bytes,
             "min_room": self.min_room,
             "documents": [len(source.documents) for source in self.datasets],
+            "data": [source.digest for source in self.datasets],
             "tokenizer_hash": self.datasets[0].table.hash,
             "rows": self.rows,
             "positions": [asdict(position) for position in self._positions],
@@ -240,7 +241,7 @@ class RowStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where ``state`` was taken; weights may differ. ValueError names all that does not match."""
         own = self.state_dict()
-        names = ("seed", "row_bytes", "min_room", "documents", "tokenizer_hash")
+        names = ("seed", "row_bytes", "min_room", "documents", "data", "tokenizer_hash")
         wrong = [
             f"{name}: saved {state.get(name)!r}, now {own[name]!r}" for name in names if state.get(name) != own[name]
         ]

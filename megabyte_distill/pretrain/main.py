@@ -7,9 +7,11 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megabyte_distill import __version__, optional
 from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments, parse_or_exit
 from megabyte_distill.config.command_line import HELP_FLAGS
 from megabyte_distill.parallel import cpu_megatron
@@ -120,6 +122,13 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
     return 0
 
 
+def versions() -> str:
+    """What this job runs on, once in the log: libraries, device, optional packages."""
+    parts = [f"{name} {metadata.version(name)}" for name in ("megatron-core", "torch")]
+    parts += [f"{name}: {state}" for name, state in optional.describe().items()]
+    return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: torch reference"
+
+
 def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
     """Run the selected stages; True where they are all complete, False where somebody stopped them."""
     from megabyte_distill.pretrain.stage_runner import StageRunner
@@ -127,6 +136,8 @@ def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
     from megabyte_distill.training.loop import StopReason
     from megabyte_distill.training.signals import stop_request
 
+    if ranks.is_main:
+        say(f" {versions()}")
     limit = settings.run.exit_duration_in_mins
     board = settings.run.tensorboard_dir
     writer = MetricWriter(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megabyte_distill.config import Settings, StageConfig
+from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
@@ -18,8 +18,8 @@ from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
-from megabyte_distill.runs import build_student, stage_progress
-from megabyte_distill.training.checkpoint import load_checkpoint
+from megabyte_distill.runs import StageProgress, build_student, stage_progress
+from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.logging import MetricWriter, say
 from megabyte_distill.training.loop import Loop, StopReason
 from megabyte_distill.training.optimizer import wrap_for_training
@@ -42,6 +42,8 @@ class StageRunner:
         """Train a stage to its end (or until somebody stops it); its checkpoints lie in RUN/<stage>."""
         stage, config = STAGES[name], self.settings.stages[name]
         progress = stage_progress(self.prepared.root, name)
+        if progress is not None:
+            self._check_parent(progress)
         if progress is not None and progress.iteration >= config.train_iters:
             self._say(f" stage {name} ({stage.title}) is complete at iteration {progress.iteration}: skipped")
             return StopReason.DONE
@@ -59,13 +61,26 @@ class StageRunner:
                 self._say(f" warning: changed since that checkpoint: {line}")
         return loop.run()
 
+    def _check_parent(self, progress: StageProgress) -> None:
+        """ValueError where the stage this one was built on has been trained further since."""
+        parent = read_loop_state(progress.checkpoint).get("parent") or {}
+        now = stage_progress(self.prepared.root, parent["stage"]) if parent else None
+        if now is not None and now.iteration != parent["iteration"]:
+            raise ValueError(
+                f"stage {progress.stage} was built on {now.stage} at iteration {parent['iteration']}, which is at "
+                f"{now.iteration} now; remove {self.prepared.root / progress.stage} to build it anew, or give another "
+                "--save"
+            )
+
     def _changes(self, checkpoint: Path, name: str) -> list[str]:
         """What this stage's settings are now that they were not when the checkpoint was written."""
         before = read_run_config(checkpoint / RUN_CONFIG_NAME)
         if name not in before.stages:
             return []
         only = {name: before.stages[name]}, {name: self.settings.stages[name]}
-        return diff(replace(before, stages=only[0]), replace(self.settings, stages=only[1]))
+        lines = diff(replace(before, stages=only[0]), replace(self.settings, stages=only[1]))
+        # where and how long a run goes changes nothing of what it learns
+        return [line for line in lines if not line.startswith(("run.", "checkpoint.", "parallel."))]
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
@@ -121,9 +136,13 @@ class StageRunner:
             stop=self.stop,
             deadline=self.deadline,
             texts={RUN_CONFIG_NAME: run_config_text(settings)},
-            extra_state=self._identity(),
+            extra_state=self._identity(stage.name),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
         )
 
-    def _identity(self) -> dict[str, Any]:
-        return {"tokenizer_hash": self.prepared.token_bytes.hash}
+    def _identity(self, name: str) -> dict[str, Any]:
+        """What each checkpoint says of its origin: the tokenizer, and the stage it was built on."""
+        before = [stage_progress(self.prepared.root, stage) for stage in STAGE_ORDER[: STAGE_ORDER.index(name)]]
+        parents = [progress for progress in before if progress is not None]
+        parent = {"stage": parents[-1].stage, "iteration": parents[-1].iteration} if parents else None
+        return {"tokenizer_hash": self.prepared.token_bytes.hash, "parent": parent}

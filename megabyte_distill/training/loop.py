@@ -240,7 +240,7 @@ class Loop:
             self.writer.write(self.stage, iteration, {f"validation {name}": value for name, value in means.items()})
 
     def _reason_to_stop(self) -> StopReason | None:
-        """All ranks agree because rank 0's answer is everybody's."""
+        """All ranks agree: where any rank has a reason, the gravest one is everybody's."""
         interval = self.run_config.exit_interval
         reason = 0
         if self.stop:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.job import STAGES, Job, assert_same_run, metrics
+from tests.pretrain.job import STAGES, Job, assert_same_run, metrics, write_data
 
 
 @pytest.fixture
@@ -54,3 +54,33 @@ def test_mamba_and_bf16_resume_exactly(job: Job, run: Path, tmp_path: Path) -> N
     while any(not (run / stage / "iter_0000004").exists() for stage in STAGES):
         assert job.run(run, *flags, "--exit-interval", "3") == 0
     assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_stage_whose_base_was_trained_further_is_refused(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert job.run(run, "--stages", "1a,1b") == 0
+    assert job.run(run, "--stages", "1a", "--1a.train-iters", "6") == 0
+    assert job.run(run, "--stages", "1b") == 2
+    message = capsys.readouterr().err
+    assert "stage 1b was built on 1a at iteration 4, which is at 6 now" in message
+
+
+def test_a_position_in_other_data_of_the_same_size_is_refused(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert job.run(run, "--stages", "1a", "--exit-interval", "2") == 0
+    other = write_data(tmp_path / "other", job.tokenizer, seed=9, documents=16)
+    assert job.run(run, "--stages", "1a", "--train-data-path", other) == 2
+    assert "data: saved" in capsys.readouterr().err
+
+
+def test_a_setting_changed_in_the_middle_of_a_stage_is_said(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert job.run(run, "--stages", "1a", "--exit-interval", "2") == 0
+    assert job.run(run, "--stages", "1a", "--lr", "1e-4") == 0
+    assert "changed since that checkpoint: 1a.lr" in capsys.readouterr().out
