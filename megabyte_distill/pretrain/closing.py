@@ -19,6 +19,7 @@ from megabyte_distill.evaluation.plots import plot_boundaries, plot_losses
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, data_sets
 from megabyte_distill.runs import GENERATES_FROM, RunStudents, load_run_teacher, load_students, stage_progress
@@ -27,6 +28,7 @@ from megabyte_distill.training.logging import METRICS_FILE, duration, say
 
 SUMMARY_FILE = "summary.json"
 SAMPLE_BYTES = 300
+SAMPLE_PROMPT = "The "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +110,18 @@ def _measure(settings: Settings, prepared: Prepared, students: RunStudents, teac
         paths=settings.run.summary_paths,
     )
     stages = _stage_rows(root)
-    sample = generate(
-        loaded.student,
-        ["The "],
-        GenerationSettings(max_new_bytes=SAMPLE_BYTES, sampling=Sampling(temperature=0.7, top_p=0.95)),
-    )[0]
-    text = "The " + sample.byte_ids.decode("utf-8", errors="replace")
     plots = [root / "losses.png", root / "boundaries.png"]
     plot_losses(root / METRICS_FILE, plots[0])
     plot_boundaries(mark_sentence(loaded.student, rows[0]), plots[1])
-    return _summary(evaluation, stages, text, plots)
+    return _summary(evaluation, stages, _sample(loaded.student), plots)
+
+
+def _sample(student: Student) -> str | None:
+    """Text the student generates; None in official mode, which cannot step."""
+    if student.is_official:
+        return None
+    settings = GenerationSettings(max_new_bytes=SAMPLE_BYTES, sampling=Sampling(temperature=0.7, top_p=0.95))
+    return SAMPLE_PROMPT + generate(student, [SAMPLE_PROMPT], settings)[0].byte_ids.decode("utf-8", errors="replace")
 
 
 def _last_validation(root: Path) -> dict[str, dict[str, float]]:
@@ -155,7 +159,7 @@ def _stage_rows(root: Path) -> list[StageRow]:
     return rows
 
 
-def _summary(evaluation: Evaluation, stages: list[StageRow], sample: str, plots: list[Path]) -> dict[str, Any]:
+def _summary(evaluation: Evaluation, stages: list[StageRow], sample: str | None, plots: list[Path]) -> dict[str, Any]:
     return {
         **evaluation.as_dict(),
         "seconds": sum(row.seconds for row in stages),
@@ -201,5 +205,6 @@ def print_summary(summary: Mapping[str, Any], path: Path) -> None:
         f"retention {summary['stage1_retention']:.4f} | boundary F1 {summary['boundary_f1']:.4f} | relative alignment "
         f"error {summary['alignment_mse_relative']:.4f} | time in updates {duration(summary['seconds'])}"
     )
-    say(f"\nthe student, temperature 0.7:\n{summary['sample']}\n")
+    if summary["sample"] is not None:
+        say(f"\nthe student, temperature 0.7:\n{summary['sample']}\n")
     say(f"written: {path}, {', '.join(summary['plots'])}")

@@ -69,3 +69,11 @@ def test_fresh_starts_over(job: Job, closed: Path, capsys: pytest.CaptureFixture
 def test_no_summary_before_the_decoder_is_trained(job: Job, tmp_path: Path) -> None:
     assert job.run(tmp_path / "run", "--summary-bytes", "1500", "--stages", "1a") == 0
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_official_figures_are_marked_as_no_bounds(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--preset", "official", "--train-iters", "2", "--summary-bytes", "800")
+    assert job.run(tmp_path / "run", *flags) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert not summary["is_bound"] and summary["sample"] is None and summary["paths"] is None
+    assert "are no bounds" in capsys.readouterr().out
