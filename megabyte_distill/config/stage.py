@@ -60,7 +60,10 @@ class StageConfig:
     )
     lr_warmup_iters: int | None = option(None, "updates that warm up", unit="updates", low=0)
     backbone_lr: float | None = option(
-        None, "highest learning rate of the backbone and its token head; none means --lr", low=0, stages=("1b", "2b")
+        None,
+        "highest learning rate of the backbone and its token head; none means --lr; a preset's stays beside --lr",
+        low=0,
+        stages=("1b", "2b"),
     )
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay", low=0)
     clip_grad: float = option(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)

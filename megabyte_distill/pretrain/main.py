@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from megabyte_distill import __version__, optional
 from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments, parse_or_exit
 from megabyte_distill.config.command_line import HELP_FLAGS
+from megabyte_distill.config.run_config import settings_to_dict
 from megabyte_distill.parallel import cpu_megatron
 from megabyte_distill.parallel.cpu_memory import keep_large_buffers
 from megabyte_distill.parallel.process_groups import FailureElsewhere, World, on_main_rank, torchrun_environment, world
@@ -144,6 +145,7 @@ def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
         prepared.root if ranks.is_main else None,
         tensorboard_dir=Path(board) if board else None,
         wandb_project=settings.run.wandb_project,
+        config=settings_to_dict(settings),
     )
     try:
         with stop_request(settings.run.exit_signal_handler) as stop:
