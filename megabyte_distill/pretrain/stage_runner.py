@@ -47,7 +47,7 @@ class StageRunner:
         if progress is not None and progress.iteration >= config.train_iters:
             self._say(f" stage {name} ({stage.title}) is complete at iteration {progress.iteration}: skipped")
             return StopReason.DONE
-        student, teacher = self._models(stage, config, has_own=progress is not None)
+        student, teacher = self._models(stage, config, progress)
         loop = self._loop(stage, config, student, teacher)
         if progress is not None:
             checkpoint = self.settings.checkpoint
@@ -86,12 +86,11 @@ class StageRunner:
         if self.world.is_main:
             say(text)
 
-    def _models(self, stage: Stage, config: StageConfig, *, has_own: bool) -> tuple[Student, Backbone | None]:
+    def _models(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> tuple[Student, Backbone | None]:
         dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
         student = build_student(self.prepared.model_config)
-        own = stage_progress(self.prepared.root, stage.name) if has_own else None
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
             load_checkpoint(own.checkpoint, student)
