@@ -162,7 +162,7 @@ def run_loop(args: argparse.Namespace, model: Backbone, ranks: World, stems: dic
     from megabyte_distill.data.dataset import ByteTokenDataset
     from megabyte_distill.data.sampler import RowStream
     from megabyte_distill.objectives.token_ce import TokenCrossEntropy
-    from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration
+    from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint
     from megabyte_distill.training.logging import MetricWriter
     from megabyte_distill.training.loop import Loop
     from megabyte_distill.training.optimizer import wrap_for_training
@@ -175,6 +175,9 @@ def run_loop(args: argparse.Namespace, model: Backbone, ranks: World, stems: dic
         dataset = ByteTokenDataset(str(stems[name]))
         return RowStream([dataset], row_bytes=stage.seq_length, chunk_bucket=stage.chunk_bucket, seed=seed)
 
+    left = find_checkpoint(folder) if latest_iteration(folder) is not None else None
+    if left is not None:
+        load_checkpoint(left, model)  # before the optimizer takes its copy
     with stop_request() as stop:
         loop = Loop(
             stage="lm",
@@ -189,8 +192,8 @@ def run_loop(args: argparse.Namespace, model: Backbone, ranks: World, stems: dic
             stop=stop,
             valid_rows=HeldOutRows(stream("valid", 1), stage, ranks),
         )
-        if latest_iteration(folder) is not None:
-            loop.resume(find_checkpoint(folder))
+        if left is not None:
+            loop.resume(left)
         return loop.run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,9 @@ def read_metrics(metrics: Path) -> Curves:
         stage = curves.setdefault(str(record["stage"]), {})
         for name, value in record.items():
             if name not in _NOT_A_FIGURE:
-                stage.setdefault(name, _Series()).points[int(record["iteration"])] = float(value)
+                stage.setdefault(name, _Series()).points[int(record["iteration"])] = (
+                    math.nan if value is None else float(value)
+                )
     if not any(curves.values()):
         raise ValueError(f"{metrics}: holds no figures; a run writes them at each --log-interval")
     return {stage: names for stage, names in curves.items() if names}

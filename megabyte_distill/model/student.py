@@ -155,12 +155,20 @@ class Student(nn.Module):
         if isinstance(boundaries, Gold):
             return row.bits
         if isinstance(boundaries, Given):
-            return boundaries.bits
+            return self._checked(boundaries.bits, row)
         assert p is not None
         bits = decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official)
         # every run of PAD is one chunk whatever the router thinks of it
         before = torch.nn.functional.pad(row.loss_mask[:-1], (1, 0), value=True)
         return torch.where(row.loss_mask, bits, before)
+
+    def _checked(self, bits: Tensor, row: ByteRow) -> Tensor:
+        """ValueError where a segment's first byte is no end: there is no chunk that its bytes could read."""
+        is_start_end = bits[row.cu_seqlens[:-1].to(torch.int64)]
+        if not self.is_official and not bool(is_start_end.all()):
+            first = int(row.cu_seqlens[int((~is_start_end).nonzero()[0, 0])])
+            raise ValueError(f"given bits: byte {first} begins a segment and must end a chunk (BOS is one of its own)")
+        return bits
 
     def init_state(self, rows: int) -> StudentState:
         """The state of R rows whose first byte (BOS, bit 1) comes next."""

@@ -44,9 +44,15 @@ class StageRunner:
         progress = stage_progress(self.prepared.root, name)
         if progress is not None:
             self._check_parent(progress)
-        if progress is not None and progress.iteration >= config.train_iters:
+        if progress is not None and progress.is_complete and progress.iteration >= config.train_iters:
             self._say(f" stage {name} ({stage.title}) is complete at iteration {progress.iteration}: skipped")
             return StopReason.DONE
+        if progress is not None and not progress.is_complete and progress.iteration >= config.train_iters:
+            raise ValueError(
+                f"stage {name} was left at iteration {progress.iteration} of {progress.train_iters}, and --train-iters "
+                f"{config.train_iters} is not beyond it; give --{name}.train-iters more than that, or remove "
+                f"{self.prepared.root / name} to train the stage anew"
+            )
         student, teacher = self._models(stage, config, progress)
         loop = self._loop(stage, config, student, teacher)
         if progress is not None:

@@ -249,28 +249,37 @@ def _check_shapes(wanted: dict[str, Any], checkpoint: Path) -> None:
         )
 
 
-def load_checkpoint(
-    checkpoint: Path, model: nn.Module, *, optimizer: Any | None = None, prefix: str = "", with_rng: bool = False
-) -> dict[str, Any]:
-    """Load weights (those whose names start with ``prefix``), and the optimizer if given; return the loop's state.
+def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "") -> dict[str, Any]:
+    """Load weights (those whose names start with ``prefix``); return the loop's state.
 
     Shapes are checked before anything is changed; CheckpointError names every tensor that does not fit.
     """
     weights = {name: t for name, t in sharded_state_dict(model).items() if name.startswith(prefix)}
     _check_shapes(weights, checkpoint)
-    wanted: dict[str, Any] = {"model": weights}
-    if optimizer is not None:
-        wanted["optimizer"] = optimizer.sharded_state_dict(
-            sharded_state_dict(model), is_loading=True, metadata=_OPTIMIZER_FORMAT
-        )
     with _readable(checkpoint):
-        loaded = dist_checkpointing.load(wanted, str(checkpoint))
+        loaded = dist_checkpointing.load({"model": weights}, str(checkpoint))
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     assert not unexpected, unexpected
     lost = [name for name in missing if name.startswith(prefix) and "_extra_state" not in name]
     assert not lost, lost
+    return read_loop_state(checkpoint)
+
+
+def load_training_state(checkpoint: Path, model: nn.Module, optimizer: Any | None, *, with_rng: bool) -> None:
+    """Load what a checkpoint holds beside ``model``'s weights, which are loaded already.
+
+    ``optimizer``: the one built on the model, or None to leave it fresh; ``with_rng``: the generator's state too.
+    """
+    wanted: dict[str, Any] = {"rng": torch.get_rng_state()} if with_rng else {}
+    if optimizer is not None:
+        wanted["optimizer"] = optimizer.sharded_state_dict(
+            sharded_state_dict(model), is_loading=True, metadata=_OPTIMIZER_FORMAT
+        )
+    if not wanted:
+        return
+    with _readable(checkpoint):
+        loaded = dist_checkpointing.load(wanted, str(checkpoint))
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     if with_rng and "rng" in loaded:
         torch.set_rng_state(loaded["rng"])
-    return read_loop_state(checkpoint)

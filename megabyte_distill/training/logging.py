@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -104,7 +105,9 @@ class MetricWriter:
         """Record scalars at an iteration of a stage."""
         if self._file is None:
             return
-        record = {"stage": stage, "iteration": iteration, "time": time.time(), **values}
+        # JSON has no NaN: what is not finite is null there
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"stage": stage, "iteration": iteration, "time": time.time(), **finite}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in values.items():

@@ -18,7 +18,7 @@ from megabyte_distill.config.training import RunConfig
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state, save_checkpoint
+from megabyte_distill.training.checkpoint import load_training_state, read_loop_state, save_checkpoint
 from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
 from megabyte_distill.training.signals import StopRequest
@@ -122,14 +122,16 @@ class Loop:
     _window: _Window = field(default_factory=_Window)
 
     def resume(self, checkpoint: Path, *, with_optimizer: bool = True, with_rng: bool = True) -> None:
-        """Continue from a checkpoint of this stage: weights, optimizer, counters and position in the data."""
+        """Continue from a checkpoint of this stage: optimizer, counters and position in the data.
+
+        The model has the checkpoint's weights already: the optimizer's masters were made from them.
+        """
         if with_optimizer:
             self._check_optimizer(checkpoint)
         optimizer = self.trained.optimizer if with_optimizer else None
         with self.trained.own_settings():
-            state = load_checkpoint(checkpoint, self.trained.module, optimizer=optimizer, with_rng=with_rng)
-        if not with_optimizer:
-            self.trained.optimizer.reload_model_params()  # fp32 masters follow the loaded weights
+            load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        state = read_loop_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self._window = _Window.from_state(state["window"]) if "window" in state else _Window()
         self.rows.load_state_dict(state["rows"])

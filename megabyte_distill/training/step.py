@@ -31,13 +31,10 @@ class StepReport:
         return math.isfinite(self.grad_norm) and all(math.isfinite(total) for total, _ in self.sums.values())
 
 
-def global_counts(objective: Objective, rows: list[PackedRow], world: World) -> dict[str, float]:
-    """Terms of each loss over all micro-batches and data-parallel ranks."""
-    totals: dict[str, float] = dict.fromkeys(objective.weights, 0.0)
-    for row in rows:
-        for name, count in objective.counts(row).items():
-            totals[name] += count
-    names = sorted(totals)
+def global_counts(counts: list[dict[str, int]], world: World) -> dict[str, float]:
+    """Terms of each loss over all micro-batches (one entry each) and data-parallel ranks."""
+    names = sorted(counts[0])
+    totals = {name: float(sum(of_row[name] for of_row in counts)) for name in names}
     values = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=world.device)
     dist.all_reduce(values, group=world.data_parallel_group)
     return dict(zip(names, values.tolist(), strict=True))
@@ -51,8 +48,7 @@ def reduce_sums(reports: list[dict[str, Tensor]], world: World) -> dict[str, tup
     return {name: (total, count) for name, (total, count) in zip(names, stacked.tolist(), strict=True)}
 
 
-def _report(objective: Objective, losses: dict[str, Tensor], row: PackedRow) -> dict[str, Tensor]:
-    counts = objective.counts(row)
+def _report(objective: Objective, losses: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
     pairs: dict[str, tuple[Tensor, Tensor | int]] = {n: (loss.detach(), counts[n]) for n, loss in losses.items()}
     pairs.update(objective.measures())
     return {
@@ -65,22 +61,26 @@ def forward_backward(
     model: nn.Module,
     objective: Objective,
     rows: list[PackedRow],
-    counts: dict[str, float],
+    counts: list[dict[str, int]],
+    totals: dict[str, float],
 ) -> list[dict[str, Tensor]]:
-    """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated."""
+    """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated.
+
+    ``counts``: terms of each row's losses; ``totals``: over all rows and ranks.
+    """
 
     def forward_step(iterator, module):  # type: ignore[no-untyped-def]
-        row = next(iterator)
+        row, terms = next(iterator)
 
         def loss_of(losses: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            total = sum((objective.weights[name] / max(counts[name], 1.0)) * loss for name, loss in losses.items())
-            return total, torch.ones((), dtype=torch.int), _report(objective, losses, row)  # type: ignore[return-value]
+            total = sum((objective.weights[name] / max(totals[name], 1.0)) * loss for name, loss in losses.items())
+            return total, torch.ones((), dtype=torch.int), _report(objective, losses, terms)  # type: ignore[return-value]
 
         return objective.losses(module, row), loss_of
 
     return get_forward_backward_func()(  # type: ignore[no-any-return]
         forward_step_func=forward_step,
-        data_iterator=iter(rows),
+        data_iterator=zip(rows, counts, strict=True),
         model=[model],
         num_microbatches=len(rows),
         seq_length=1,
@@ -94,10 +94,11 @@ def train_step(
 ) -> StepReport:
     """One update from this rank's micro-batches; a non-finite gradient leaves the weights as they are (skipped)."""
     learning_rate = trained.set_learning_rate(iteration)
-    counts = global_counts(objective, rows, world)
+    counts = [objective.counts(row) for row in rows]
+    totals = global_counts(counts, world)
     trained.ddp.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    reports = forward_backward(trained.ddp, objective, rows, counts)
+    reports = forward_backward(trained.ddp, objective, rows, counts, totals)
     sums = reduce_sums(reports, world)
     trained.optimizer.prepare_grads()
     grad_norm = float(trained.optimizer.get_grad_norm())
@@ -120,6 +121,6 @@ def evaluate(
     for rows in batches:
         for row in rows:
             losses = objective.losses(model, row)
-            reports.append(_report(objective, losses, row))
+            reports.append(_report(objective, losses, objective.counts(row)))
     model.train(training)
     return reduce_sums(reports, world)

@@ -210,6 +210,12 @@ def test_boundaries_default_to_gold_and_may_be_given() -> None:
         assert not torch.equal(given.logits, student(row).logits)
 
 
+def test_given_bits_that_do_not_end_a_chunk_at_bos_are_refused() -> None:
+    student, row = tiny_student(), padded_row()
+    with pytest.raises(ValueError, match="given bits: byte 0 begins a segment"):
+        student(row, Given(row.bits & (row.byte_ids != BOS_BYTE)))
+
+
 def test_a_part_that_is_frozen_needs_no_gradient() -> None:
     student = tiny_student()
     set_trainable(student, ("byte_decoder.",))

@@ -67,6 +67,14 @@ def test_a_stage_whose_base_was_trained_further_is_refused(
     assert "stage 1b was built on 1a at iteration 4, which is at 6 now" in message
 
 
+def test_a_stage_left_open_cannot_be_cut_short_behind_itself(
+    job: Job, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.run(run, "--stages", "1a", "--exit-interval", "3") == 0
+    assert job.run(run, "--1a.train-iters", "3") == 2
+    assert "stage 1a was left at iteration 3 of 4, and --train-iters 3 is not beyond it" in capsys.readouterr().err
+
+
 def test_a_position_in_other_data_of_the_same_size_is_refused(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
