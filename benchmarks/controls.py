@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 from megabyte_distill.config import STAGE_ORDER, parse_arguments  # noqa: E402 - after the path is set
 
 ARMS = ("student", "without 1a", "without 1b", "from scratch")
-SCRATCH_FLAGS = ("--2b.lr", "3e-3", "--2b.backbone-lr", "3e-3")
-"""The teacher's own learning rate: what a model that starts from nothing wants."""
+SCRATCH_FLAGS = ("--2b.lr", "3e-3", "--2b.backbone-lr", "3e-3", "--2b.byte-targets", "hard")
+"""The teacher's own learning rate, which a model that starts from nothing wants; and no teacher to learn from."""
 
 
 def iterations(scale: float) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megabyte_distill.config.layers import Layer
 from megabyte_distill.config.model import ByteMixer, DechunkMode
-from megabyte_distill.config.stage import AlignLossScale, BoundarySource
+from megabyte_distill.config.stage import AlignLossScale, BoundarySource, ByteTargets
 
 # RECIPE section 3: 131,072 × 16 = 8,192 × 256 = 2,097,152 bytes an update.
 _LONG_ROWS: Mapping[str, Any] = {"seq_length": 131_072, "global_batch_size": 16, "micro_batch_size": 1}
@@ -58,6 +58,7 @@ _PAPER_BEHAVIOUR: Mapping[str, Any] = {
     "dechunk_mode": DechunkMode.OFFICIAL,
     "document_mask": False,
     "boundary_source": BoundarySource.ROUTER,
+    "byte_targets": ByteTargets.HARD,
     "align_loss_scale": AlignLossScale.MEAN,
     "freeze_backbone": False,
 }
@@ -96,11 +97,11 @@ _TINY = Layer(
         "summary_bytes": 150_000,
     },
     stages={
-        "1a": {"lr": 6e-3, "train_iters": 1800, "seq_length": 1024, "min_lr_ratio": 0.0},
+        "1a": {"lr": 6e-3, "train_iters": 1300, "seq_length": 1024, "min_lr_ratio": 0.0},
         "1b": {"lr": 6e-4, "train_iters": 200},
-        "1c": {"lr": 4e-3, "train_iters": 500, "seq_length": 1024},
-        "2a": {"lr": 5e-3, "train_iters": 2200, "seq_length": 1024},
-        "2b": {"lr": 1e-3, "backbone_lr": 3e-4, "train_iters": 130},
+        "1c": {"lr": 4e-3, "train_iters": 400, "seq_length": 1024},
+        "2a": {"lr": 5e-3, "train_iters": 1200, "seq_length": 1024, "byte_targets": ByteTargets.EXACT},
+        "2b": {"lr": 1e-3, "backbone_lr": 3e-4, "train_iters": 100, "byte_targets": ByteTargets.EXACT},
     },
 )
 

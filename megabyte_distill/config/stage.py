@@ -28,6 +28,17 @@ class LrDecayStyle(str, Enum):
     CONSTANT = "constant"
 
 
+class ByteTargets(str, Enum):
+    """What the next (byte, bit) pair is trained on."""
+
+    HARD = "hard"
+    """The text's own byte and gold bit (the paper)."""
+    EXACT = "exact"
+    """The teacher's exact distribution over the pairs, which its next-token distribution defines."""
+    MIXED = "mixed"
+    """Both, weighted by --kd-loss-alpha."""
+
+
 class AlignLossScale(str, Enum):
     """What the squared error of stage 1a is divided by."""
 
@@ -73,6 +84,18 @@ class StageConfig:
 
     boundary_source: BoundarySource = option(
         BoundarySource.GOLD, "where the boundary bits come from", stages=("2a", "2b")
+    )
+    byte_targets: ByteTargets = option(
+        ByteTargets.HARD,
+        "what the next byte and bit are trained on: the text, the teacher's exact distribution, or both",
+        stages=("2a", "2b"),
+    )
+    kd_loss_alpha: float = option(
+        0.5,
+        "weight of the exact targets in --byte-targets mixed; the text has the rest",
+        low=0,
+        high=1,
+        stages=("2a", "2b"),
     )
     align_loss_scale: AlignLossScale = option(
         AlignLossScale.TABLE_VARIANCE, "what the alignment error is divided by", stages=("1a",)

@@ -43,7 +43,7 @@ STAGE = Stage(
     name="1c",
     title="boundary learning",
     trains=lambda config, backbone: ("router.",),
-    teacher=TeacherNeed.NONE,
-    objective=BoundaryLearning,
+    teacher=lambda config: TeacherNeed.NONE,
+    objective=lambda config, teacher, table: BoundaryLearning(config, teacher),
     measure=MEASURE,
 )

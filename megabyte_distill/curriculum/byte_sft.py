@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from megabyte_distill.config.stage import BoundarySource, StageConfig
+from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig
+from megabyte_distill.curriculum.stage import TeacherNeed
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Boundaries, Gold, Parts, RouterDecides
 from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
-from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll
+from megabyte_distill.objectives.byte_tree import ByteTree
+from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
+from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_soft_nll
 from megabyte_distill.objectives.objective import Sums
 
 BYTE_LOSS = "byte ce"
 ROUTER_LOSS = "router bce"
 MEASURE = "joint bits per byte"
+REPLACED = "exact targets replaced"
+
+
+def teacher_need(config: StageConfig) -> TeacherNeed:
+    """Hard labels need no teacher."""
+    return TeacherNeed.NONE if config.byte_targets is ByteTargets.HARD else TeacherNeed.FROZEN
 
 
 class ByteSft:
-    """512-way cross-entropy on the next byte and its gold bit; with ``trains_router`` the router's BCE beside it."""
+    """512-way cross-entropy on the next byte and its gold bit; with ``trains_router`` the router's BCE beside it.
 
-    def __init__(self, config: StageConfig, *, trains_router: bool) -> None:
+    The targets are the text, the teacher's exact distribution, or a mixture. Held-out rows are measured on the text.
+    """
+
+    def __init__(
+        self, config: StageConfig, teacher: Backbone | None, table: TokenBytes | None, *, trains_router: bool
+    ) -> None:
         self.weights = {BYTE_LOSS: 1.0}
         self._parts = Parts.ENCODER | Parts.BACKBONE | Parts.DECODER
         if trains_router:
@@ -30,6 +46,12 @@ class ByteSft:
         gold = config.boundary_source is BoundarySource.GOLD
         self._boundaries: Boundaries = Gold() if gold else RouterDecides()
         self._measures: Sums = {}
+        alphas = {ByteTargets.HARD: 0.0, ByteTargets.EXACT: 1.0, ByteTargets.MIXED: config.kd_loss_alpha}
+        self._alpha = alphas[config.byte_targets]
+        self._exact: _TeacherTargets | None = None
+        if config.byte_targets is not ByteTargets.HARD:
+            assert teacher is not None and table is not None
+            self._exact = _TeacherTargets(teacher, table)
 
     def counts(self, row: PackedRow) -> dict[str, int]:
         """Bytes that predict something, and those whose boundary is a prediction."""
@@ -41,25 +63,47 @@ class ByteSft:
     def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
         """Sums in nats."""
         outputs = model(row, self._boundaries, self._parts)
-        nll = joint_nll(outputs.logits, row)
-        losses = {BYTE_LOSS: nll[row.loss_mask].sum()}
-        self._measures = {MEASURE: joint_bits_pair(nll, row)}
+        losses = {BYTE_LOSS: self._byte_loss(outputs.logits, row, training=model.training)}
         if ROUTER_LOSS in self.weights:
             mask = boundary_positions(row)
             losses[ROUTER_LOSS] = boundary_bce(outputs.p, row.bits)[mask].sum()
             self._measures["boundary f1"] = f1_pair(decide(outputs.p.detach(), row.byte_ids), row)
         return losses
 
+    def _byte_loss(self, logits: Tensor, row: PackedRow, *, training: bool) -> Tensor:
+        exact = self._exact if training else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (exact is None or self._alpha < 1.0)):
+            hard = joint_nll(logits, row)
+        self._measures = {MEASURE: joint_bits_pair(hard, row)}
+        if exact is None:
+            return hard[row.loss_mask].sum()
+        targets = exact.of(row)
+        self._measures[REPLACED] = (targets.replaced, row.loss_mask.sum())
+        soft = joint_soft_nll(logits, targets.distribution)
+        mixed = soft if self._alpha == 1.0 else self._alpha * soft + (1.0 - self._alpha) * hard
+        return mixed[row.loss_mask].sum()
+
     def measures(self) -> Sums:
-        """Joint bits per byte of text, and the router's F1 where it trains."""
+        """Joint bits per byte of text, the router's F1 where it trains, the share of replaced targets where exact."""
         return self._measures
 
 
-def decoder_objective(config: StageConfig, teacher: Backbone | None) -> ByteSft:
-    """2a's."""
-    return ByteSft(config, trains_router=False)
+class _TeacherTargets:
+    """The frozen teacher beside the student: its exact byte targets of a row, from the gold tokens."""
 
+    def __init__(self, teacher: Backbone, table: TokenBytes) -> None:
+        self._teacher = teacher
+        self._tree = ByteTree.of(table).to(teacher.embedding.weight.device)
 
-def full_objective(config: StageConfig, teacher: Backbone | None) -> ByteSft:
-    """2b's."""
-    return ByteSft(config, trains_router=True)
+    @torch.no_grad()
+    def of(self, row: PackedRow) -> ExactTargets:
+        teacher = self._teacher
+        logits = teacher.logits(teacher(teacher.embed(row.tokens), row.cu_chunks))
+        return exact_targets(
+            self._tree,
+            logits,
+            byte_ids=row.byte_ids,
+            bits=row.bits,
+            labels=row.labels,
+            wanted=row.loss_mask,
+        )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from megabyte_distill.curriculum.byte_sft import MEASURE, decoder_objective
-from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+from megabyte_distill.curriculum.byte_sft import MEASURE, ByteSft, teacher_need
+from megabyte_distill.curriculum.stage import Stage
 
 STAGE = Stage(
     name="2a",
     title="byte SFT, decoder",
     trains=lambda config, backbone: ("byte_decoder.",),
-    teacher=TeacherNeed.NONE,
-    objective=decoder_objective,
+    teacher=teacher_need,
+    objective=lambda config, teacher, table: ByteSft(config, teacher, table, trains_router=False),
     measure=MEASURE,
 )

@@ -49,7 +49,7 @@ STAGE = Stage(
     name="1a",
     title="embedding alignment",
     trains=lambda config, backbone: ("byte_encoder.",),
-    teacher=TeacherNeed.EMBEDDING,
-    objective=EmbeddingAlignment,
+    teacher=lambda config: TeacherNeed.EMBEDDING,
+    objective=lambda config, teacher, table: EmbeddingAlignment(config, teacher),
     measure=RELATIVE,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import StageConfig
-from megabyte_distill.curriculum.byte_sft import MEASURE, full_objective
-from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+from megabyte_distill.curriculum.byte_sft import MEASURE, ByteSft, teacher_need
+from megabyte_distill.curriculum.stage import Stage
 
 
 def _trains(config: StageConfig, backbone: BackboneConfig) -> tuple[str, ...]:
@@ -18,7 +18,7 @@ STAGE = Stage(
     name="2b",
     title="byte SFT, everything",
     trains=_trains,
-    teacher=TeacherNeed.NONE,
-    objective=full_objective,
+    teacher=teacher_need,
+    objective=lambda config, teacher, table: ByteSft(config, teacher, table, trains_router=True),
     measure=MEASURE,
 )

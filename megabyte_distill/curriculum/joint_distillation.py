@@ -74,7 +74,7 @@ STAGE = Stage(
     name="1b",
     title="joint distillation",
     trains=_trains,
-    teacher=TeacherNeed.FROZEN,
-    objective=JointDistillation,
+    teacher=lambda config: TeacherNeed.FROZEN,
+    objective=lambda config, teacher, table: JointDistillation(config, teacher),
     measure=MEASURE,
 )

@@ -8,6 +8,7 @@ from enum import Enum
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.objectives.objective import Objective
 
@@ -30,8 +31,8 @@ class Stage:
     """For tables."""
     trains: Callable[[StageConfig, BackboneConfig], tuple[str, ...]]
     """Prefixes of the parameter names that train."""
-    teacher: TeacherNeed
-    objective: Callable[[StageConfig, Backbone | None], Objective]
-    """Builds the losses from the stage's settings and the teacher (None where not needed)."""
+    teacher: Callable[[StageConfig], TeacherNeed]
+    objective: Callable[[StageConfig, Backbone | None, TokenBytes | None], Objective]
+    """Builds the losses from the stage's settings, the teacher and its token table (None where not needed)."""
     measure: str
     """The validation figure that stands for the stage."""

@@ -16,6 +16,11 @@ def joint_nll(logits: Tensor, row: PackedRow) -> Tensor:
     return joint_cross_entropy(logits, row.labels)
 
 
+def joint_soft_nll(logits: Tensor, distribution: Tensor) -> Tensor:
+    """Cross-entropy [P] in nats, fp32, of logits [P, 512] against a distribution [P, 512] over the joint classes."""
+    return joint_cross_entropy(logits, distribution)
+
+
 def joint_bits_pair(nll: Tensor, row: PackedRow) -> tuple[Tensor, int]:
     """(bits, bytes) of the row's text under its joint labels: their ratio is the joint bits per byte."""
     mask = text_positions(row)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
@@ -60,12 +62,19 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
     students = load_students(prepared.root)
     teacher = load_run_teacher(prepared.root, prepared.teacher).backbone
     if world.is_main:
+        _take_the_others_cores(world)
         summary = _measure(settings, prepared, students, teacher)
         path = prepared.root / SUMMARY_FILE
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         print_summary(summary, path)
+
+
+def _take_the_others_cores(world: World) -> None:
+    """Ranks on one CPU have a thread each; the others leave now."""
+    if world.size > 1 and world.device.type == "cpu":
+        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
 
 
 def print_saved_summary(settings: Settings, prepared: Prepared, world: World) -> bool:

@@ -108,11 +108,12 @@ class StageRunner:
         student.to(device=self.world.device, dtype=dtype)
         set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
         teacher: Backbone | None = None
-        is_untouched = stage.teacher is TeacherNeed.EMBEDDING or config.freeze_backbone
-        if stage.teacher is not TeacherNeed.NONE and is_untouched and self.prepared.source is None:
+        need = stage.teacher(config)
+        is_untouched = need is TeacherNeed.EMBEDDING or (stage.name == "1b" and config.freeze_backbone)
+        if need is not TeacherNeed.NONE and is_untouched and self.prepared.source is None:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = student.backbone  # type: ignore[assignment]
-        elif stage.teacher is not TeacherNeed.NONE:
+        elif need is not TeacherNeed.NONE:
             teacher = load_teacher(self.prepared.teacher, dtype=dtype).backbone.to(self.world.device)
             teacher.requires_grad_(False).eval()
         return student, teacher
@@ -131,7 +132,7 @@ class StageRunner:
                 use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
                 overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
             ),
-            objective=stage.objective(config, teacher),
+            objective=stage.objective(config, teacher, self.prepared.token_bytes),
             rows=MicroBatches(train, config, world, document_mask=mask),
             config=config,
             run_config=settings.run,

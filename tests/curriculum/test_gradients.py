@@ -27,7 +27,7 @@ OFFICIAL = replace(CONFIG, boundary_source=BoundarySource.ROUTER)
 
 def teacher_for(name: str, config: StageConfig, student: Student) -> Backbone | None:
     """As a run chooses it: the student's own backbone where this stage leaves it alone, else a frozen copy."""
-    need = STAGES[name].teacher
+    need = STAGES[name].teacher(config)
     if need is TeacherNeed.NONE:
         return None
     if need is TeacherNeed.EMBEDDING or config.freeze_backbone:
@@ -39,7 +39,7 @@ def teacher_for(name: str, config: StageConfig, student: Student) -> Backbone | 
 def stage_gradients(name: str, config: StageConfig, student: Student) -> dict[str, torch.Tensor]:
     stage = STAGES[name]
     set_trainable(student, stage.trains(config, student.backbone.backbone_config))
-    objective: Objective = stage.objective(config, teacher_for(name, config, student))
+    objective: Objective = stage.objective(config, teacher_for(name, config, student), None)
     rows = random_rows(4, row_bytes=96)
 
     def loss() -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_a_frozen_backbone_tells_the_encoder_the_same() -> None:
     for freeze in (True, False):
         config = replace(CONFIG, freeze_backbone=freeze)
         set_trainable(student, STAGES["1b"].trains(config, own.backbone_config))
-        objective = STAGES["1b"].objective(config, other)
+        objective = STAGES["1b"].objective(config, other, None)
         row = random_rows(1)[0]
         found[freeze] = gradients(student, lambda o=objective, r=row: o.losses(student, r)["reverse kl"])
     encoder = {name: value for name, value in found[False].items() if name.startswith("byte_encoder.")}

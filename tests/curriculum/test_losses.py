@@ -38,7 +38,7 @@ SOURCES = [(name, BoundarySource.GOLD) for name in STAGES] + [(name, BoundarySou
 
 
 def objective_of(name: str, config: StageConfig = CONFIG, teacher: Backbone | None = None) -> Objective:
-    return STAGES[name].objective(config, teacher or tiny_backbone().requires_grad_(False).double())
+    return STAGES[name].objective(config, teacher or tiny_backbone().requires_grad_(False).double(), None)
 
 
 def total(objective: Objective, student: Student, rows: list[PackedRow]) -> Tensor:

@@ -62,7 +62,7 @@ def test_a_stage_learns_its_row_and_touches_nothing_frozen(
     before = {key: value.clone() for key, value in student.named_parameters()}
     teacher = tiny_backbone().to(student.backbone.dtype).requires_grad_(False)
     trained = wrap_for_training(student, student.config, config, bf16=bf16, use_distributed_optimizer=distributed)
-    objective, row = stage.objective(config, teacher), random_rows(1)[0]
+    objective, row = stage.objective(config, teacher, None), random_rows(1)[0]
     reports = [train_step(trained, objective, [row], iteration, world) for iteration in range(8)]
     first, last = (sum(total for total, _ in (r.sums[k] for k in objective.weights)) for r in (reports[0], reports[-1]))
     assert last < first and not any(report.skipped for report in reports)

@@ -1,0 +1,87 @@
+"""What 2a and 2b are trained on: the text, the teacher's exact distribution, or both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megabyte_distill.config.stage import ByteTargets, StageConfig
+from megabyte_distill.curriculum.byte_sft import BYTE_LOSS, MEASURE, REPLACED, ByteSft
+from megabyte_distill.data.mock import MockDataset
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.model.student import Student
+from megabyte_distill.objectives.byte_tree import ByteTree
+from megabyte_distill.objectives.exact_targets import exact_targets
+from tests.tiny_student import VOCAB_SIZE, padded_row, tiny_backbone, tiny_student
+
+pytestmark = pytest.mark.usefixtures("world")
+
+TABLE = MockDataset(VOCAB_SIZE, seed=0).table
+
+
+def objective(targets: ByteTargets, *, alpha: float = 0.5, trains_router: bool = False) -> ByteSft:
+    torch.manual_seed(3)
+    config = replace(StageConfig(), byte_targets=targets, kd_loss_alpha=alpha)
+    return ByteSft(config, tiny_backbone().requires_grad_(False), TABLE, trains_router=trains_router)
+
+
+@pytest.fixture
+def student() -> Student:
+    torch.manual_seed(0)
+    return tiny_student()
+
+
+@pytest.fixture
+def row() -> PackedRow:
+    return padded_row()
+
+
+def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(student: Student, row: PackedRow) -> None:
+    exact = objective(ByteTargets.EXACT)
+    loss = exact.losses(student, row)[BYTE_LOSS]
+    torch.manual_seed(3)
+    teacher = tiny_backbone()
+    with torch.no_grad():
+        logits = teacher.logits(teacher(teacher.embed(row.tokens), row.cu_chunks))
+        target = exact_targets(
+            ByteTree.of(TABLE), logits, byte_ids=row.byte_ids, bits=row.bits, labels=row.labels, wanted=row.loss_mask
+        )
+        log_p = student(row).logits.log_softmax(-1)
+    expected = -(target.distribution * log_p)[row.loss_mask].sum()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
+    assert exact.measures()[REPLACED][0] == target.replaced
+
+
+def test_a_mixture_weighs_both(student: Student, row: PackedRow) -> None:
+    hard, exact = (float(objective(t).losses(student, row)[BYTE_LOSS]) for t in (ByteTargets.HARD, ByteTargets.EXACT))
+    mixed = float(objective(ByteTargets.MIXED, alpha=0.25).losses(student, row)[BYTE_LOSS])
+    assert abs(hard - exact) > 1.0
+    assert mixed == pytest.approx(0.25 * exact + 0.75 * hard, rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", ByteTargets)
+@pytest.mark.parametrize("trains_router", [False, True])
+def test_held_out_rows_and_the_measure_are_about_the_text(
+    student: Student, row: PackedRow, targets: ByteTargets, trains_router: bool
+) -> None:
+    plain, other = (objective(t, trains_router=trains_router) for t in (ByteTargets.HARD, targets))
+    for model in (student.train(), student.eval()):
+        expected, found = plain.losses(model, row), other.losses(model, row)
+        assert torch.equal(plain.measures()[MEASURE][0], other.measures()[MEASURE][0])
+        if not model.training:
+            assert {n: float(v) for n, v in expected.items()} == {n: float(v) for n, v in found.items()}
+            assert REPLACED not in other.measures()
+
+
+def test_the_gradient_of_the_exact_loss_is_softmax_minus_target(student: Student, row: PackedRow) -> None:
+    """Seen at the head's bias-free weight: d loss / d W = (softmax − target)ᵀ · state."""
+    exact = objective(ByteTargets.EXACT)
+    seen: list[torch.Tensor] = []
+    student.byte_decoder.head.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
+    exact.losses(student, row)[BYTE_LOSS].backward()
+    gradient = seen[0].reshape(-1, 512)
+    assert torch.allclose(gradient[row.loss_mask].sum(-1), torch.zeros(int(row.loss_mask.sum())), atol=1e-5)
+    assert not gradient[~row.loss_mask].any() and gradient[row.loss_mask].abs().sum() > 1
+    assert all(parameter.grad is None for parameter in exact._exact._teacher.parameters())
