@@ -21,7 +21,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	$(BIN)/torchrun --nproc-per-node $(RANKS) examples/pretrain_byte_kd.sh $(if $(filter-out 0,$(FRESH)),--fresh) $(ARGS)
+	PET_NPROC_PER_NODE=$(RANKS) $(BIN)/torchrun examples/pretrain_byte_kd.sh $(if $(filter-out 0,$(FRESH)),--fresh) $(ARGS)
 
 test: $(INSTALLED_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout $(TEST_TIMEOUT) -m "not slow" $(ARGS)

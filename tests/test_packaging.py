@@ -32,14 +32,14 @@ def test_gpu_packages_are_extras_only() -> None:
 def test_nvidias_apex_is_never_asked_of_an_index() -> None:
     extras = project()["optional-dependencies"]
     assert isinstance(extras, dict)
-    assert set(extras) == {"test", "hf", "eval", "te", "mamba", "wandb"}
+    assert set(extras) == {"test", "parquet", "hf", "eval", "te", "mamba", "wandb"}
     assert not [name for names in extras.values() for name in names if name.startswith("apex")]
 
 
 def test_make_demo_runs_the_main_job_with_flags() -> None:
     plain, fresh = dry_run("demo"), dry_run("demo", "FRESH=1", "ARGS=--smoke")
     assert ".venv/bin/torchrun examples/pretrain_byte_kd.sh" in plain
-    assert "--fresh" not in plain
+    assert "--fresh" not in plain and "PET_NPROC_PER_NODE=3" in dry_run("demo", "RANKS=3")
     assert "--fresh --smoke" in fresh
 
 
