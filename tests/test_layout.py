@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "alphabet": set(),
     "optional": set(),
     "config": {"alphabet"},
-    "data": {"alphabet", "config"},
+    "data": {"alphabet", "config", "optional"},
     "kernels": {"alphabet", "config", "optional"},
     "parallel": {"alphabet", "config", "optional"},
     "model": BELOW_MODEL,

@@ -1,9 +1,12 @@
-"""Turns text into a data set of bytes and teacher tokens.
+"""Turns text into a data set of bytes and teacher tokens, and looks after such data sets.
 
     python tools/preprocess_bytes.py --input corpus.jsonl --output-prefix data/corpus --tokenizer-model TEACHER_DIR
+    python tools/preprocess_bytes.py merge --output-prefix data/corpus       # partitions made on several machines
+    python tools/preprocess_bytes.py verify data/corpus                      # everything against everything
+    python tools/preprocess_bytes.py inspect data/corpus --document 7        # a document with its boundaries
 
-writes data/corpus_text_document.{bin,idx,json,token_bytes.npz} and data/corpus_text_tokens.{bin,idx}; training takes
-``--data-path data/corpus_text_document``.
+The first writes data/corpus_text_document.{bin,idx,json,token_bytes.npz} and data/corpus_text_tokens.{bin,idx};
+training takes ``--data-path data/corpus_text_document``. See docs/preprocess.md.
 """
 
 from __future__ import annotations
@@ -12,39 +15,70 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megabyte_distill.data.preprocess import preprocess
+from megabyte_distill import __version__
+from megabyte_distill.data.dataset import ByteTokenDataset
+from megabyte_distill.data.encoding import EncodeJob
+from megabyte_distill.data.inputs import InputFormat, TextDocuments
+from megabyte_distill.data.inspect_document import show_document
+from megabyte_distill.data.merge import merge_partitions
+from megabyte_distill.data.preprocess import PreprocessOptions, preprocess
+from megabyte_distill.data.progress import ProgressBar
+from megabyte_distill.data.records import OnInvalid
 from megabyte_distill.data.tokenizers import TokenizerKind
+from megabyte_distill.data.verify import find_stems, verify_dataset
 from megabyte_distill.tool import run_tool
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+def _new_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
+    return parser
+
+
+def _preprocess_parser() -> argparse.ArgumentParser:
+    parser = _new_parser(__doc__)
+    text = parser.add_argument_group("input")
+    text.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files or globs: .jsonl (an object a line), .txt (a document a file), plain, .gz or .xz",
+        help="files, globs, directories, or - for standard input: .jsonl, .json (an array, or an object a line), .txt, "
+        "each plain, .gz, .zst, .bz2 or .xz; .parquet",
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to read, one data set each (text)")
-    parser.add_argument(
+    text.add_argument("--json-keys", nargs="+", default=["text"], help="keys to read, one data set each (text)")
+    text.add_argument("--input-format", type=InputFormat, choices=list(InputFormat), default=InputFormat.AUTO,
+                      help="format whatever the endings say (auto; standard input is jsonl)")  # fmt: skip
+    text.add_argument("--text-documents", type=TextDocuments, choices=list(TextDocuments), default=TextDocuments.FILE,
+                      help="what a .txt file is: one document, or one a line (file)")  # fmt: skip
+    text.add_argument("--on-invalid", type=OnInvalid, choices=list(OnInvalid), default=OnInvalid.ERROR,
+                      help="records that cannot be read: stop, leave them out, or put U+FFFD where bytes are no UTF-8 "
+                      "(error)")  # fmt: skip
+    text.add_argument("--strict", action="store_true", help="stop at a document that its tokens do not rebuild, "
+                      "instead of leaving it out")  # fmt: skip
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-model", default="", help="the teacher's folder, or its tokenizer file")
+    tokenizer.add_argument("--tokenizer-type", type=TokenizerKind, choices=list(TokenizerKind),
+                           default=TokenizerKind.AUTO, help="format of the tokenizer; none stores bytes alone (auto: "
+                           "by its files)")  # fmt: skip
+    tokenizer.add_argument("--tiktoken-pattern", help="split pattern of a tiktoken rank file (Llama 3's is known)")
+    tokenizer.add_argument("--end-of-text", help="text of the token that ends a document (by the tokenizer's files)")
+    tokenizer.add_argument("--bos", help="text of the token that starts a document (by the tokenizer's files)")
+    tokenizer.add_argument("--append-eod", action="store_true", help="end each token item with the end-of-text id, as "
+                           "Megatron-LM's own training wants it; ours knows where a document ends")  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--output-prefix", required=True, help="files are PREFIX_KEY_document.* and PREFIX_KEY_tokens.*"
     )
-    parser.add_argument("--tokenizer-model", required=True, help="the teacher's folder, or its tokenizer file")
-    parser.add_argument(
-        "--tokenizer-type",
-        type=TokenizerKind,
-        choices=list(TokenizerKind),
-        default=TokenizerKind.AUTO,
-        metavar="{" + ",".join(TokenizerKind) + "}",
-        help="format of the tokenizer (auto: by its files)",
-    )
-    parser.add_argument("--tiktoken-pattern", help="split pattern of a tiktoken rank file (Llama 3's is known)")
-    parser.add_argument("--end-of-text", help="text of the token that ends a document (by the tokenizer's files)")
-    parser.add_argument("--bos", help="text of the token that starts a document (by the tokenizer's files)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize (1)")
-    parser.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines (1000)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
+    output.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
+    output.add_argument("--log-interval", type=int, default=1000, metavar="DOCUMENTS",
+                        help="documents between progress lines where there is no terminal (1000)")  # fmt: skip
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=1, help="processes that tokenize (1)")
+    work.add_argument("--partitions", type=int, default=1, help="cut the input files into this many runs, each "
+                      "complete or absent, merged at the end (1)")  # fmt: skip
+    work.add_argument("--partition-index", type=int, help="write this partition alone, from 0; merge them later")
+    work.add_argument("--resume", action="store_true", help="go on after an interruption: finished partitions stay")
     return parser
 
 
@@ -53,23 +87,96 @@ def run(options: argparse.Namespace) -> None:
     summary = preprocess(
         options.input,
         output_prefix=options.output_prefix,
-        tokenizer_model=options.tokenizer_model,
-        tokenizer_kind=options.tokenizer_type,
-        tiktoken_pattern=options.tiktoken_pattern,
-        end_of_text=options.end_of_text,
-        bos=options.bos,
-        json_keys=options.json_keys,
-        workers=options.workers,
-        log_interval=options.log_interval,
-        overwrite=options.overwrite,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        job=EncodeJob(
+            json_keys=tuple(options.json_keys),
+            tokenizer_model=options.tokenizer_model,
+            tokenizer_kind=options.tokenizer_type,
+            tiktoken_pattern=options.tiktoken_pattern,
+            end_of_text=options.end_of_text,
+            bos=options.bos,
+            append_eod=options.append_eod,
+            on_invalid=options.on_invalid,
+            strict=options.strict,
+        ),
+        options=PreprocessOptions(
+            input_format=options.input_format,
+            text_documents=options.text_documents,
+            workers=options.workers,
+            partitions=options.partitions,
+            partition_index=options.partition_index,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            log_interval=options.log_interval,
+            report=_say,
+            progress=ProgressBar if sys.stderr.isatty() else None,
+        ),
     )
     print(summary)
 
 
+def _merge_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("Joins the partitions of one run, wherever they were made, into one data set.")
+    parser.prog += " merge"
+    parser.add_argument("--output-prefix", required=True, help="as it was given for the partitions")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys that were read (text)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
+    parser.add_argument("--keep-partitions", action="store_true", help="do not remove them at the end")
+    return parser
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Merge and print the stems."""
+    merged = merge_partitions(
+        options.output_prefix, options.json_keys, overwrite=options.overwrite, keep=options.keep_partitions
+    )
+    for paths in merged:
+        print(f"--data-path {paths.stem}")
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("Checks a data set: index against data, tokens against bytes, BOS, UTF-8, manifest.")
+    parser.prog += " verify"
+    parser.add_argument("output", nargs="+", help="the --output-prefix, or a stem PREFIX_KEY_document")
+    return parser
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Verify and print a line a data set."""
+    for output in options.output:
+        for stem in find_stems(output):
+            manifest = verify_dataset(stem)
+            print(f"{stem}: {manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens: correct")
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("Prints a document with a mark behind each byte that ends a token.")
+    parser.prog += " inspect"
+    parser.add_argument("output", help="the --output-prefix, or a stem PREFIX_KEY_document")
+    parser.add_argument("--document", type=int, default=0, help="which one, from 0 (0)")
+    parser.add_argument("--limit", type=int, default=4000, metavar="BYTES", help="bytes to show at most (4000)")
+    return parser
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print the document of each key."""
+    for stem in find_stems(options.output):
+        print(show_document(ByteTokenDataset(stem), options.document, limit=options.limit))
+
+
+_COMMANDS = {"merge": (_merge_parser, merge), "verify": (_verify_parser, verify), "inspect": (_inspect_parser, inspect)}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_tool(_parser(), run, argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in _COMMANDS:
+        parser, command = _COMMANDS[words[0]]
+        return run_tool(parser(), command, words[1:])
+    return run_tool(_preprocess_parser(), run, words)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def train_tokenizer(texts: list[str], folder: Path, vocab_size: int, max_length:
 
 
 def main() -> None:
+    from megabyte_distill.data.encoding import EncodeJob
     from megabyte_distill.data.preprocess import iterate_texts, preprocess
 
     args = parse_arguments()
@@ -97,7 +98,7 @@ def main() -> None:
     for name, inputs in (("train", args.input), ("valid", args.valid_input)):
         stems[name] = args.work_dir / f"{name}_text_document"
         if not stems[name].with_suffix(".json").exists():
-            preprocess(inputs, output_prefix=args.work_dir / name, tokenizer_model=tokenizer)
+            preprocess(inputs, output_prefix=args.work_dir / name, job=EncodeJob(tokenizer_model=str(tokenizer)))
     train(args, tokenizer, stems)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 DEFAULT_SPLIT = "969,30,1"
 
@@ -30,6 +31,24 @@ def parse_blend(words: Sequence[str]) -> tuple[BlendEntry, ...]:
             raise ValueError(f"got {word!r} where the weight of {stem!r} stands, expected a number above 0")
         entries.append(BlendEntry(weight, stem))
     return tuple(entries)
+
+
+def read_blend_file(path: str) -> tuple[str, ...]:
+    """The words of a blend from a text file, white space between them; a blend of hundreds of sets is no command line.
+
+    ValueError where the file is missing, unreadable or empty, or holds flags.
+    """
+    expected = "expected a text file with the words of --data-path"
+    try:
+        words = tuple(Path(path).read_text(encoding="utf-8").split())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path!r} cannot be read ({error}); {expected}") from None
+    if not words:
+        raise ValueError(f"{path!r} is empty; {expected}")
+    for word in words:
+        if word.startswith("--"):
+            raise ValueError(f"{path!r} holds the flag {word!r}; {expected} and nothing else")
+    return words
 
 
 def parse_split(text: str | None) -> tuple[float, float, float]:

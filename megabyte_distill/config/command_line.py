@@ -11,6 +11,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any
 
+from megabyte_distill.config.blend import read_blend_file
 from megabyte_distill.config.errors import ConfigError
 from megabyte_distill.config.flags import ReadFlags, read_flags
 from megabyte_distill.config.layers import Layer, all_options, known_stages, settings_from_layers
@@ -49,7 +50,8 @@ def parse_arguments(
     read = read_flags(argv, all_options())
     settings, preset_problems = _resolve(read, defaults or {})
     settings = _fit_micro_batches(settings, read, world_size)
-    problems = [*read.problems, *preset_problems, *problems_of(settings, world_size=world_size)]
+    settings, file_problems = _with_blend_file(settings)
+    problems = [*read.problems, *preset_problems, *file_problems, *problems_of(settings, world_size=world_size)]
     if problems:
         raise ConfigError(problems)
     if warn is not None:
@@ -123,6 +125,21 @@ def _resolve(read: ReadFlags, defaults: Mapping[str, Any]) -> tuple[Settings, li
     layers += [read.layer(), Layer(common={"preset": preset})]
     stages = read.common.get("stages", defaults.get("stages", RunConfig().stages))
     return settings_from_layers(layers, known_stages(RunConfig(stages=stages).stage_names)), problems
+
+
+def _with_blend_file(settings: Settings) -> tuple[Settings, list[str]]:
+    """(settings whose ``data_path`` holds the words of ``data_args_path``, what is wrong with that file)."""
+    data = settings.data
+    if data.data_args_path is None:
+        return settings, []
+    problems = []
+    if data.data_path:
+        problems.append("--data-path and --data-args-path name the same thing twice; leave one out")
+    try:
+        words = read_blend_file(data.data_args_path)
+    except ValueError as error:
+        return settings, [*problems, f"--data-args-path: {error}"]
+    return replace(settings, data=replace(data, data_path=data.data_path or words)), problems
 
 
 def _fit_micro_batches(settings: Settings, read: ReadFlags, world_size: int) -> Settings:

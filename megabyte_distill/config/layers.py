@@ -32,7 +32,7 @@ ALTERNATIVES: tuple[tuple[str, ...], ...] = (
     ("min_lr", "min_lr_ratio"),
     ("lr_warmup_fraction", "lr_warmup_iters"),
     ("backbone_lr", "freeze_backbone"),
-    ("data_path", "train_data_path", "mock_data"),
+    ("data_path", "data_args_path", "train_data_path", "mock_data"),
 )
 """Settings of which one is given; a layer that gives one of them takes back what the layers below gave."""
 DATA_COMPANIONS = ("split", "valid_data_path")

@@ -38,6 +38,7 @@ class DataConfig:
     """Where rows come from: one blend cut by ``split``, two blends, or random bytes."""
 
     data_path: tuple[str, ...] = option((), "data set stem, or a blend: w1 stem1 w2 stem2 …; cut by --split")
+    data_args_path: str | None = option(None, "text file with the words of --data-path, instead of that flag")
     split: str | None = option(
         None, "shares of each set's documents for training, validation, test; with --data-path, 969,30,1 if not given"
     )
@@ -47,7 +48,7 @@ class DataConfig:
 
     @property
     def blend(self) -> tuple[BlendEntry, ...]:
-        """The blend that ``split`` cuts; empty where there are separate sets or mock data."""
+        """The blend that ``split`` cuts, given or read from a file; empty for separate sets or mock data."""
         return parse_blend(self.data_path)
 
     @property

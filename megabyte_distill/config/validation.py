@@ -98,11 +98,14 @@ def _model(settings: Settings) -> Iterator[str]:
 
 def _data(settings: Settings) -> Iterator[str]:
     data = settings.data
-    if not (data.data_path or data.train_data_path or data.valid_data_path or data.mock_data):
+    # parse_arguments has put the file's words into data_path, or reported that it could not
+    blend_flag = "--data-path" if data.data_args_path is None else "--data-args-path"
+    has_blend = bool(data.data_path) or data.data_args_path is not None
+    if not (has_blend or data.train_data_path or data.valid_data_path or data.mock_data):
         yield "no data: give --data-path, or --train-data-path with --valid-data-path, or --mock-data"
         return
     given = {
-        "--data-path": bool(data.data_path),
+        blend_flag: has_blend,
         "--train-data-path": bool(data.train_data_path),
         "--valid-data-path": bool(data.valid_data_path),
         "--split": data.split is not None,
@@ -111,10 +114,10 @@ def _data(settings: Settings) -> Iterator[str]:
         for flag, is_given in given.items():
             if is_given:
                 yield f"--mock-data and {flag} contradict each other: mock data is random; leave one out"
-    elif data.data_path:
+    elif has_blend:
         for flag in ("--train-data-path", "--valid-data-path"):
             if given[flag]:
-                yield f"--data-path is cut by --split and contradicts {flag}; give --train-data-path instead of it"
+                yield f"{blend_flag} is cut by --split and contradicts {flag}; give --train-data-path instead of it"
     else:
         if not data.train_data_path:
             yield "--valid-data-path needs --train-data-path"
@@ -123,7 +126,7 @@ def _data(settings: Settings) -> Iterator[str]:
         if data.split is not None:
             yield "--split cuts what --data-path names and does nothing for separate sets; leave it out"
     yield from _unreadable("--split", lambda: data.split_shares)
-    yield from _unreadable("--data-path", lambda: data.blend)
+    yield from _unreadable(blend_flag, lambda: data.blend)
     yield from _unreadable("--train-data-path", lambda: data.train_blend)
     yield from _unreadable("--valid-data-path", lambda: data.valid_blend)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,21 @@ def boundary_bits(tokens: NDArray[Any], table: TokenBytes) -> NDArray[np.bool_]:
     bits = np.zeros(int(lengths.sum()), dtype=np.bool_)
     bits[np.cumsum(lengths) - 1] = True
     return bits
+
+
+def all_rebuild(sizes: Sequence[int], text: bytes, documents: Sequence[NDArray[Any]], table: TokenBytes) -> bool:
+    """Whether many documents are what their tokens spell, at once.
+
+    ``sizes``: bytes of each document; ``text``: all of them joined; ``documents``: tokens of each.
+    """
+    flat = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int32)
+    if flat.size and (int(flat.min()) < 0 or int(flat.max()) >= table.vocab_size):
+        return False
+    lengths = table.lengths[flat]
+    ends = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)))
+    cuts = np.cumsum([0, *(ids.size for ids in documents)])
+    same_sizes = np.array_equal(np.diff(ends[cuts]), sizes)
+    return same_sizes and bool(lengths.all()) and table.concatenate(flat).tobytes() == text
 
 
 def check_rebuild(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -63,14 +64,14 @@ class ByteTokenDataset:
         """
         paths = StoredPaths(stem)
         self.name = stem
-        self._bytes = IndexedReader(paths.byte_prefix)
-        self._tokens = IndexedReader(paths.token_prefix)
+        self._bytes = _reader(paths.byte_prefix, "bytes", (np.uint8,))
         self.manifest = Manifest.load(paths.manifest)
-        self.table = TokenBytes.load(paths.token_table)
-        if self._bytes.dtype != np.uint8:
+        if not self.manifest.has_tokens:
             raise ValueError(
-                f"{self._bytes.idx_path}: items of {self._bytes.dtype}, expected uint8 bytes: not a byte data set"
+                f"{stem}: bytes only, without a teacher's tokens; preprocess the text with the teacher's tokenizer"
             )
+        self._tokens = _reader(paths.token_prefix, "tokens", (np.uint16, np.int32))
+        self.table = TokenBytes.load(paths.token_table)
         counts = (len(self._bytes), len(self._tokens), self.manifest.documents)
         if len(set(counts)) != 1:
             raise ValueError(
@@ -103,11 +104,22 @@ class ByteTokenDataset:
         return len(self.documents)
 
     def num_tokens(self, document: int) -> int:
-        return self._tokens.length(document) - 1
+        """Tokens of a document, without the start id and without an end-of-text id that the items have."""
+        return self._own_length(self._tokens, document, 1 + int(self.manifest.append_eod))
 
     def num_bytes(self, document: int) -> int:
         """Bytes of a document, without BOS."""
-        return self._bytes.length(document) - 1
+        return self._own_length(self._bytes, document, 1)
+
+    def _own_length(self, reader: IndexedReader, document: int, marks: int) -> int:
+        """Length of an item without the ``marks`` elements that are not the document's."""
+        length = reader.length(document)
+        if length < marks:
+            raise ValueError(
+                f"{reader.idx_path}: document {document} has {length} elements, expected at least {marks}: damaged, "
+                "preprocess again"
+            )
+        return length - marks
 
     def tokens(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
         tokens = self._tokens.read(document, start + 1, stop + 1).astype(np.int64)
@@ -123,17 +135,33 @@ class ByteTokenDataset:
 
     def __getitem__(self, document: int) -> Document:
         """A whole document by its global index, verified."""
-        first_byte = self._bytes.read(document, 0, min(1, self._bytes.length(document)))
-        first_token = self._tokens.read(document, 0, min(1, self._tokens.length(document)))
-        if first_byte.tolist() != [BOS_BYTE] or first_token.tolist() != [self.table.start_id]:
+        num_bytes, num_tokens = self.num_bytes(document), self.num_tokens(document)
+        first_byte, first_token = int(self._bytes.read(document, 0, 1)[0]), int(self._tokens.read(document, 0, 1)[0])
+        if first_byte != BOS_BYTE or first_token != self.table.start_id:
             raise ValueError(
-                f"{self.name}: document {document} starts with byte {first_byte.tolist()} and token "
-                f"{first_token.tolist()}, expected BOS {BOS_BYTE} and {self.table.start_id}: damaged, preprocess again"
+                f"{self.name}: document {document} starts with byte {first_byte} and token {first_token}, expected BOS "
+                f"{BOS_BYTE} and {self.table.start_id}: damaged, preprocess again"
             )
-        tokens = self.tokens(document, 0, self.num_tokens(document))
-        byte_ids = self.byte_ids(document, 0, None)
+        if self.manifest.append_eod:
+            last_token = int(self._tokens.read(document, num_tokens + 1, num_tokens + 2)[0])
+            if last_token != self.table.end_of_text_id:
+                raise ValueError(
+                    f"{self.name}: document {document} ends with token {last_token}, expected the end-of-text id "
+                    f"{self.table.end_of_text_id}, which the manifest promises: damaged, preprocess again"
+                )
+        tokens = self.tokens(document, 0, num_tokens)
+        byte_ids = self.byte_ids(document, 0, num_bytes)
         check_rebuild(tokens, byte_ids, self.table, document=f"{document} of {self.name}")
         return Document(byte_ids, tokens, boundary_bits(tokens, self.table))
+
+
+def _reader(prefix: Path, what: str, dtypes: tuple[type, ...]) -> IndexedReader:
+    """Opens one pair of files; ValueError where its items are not of one of ``dtypes``."""
+    reader = IndexedReader(prefix)
+    if reader.dtype not in dtypes:
+        expected = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+        raise ValueError(f"{reader.idx_path}: items of {reader.dtype}, expected {expected}: not a document's {what}")
+    return reader
 
 
 def split_documents(documents: int, shares: tuple[float, float, float]) -> tuple[range, range, range]:
@@ -153,6 +181,9 @@ def open_blend(
     if not entries:
         raise ValueError("--data-path: expected at least one stem PREFIX_KEY_document")
     datasets = [ByteTokenDataset(entry.stem, tokenizer_hash=tokenizer_hash) for entry in entries]
+    tables: dict[tuple[str, int], TokenBytes] = {}
+    for dataset in datasets:  # hundreds of data sets keep one table, not one each
+        dataset.table = tables.setdefault((dataset.table.hash, dataset.table.vocab_size), dataset.table)
     weights = [
         float(max(1, dataset.manifest.bytes)) if entry.weight is None else entry.weight
         for entry, dataset in zip(entries, datasets, strict=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,24 +12,36 @@ from numpy.typing import NDArray
 
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data import tokenizers
-from megabyte_distill.data.alignment import check_rebuild
-from megabyte_distill.data.inputs import InputFormat, RawBatch
+from megabyte_distill.data.alignment import RebuildError, all_rebuild, check_rebuild
+from megabyte_distill.data.readers import RawBatch, RecordKind
+from megabyte_distill.data.records import InvalidRecordError, OnInvalid, texts_of
+from megabyte_distill.data.skipped import BLANK_LINES, NOT_REBUILT, Skipped
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.data.tokenizers import DocumentTokenizer, TokenizerKind
 
-BLANK_LINES = "blank lines"
+_BOS = bytes([BOS_BYTE])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeJob:
     """All a worker needs besides the text; small, hashable, sent with every batch."""
 
-    json_keys: tuple[str, ...]
-    tokenizer_model: str
+    json_keys: tuple[str, ...] = ("text",)
+    tokenizer_model: str = ""
     tokenizer_kind: TokenizerKind = TokenizerKind.AUTO
     tiktoken_pattern: str | None = None
     end_of_text: str | int | None = None
     bos: str | int | None = None
+    append_eod: bool = False
+    """End each token item with the end-of-text id."""
+    on_invalid: OnInvalid = OnInvalid.ERROR
+    strict: bool = False
+    """A document that its tokens do not rebuild is an error instead of being left out."""
+
+    @property
+    def has_tokens(self) -> bool:
+        """False for a data set of bytes alone."""
+        return self.tokenizer_kind is not TokenizerKind.NONE
 
 
 @functools.lru_cache(maxsize=1)
@@ -59,10 +69,13 @@ class EncodedDocuments:
     """Each item BOS and the document's bytes."""
     byte_lengths: NDArray[np.int64]
     tokens: NDArray[Any]
-    """Each item the start id and the document's tokens, in :func:`token_dtype`."""
+    """Each item the start id, the document's tokens and, where asked for, the end-of-text id, in :func:`token_dtype`;
+    empty without tokenizer."""
     token_lengths: NDArray[np.int64]
-    normalized: int
+    normalized: int = 0
     """Documents that normalisation changed."""
+    skipped: Skipped = field(default_factory=Skipped)
+    """Documents of this key alone that were left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,69 +83,100 @@ class EncodedBatch:
     """A worker's answer."""
 
     by_key: tuple[EncodedDocuments, ...]
-    skipped: Counter[str]
+    skipped: Skipped
+    """Records that no key has."""
 
 
 def encode_batch(job: EncodeJob, batch: RawBatch) -> EncodedBatch:
     """Encodes and verifies a batch. ValueError names file and line of the first record that is not as it should be."""
-    tokenizer = tokenizer_of(job)
-    skipped: Counter[str] = Counter()
-    places: list[str] = []
+    if not job.has_tokens and batch.kind is RecordKind.TEXT and job.on_invalid is not OnInvalid.REPLACE:
+        stored = _plain_text(batch)
+        if stored is not None:
+            return EncodedBatch((stored,), Skipped())
+    skipped = Skipped()
+    places: list[int] = []
     rows: list[tuple[str, ...]] = []
-    for index, record in enumerate(batch.records):
-        if batch.format is InputFormat.JSON_LINES and not record.strip():
-            skipped[BLANK_LINES] += 1
+    for index, payload in enumerate(batch.payloads()):
+        if batch.lines is not None and _is_blank(payload, batch.kind):  # type: ignore[arg-type]
+            skipped.add(BLANK_LINES)
             continue
-        place = batch.where(index)
-        texts = record_texts(record, batch.format, job.json_keys, place)
-        places.append(place)
-        rows.append(texts)
-    columns = [[row[column] for row in rows] for column in range(len(job.json_keys))]
-    return EncodedBatch(tuple(_encode(tokenizer, column, places) for column in columns), skipped)
-
-
-def record_texts(record: bytes, kind: InputFormat, keys: Sequence[str], place: str) -> tuple[str, ...]:
-    """A record's texts, one a key; ValueError begins with ``place``."""
-    try:
-        text = record.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = f", line {record.count(10, 0, error.start) + 1}" if kind is InputFormat.TEXT else ""
-        raise ValueError(f"{place}{line}: invalid UTF-8 at byte {error.start} ({error.reason})") from error
-    if kind is InputFormat.TEXT:
-        return (text,)
-    try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place}: invalid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(content).__name__}")
-    for key in keys:
-        if key not in content:
-            raise ValueError(f"{place}: no key {key!r}; it has {', '.join(map(repr, content)) or 'none'}")
-        value = content[key]
-        if not isinstance(value, str):
-            raise ValueError(f"{place}: {key!r} is {type(value).__name__}, expected text")
         try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{place}: {key!r} has half a surrogate pair at character {error.start}") from error
-    return tuple(content[key] for key in keys)
+            rows.append(texts_of(payload, batch, job.json_keys, job.on_invalid))
+        except InvalidRecordError as error:
+            if job.on_invalid is OnInvalid.ERROR:
+                raise ValueError(f"{batch.where(index)}: {error}") from error
+            skipped.add(error.reason, batch.where(index))
+            continue
+        places.append(index)
+    columns = [[row[column] for row in rows] for column in range(len(job.json_keys))]
+    where = functools.partial(_place, batch, places)
+    return EncodedBatch(tuple(_encode(job, column, where) for column in columns), skipped)
 
 
-def _encode(tokenizer: DocumentTokenizer, texts: list[str], places: list[str]) -> EncodedDocuments:
+def _is_blank(line: bytes, kind: RecordKind) -> bool:
+    """White space is nothing in JSON, and a document in plain text unless there is none of it."""
+    return not (line.strip() if kind is RecordKind.JSON else line)
+
+
+def _place(batch: RawBatch, places: list[int], index: int) -> str:
+    return batch.where(places[index])
+
+
+def _plain_text(batch: RawBatch) -> EncodedDocuments | None:
+    """Documents that are stored as they stand; None where something has to be left out or named."""
+    if batch.lines is None:
+        parts = [bytes(record) for record in batch.records]  # type: ignore[arg-type]
+        if not all(part.isascii() or _is_utf8(part) for part in parts):
+            return None
+        return _only_bytes(_BOS.join([b"", *parts]), np.array([1 + len(part) for part in parts], dtype=np.int64))
+    lines = batch.lines if batch.lines.endswith(b"\n") else batch.lines + b"\n"
+    if not (lines.isascii() or _is_utf8(lines)):
+        return None
+    newlines = np.flatnonzero(np.frombuffer(lines, dtype=np.uint8) == 10)
+    lengths = np.diff(newlines, prepend=-1)
+    if int(lengths.min()) == 1:  # a blank line, which is left out
+        return None
+    # each newline but the last gives its place to the BOS of the line behind it
+    return _only_bytes(_BOS + lines[:-1].replace(b"\n", _BOS), lengths)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _only_bytes(byte_ids: bytes, lengths: NDArray[np.int64]) -> EncodedDocuments:
+    nothing = np.zeros(0, dtype=np.int64)
+    return EncodedDocuments(
+        byte_ids=np.frombuffer(byte_ids, dtype=np.uint8), byte_lengths=lengths, tokens=nothing, token_lengths=nothing
+    )
+
+
+def _encode(job: EncodeJob, texts: list[str], where: functools.partial[str]) -> EncodedDocuments:
+    if not job.has_tokens:
+        raw = [text.encode() for text in texts]
+        return _only_bytes(_BOS.join([b"", *raw]), np.array([1 + len(document) for document in raw], dtype=np.int64))
+    tokenizer = tokenizer_of(job)
     table = tokenizer.token_bytes
     documents = [tokenizer.normalize(text) for text in texts]
+    changed = [document != text for document, text in zip(documents, texts, strict=True)]
     raw = [document.encode() for document in documents]
     tokens = tokenizer.encode_batch(documents)
-    _verify(raw, tokens, table, places)
-    bos = bytes([BOS_BYTE])
-    start = np.array([table.start_id], dtype=np.int32)
+    skipped = Skipped()
+    if not all_rebuild([len(document) for document in raw], b"".join(raw), tokens, table):
+        kept = _those_that_rebuild(raw, tokens, table, where, skipped, strict=job.strict)
+        raw, tokens, changed = ([column[index] for index in kept] for column in (raw, tokens, changed))  # type: ignore[assignment]
+    flat, lengths = _with_events(tokens, table, append_eod=job.append_eod)
     return EncodedDocuments(
-        byte_ids=np.frombuffer(bos + bos.join(raw) if raw else b"", dtype=np.uint8),
+        byte_ids=np.frombuffer(_BOS.join([b"", *raw]), dtype=np.uint8),
         byte_lengths=np.array([1 + len(document) for document in raw], dtype=np.int64),
-        tokens=_joined([part for ids in tokens for part in (start, ids)]).astype(token_dtype(table.vocab_size)),
-        token_lengths=np.array([1 + ids.size for ids in tokens], dtype=np.int64),
-        normalized=sum(document != text for document, text in zip(documents, texts, strict=True)),
+        tokens=flat,
+        token_lengths=lengths,
+        normalized=sum(changed),
+        skipped=skipped,
     )
 
 
@@ -140,15 +184,40 @@ def _joined(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
 
-def _verify(raw: list[bytes], tokens: list[NDArray[np.int32]], table: TokenBytes, places: list[str]) -> None:
-    """All documents at once, which is what happens; one by one where something is wrong, to name it."""
-    flat = _joined(tokens)
-    if not flat.size or (int(flat.min()) >= 0 and int(flat.max()) < table.vocab_size):
-        lengths = table.lengths[flat]
-        ends = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)))
-        cuts = np.cumsum([0, *(ids.size for ids in tokens)])
-        same_sizes = np.array_equal(np.diff(ends[cuts]), [len(document) for document in raw])
-        if same_sizes and lengths.all() and table.concatenate(flat).tobytes() == b"".join(raw):
-            return
-    for document, ids, place in zip(raw, tokens, places, strict=True):
-        check_rebuild(ids, np.frombuffer(document, dtype=np.uint8), table, document=place)
+def _with_events(
+    tokens: Sequence[NDArray[np.int32]], table: TokenBytes, *, append_eod: bool
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """All items one after the other, each with the start id and perhaps the end-of-text id, and their lengths."""
+    lengths = np.array([ids.size for ids in tokens], dtype=np.int64) + 1 + int(append_eod)
+    ends = np.cumsum(lengths)
+    flat = np.empty(int(ends[-1]) if ends.size else 0, dtype=token_dtype(table.vocab_size))
+    is_text = np.ones(flat.size, dtype=np.bool_)
+    starts = ends - lengths
+    flat[starts], is_text[starts] = table.start_id, False
+    if append_eod:
+        flat[ends - 1], is_text[ends - 1] = table.end_of_text_id, False
+    flat[is_text] = _joined(tokens)
+    return flat, lengths
+
+
+def _those_that_rebuild(
+    raw: list[bytes],
+    tokens: list[NDArray[np.int32]],
+    table: TokenBytes,
+    where: functools.partial[str],
+    skipped: Skipped,
+    *,
+    strict: bool,
+) -> list[int]:
+    """Indices of the documents that can be rebuilt; the others are named in ``skipped``, or are an error."""
+    kept = []
+    for index, (document, ids) in enumerate(zip(raw, tokens, strict=True)):
+        try:
+            check_rebuild(ids, np.frombuffer(document, dtype=np.uint8), table, document=where(index))
+        except RebuildError as error:
+            if strict:
+                raise
+            skipped.add(NOT_REBUILT, f"{where(index)}, byte {error.offset}")
+            continue
+        kept.append(index)
+    return kept

@@ -1,128 +1,155 @@
-"""Raw documents from text files: which files, their lines in batches, and their hashes on the way."""
+"""Which files a corpus is made of, what their records are, and how they are compressed."""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import hashlib
-import io
-import lzma
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import StrEnum
 from pathlib import Path
-from typing import IO, cast
 
-_BATCH_BYTES = 1 << 20
-_BATCH_DOCUMENTS = 2000
+STDIN = "-"
 
 
-class InputFormat(Enum):
-    """What a file's lines mean."""
+class InputFormat(StrEnum):
+    """How a file holds its documents."""
 
-    JSON_LINES = auto()
+    AUTO = "auto"
+    """By the file's ending; standard input is jsonl."""
+    JSONL = "jsonl"
     """A JSON object a line; blank lines are skipped."""
-    TEXT = auto()
-    """The whole file is one document."""
+    JSON = "json"
+    """One array of objects, or a JSON object a line: decided by the first character."""
+    TEXT = "txt"
+    """Plain text: a document a file, or a line."""
+    PARQUET = "parquet"
+    """Columns named like the keys."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawBatch:
-    """Consecutive raw documents of one file."""
+class TextDocuments(StrEnum):
+    """What a plain text file is."""
+
+    FILE = "file"
+    """One document."""
+    LINE = "line"
+    """A document a line, without its newline; empty lines are skipped."""
+
+
+class Compression(StrEnum):
+    """Around a file, known by its last ending; on standard input by its first bytes."""
+
+    NONE = "none"
+    GZIP = "gzip"
+    ZSTD = "zstd"
+    BZ2 = "bz2"
+    XZ = "xz"
+
+
+_FORMATS = {
+    ".jsonl": InputFormat.JSONL,
+    ".ndjson": InputFormat.JSONL,
+    ".json": InputFormat.JSON,
+    ".txt": InputFormat.TEXT,
+    ".parquet": InputFormat.PARQUET,
+}
+_COMPRESSIONS = {
+    ".gz": Compression.GZIP,
+    ".zst": Compression.ZSTD,
+    ".bz2": Compression.BZ2,
+    ".xz": Compression.XZ,
+}
+_KNOWN = ".jsonl, .json, .txt (each plain, .gz, .zst, .bz2 or .xz) or .parquet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputFile:
+    """One file of the corpus, or standard input."""
 
     path: str
+    """``-`` for standard input."""
     format: InputFormat
-    first_line: int
-    """Line number of the first one, counted from 1."""
-    records: tuple[bytes, ...]
+    """Not AUTO."""
+    compression: Compression
+    text_documents: TextDocuments = TextDocuments.FILE
 
-    def where(self, index: int) -> str:
-        """File and line of a record, for messages."""
-        return self.path if self.format is InputFormat.TEXT else f"{self.path}, line {self.first_line + index}"
+    @property
+    def is_stdin(self) -> bool:
+        return self.path == STDIN
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "standard input" if self.is_stdin else self.path
+
+    @property
+    def is_one_document(self) -> bool:
+        """True for a plain text file that is one document."""
+        return self.format is InputFormat.TEXT and self.text_documents is TextDocuments.FILE
+
+    @property
+    def has_keys(self) -> bool:
+        """False for plain text."""
+        return self.format is not InputFormat.TEXT
+
+    def size(self) -> int | None:
+        """Bytes on the disk; None for standard input."""
+        return None if self.is_stdin else Path(self.path).stat().st_size
 
 
-def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
-    """Files behind paths and globs, in the order given, each glob sorted. ValueError where one matches nothing."""
-    files: list[Path] = []
+def find_inputs(
+    patterns: Sequence[str | Path],
+    *,
+    input_format: InputFormat = InputFormat.AUTO,
+    text_documents: TextDocuments = TextDocuments.FILE,
+) -> list[InputFile]:
+    """The files behind paths, globs and directories, in the order given; each glob and directory sorted.
+
+    A directory gives the files under it whose ending is known (with ``input_format``: all of them). ValueError where
+    something matches nothing, has an unknown ending, or comes twice.
+    """
+    files: list[InputFile] = []
     for pattern in map(str, patterns):
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        found = [path for path in found if Path(path).is_file()]
-        if not found:
-            raise ValueError(f"--input {pattern}: no such file")
-        files.extend(Path(path) for path in found)
+        for path, is_named in _matches(pattern):
+            described = _describe(path, input_format, text_documents)
+            if described is not None:
+                files.append(described)
+            elif is_named:
+                raise ValueError(f"{path}: unknown kind of input; expected {_KNOWN}, or say it with --input-format")
+        if not files:
+            raise ValueError(f"--input {pattern}: no file under it ends in {_KNOWN}")
+    seen: set[str] = set()
     for file in files:
-        input_format(file)
+        if file.path in seen:
+            raise ValueError(f"--input: {file.name} comes twice; its documents would be stored twice")
+        seen.add(file.path)
     return files
 
 
-def input_format(path: Path) -> InputFormat:
-    """By the file name, under .gz or .xz; ValueError for another ending."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    ending = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in (".gz", ".xz") else "".join(suffixes[-1:])
-    if ending in (".jsonl", ".json"):
-        return InputFormat.JSON_LINES
-    if ending == ".txt":
-        return InputFormat.TEXT
-    raise ValueError(f"{path}: unknown kind of input; expected .jsonl or .txt, plain, .gz or .xz")
+def _matches(pattern: str) -> list[tuple[str, bool]]:
+    """(path, whether the caller named it or a glob did, rather than a directory above it)."""
+    if pattern == STDIN:
+        return [(STDIN, True)]
+    paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise ValueError(f"--input {pattern}: no such file")
+    found: list[tuple[str, bool]] = []
+    for path in paths:
+        if Path(path).is_dir():
+            found += [(str(file), False) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        else:
+            found.append((path, True))
+    return found
 
 
-class _HashedFile(io.RawIOBase):
-    """A file that hashes what is read from it, so that hashing costs no second pass over the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with this object
-        self.digest = hashlib.sha256()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        count = self._file.readinto(buffer)
-        self.digest.update(memoryview(buffer)[:count])
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def read_batches(path: Path, hashes: dict[str, str]) -> Iterator[RawBatch]:
-    """The documents of one file; at its end ``hashes[path]`` holds the sha256 of the file as it lies on the disk.
-
-    ValueError names the file where it cannot be read or its compression is broken.
-    """
-    kind = input_format(path)
-    try:
-        raw = _HashedFile(path)
-        with raw, io.BufferedReader(raw, 1 << 20) as plain, _decompressed(cast(IO[bytes], plain), path) as stream:
-            if kind is InputFormat.TEXT:
-                yield RawBatch(str(path), kind, 1, (stream.read(),))
-            else:
-                yield from _lines(stream, str(path))
-            while plain.read(1 << 20):  # what a decompressor leaves behind belongs to the file's hash
-                pass
-            hashes[str(path)] = raw.digest.hexdigest()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read to its end ({error}): damaged or truncated") from error
-
-
-def _decompressed(stream: IO[bytes], path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
-    if path.suffix.lower() == ".xz":
-        return cast(IO[bytes], lzma.LZMAFile(stream))
-    return stream
-
-
-def _lines(stream: IO[bytes], path: str) -> Iterator[RawBatch]:
-    records: list[bytes] = []
-    size, first = 0, 1
-    for number, line in enumerate(stream, start=1):
-        records.append(line)
-        size += len(line)
-        if size >= _BATCH_BYTES or len(records) >= _BATCH_DOCUMENTS:
-            yield RawBatch(path, InputFormat.JSON_LINES, first, tuple(records))
-            records, size, first = [], 0, number + 1
-    if records:
-        yield RawBatch(path, InputFormat.JSON_LINES, first, tuple(records))
+def _describe(path: str, input_format: InputFormat, text_documents: TextDocuments) -> InputFile | None:
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    compression = _COMPRESSIONS.get(suffixes[-1], Compression.NONE) if suffixes else Compression.NONE
+    ending = suffixes[:-1] if compression is not Compression.NONE else suffixes
+    known = _FORMATS.get(ending[-1]) if ending else None
+    if input_format is not InputFormat.AUTO:
+        known = input_format
+    elif path == STDIN:
+        known = InputFormat.JSONL
+    if known is None:
+        return None
+    return InputFile(path=path, format=known, compression=compression, text_documents=text_documents)

@@ -7,169 +7,234 @@ import multiprocessing
 import os
 import platform
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from megabyte_distill import __version__
-from megabyte_distill.data.encoding import (
-    EncodedBatch,
-    EncodedDocuments,
-    EncodeJob,
-    encode_batch,
-    record_texts,
-    token_dtype,
-    tokenizer_of,
-)
-from megabyte_distill.data.formats import IndexedWriter, partial_path, publish, write_and_sync
-from megabyte_distill.data.inputs import InputFormat, RawBatch, expand_inputs, input_format, read_batches
+from megabyte_distill.data.dataset_writer import DatasetWriter, Origin, is_complete
+from megabyte_distill.data.encoding import EncodedBatch, EncodeJob, encode_batch, tokenizer_of
+from megabyte_distill.data.file_lock import only_process
+from megabyte_distill.data.inputs import InputFile, InputFormat, TextDocuments, find_inputs
 from megabyte_distill.data.manifest import Manifest, StoredPaths
-from megabyte_distill.data.token_bytes import TokenBytes
-from megabyte_distill.data.tokenizers import DocumentTokenizer, TokenizerKind
+from megabyte_distill.data.merge import merge_partitions
+from megabyte_distill.data.partitions import assign, part_prefix
+from megabyte_distill.data.preprocess_summary import PreprocessSummary
+from megabyte_distill.data.progress import Progress, ProgressLines
+from megabyte_distill.data.readers import RawBatch, ReadProgress, read_batches
+from megabyte_distill.data.skipped import Skipped
+from megabyte_distill.data.tokenizers import TokenizerKind
 
-_LIBRARIES = ("numpy", "tokenizers", "sentencepiece", "tiktoken")
+_LIBRARIES = ("numpy", "tokenizers", "sentencepiece", "tiktoken", "orjson")
 _BATCHES_IN_FLIGHT = 3
 """A worker: enough to keep it busy, few enough to keep memory flat."""
 
 
-@dataclass(slots=True)
-class PreprocessSummary:
-    """What a run did; counts are over all keys."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessOptions:
+    """How to preprocess, beside what: see the flags of tools/preprocess_bytes.py."""
 
-    documents: int = 0
-    bytes: int = 0
-    """Without BOS."""
-    tokens: int = 0
-    """Without start ids."""
-    normalized_documents: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    stems: dict[str, str] = field(default_factory=dict)
-    """JSON key → the stem that ``--data-path`` takes."""
-
-    def __str__(self) -> str:
-        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items())) or "none"
-        lines = [
-            f"documents {self.documents}, bytes {self.bytes}, tokens {self.tokens}, "
-            f"bytes per token {self.bytes / max(1, self.tokens):.3f}",
-            f"changed by normalisation {self.normalized_documents}, skipped: {skipped}, {self.seconds:.1f} s",
-            *(f"--data-path {stem}" for stem in self.stems.values()),
-        ]
-        return "\n".join(lines)
+    input_format: InputFormat = InputFormat.AUTO
+    text_documents: TextDocuments = TextDocuments.FILE
+    workers: int = 1
+    partitions: int = 1
+    partition_index: int | None = None
+    """Write this partition alone and merge nothing."""
+    resume: bool = False
+    """Leave finished partitions as they are."""
+    overwrite: bool = False
+    log_interval: int = 1000
+    """Documents between progress lines."""
+    report: Callable[[str], None] = lambda line: None
+    """Takes progress lines and remarks."""
+    progress: Callable[[int | None], Progress] | None = None
+    """Makes the progress display for so many input bytes, in place of progress lines."""
 
 
-class _KeyWriter:
-    """The files of one JSON key, which appear together, the byte index last."""
-
-    def __init__(self, paths: StoredPaths, table: TokenBytes, stack: ExitStack) -> None:
-        self.paths, self._table = paths, table
-        paths.byte_prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bytes = stack.enter_context(IndexedWriter(paths.byte_prefix, np.uint8))
-        self._tokens = stack.enter_context(IndexedWriter(paths.token_prefix, token_dtype(table.vocab_size)))
-        self.documents = self.bytes = self.tokens = self.normalized = 0
-
-    def add(self, encoded: EncodedDocuments) -> None:
-        self._bytes.add_many(encoded.byte_ids, encoded.byte_lengths)
-        self._tokens.add_many(encoded.tokens, encoded.token_lengths)
-        count = int(encoded.byte_lengths.size)
-        self.documents += count
-        self.bytes += int(encoded.byte_ids.size) - count
-        self.tokens += int(encoded.tokens.size) - count
-        self.normalized += encoded.normalized
-
-    def finish(self, tokenizer: DocumentTokenizer, hashes: dict[str, str], skipped: Counter[str]) -> None:
-        """Writes everything that is not there yet, still under partial names."""
-        self._bytes.finish()
-        self._tokens.finish()
-        write_and_sync(partial_path(self.paths.token_table), self._table.to_bytes())
-        manifest = Manifest(
-            tokenizer_hash=self._table.hash,
-            vocab_size=self._table.vocab_size,
-            documents=self.documents,
-            bytes=self.bytes,
-            tokens=self.tokens,
-            normalized_documents=self.normalized,
-            skipped=dict(skipped),
-            inputs=tuple({"path": path, "sha256": digest} for path, digest in hashes.items()),
-            tokenizer=f"{tokenizer.kind.value} {tokenizer.path}",
-            versions=_versions(),
-        )
-        write_and_sync(partial_path(self.paths.manifest), manifest.to_json().encode())
-
-    def publish(self) -> None:
-        """Final names for all. An old data set under the same name first loses the index that makes it readable."""
-        Path(f"{self.paths.byte_prefix}.idx").unlink(missing_ok=True)
-        self._tokens.publish()
-        publish(self.paths.token_table)
-        publish(self.paths.manifest)
-        self._bytes.publish()
+_DEFAULTS = PreprocessOptions()
 
 
 def preprocess(
     inputs: Sequence[str | Path],
     *,
     output_prefix: str | Path,
-    tokenizer_model: str | Path,
-    tokenizer_kind: TokenizerKind = TokenizerKind.AUTO,
-    tiktoken_pattern: str | None = None,
-    end_of_text: str | int | None = None,
-    bos: str | int | None = None,
-    json_keys: Sequence[str] = ("text",),
-    workers: int = 1,
-    log_interval: int = 1000,
-    overwrite: bool = False,
-    report: Callable[[str], None] = lambda line: None,
+    job: EncodeJob,
+    options: PreprocessOptions = _DEFAULTS,
 ) -> PreprocessSummary:
     """Writes PREFIX_{key}_document and its companions for every key; documents keep the order of the input.
 
-    Every document is verified: its tokens' bytes are its bytes. ``report`` gets a progress line every ``log_interval``
-    documents. With several ``workers`` the caller's main module needs a main guard. ValueError for bad input, with
-    file and line; then no output file exists.
+    Every document is verified: its tokens' bytes are its bytes. With several workers the caller's main module needs a
+    main guard. ValueError for bad input, with file and line; then no output file has its final name.
     """
     started = time.monotonic()
-    files = _checked_inputs(inputs, json_keys, workers=workers, log_interval=log_interval)
-    paths = {key: StoredPaths.of(output_prefix, key) for key in json_keys}
-    for stored in paths.values():
-        if Path(f"{stored.byte_prefix}.idx").exists() and not overwrite:
-            raise ValueError(f"{stored.byte_prefix}.idx exists; choose another --output-prefix or pass --overwrite")
-    job = EncodeJob(
-        json_keys=tuple(json_keys),
-        tokenizer_model=str(tokenizer_model),
-        tokenizer_kind=tokenizer_kind,
-        tiktoken_pattern=tiktoken_pattern,
-        end_of_text=end_of_text,
-        bos=bos,
-    )
+    _check_counts(job, options)
+    files = find_inputs(inputs, input_format=options.input_format, text_documents=options.text_documents)
+    _check_files(files, job, options)
     tokenizer_of.cache_clear()  # the files may have changed since an earlier call
-    tokenizer = tokenizer_of(job)
-    hashes: dict[str, str] = {}
-    summary = PreprocessSummary(stems={key: stored.stem for key, stored in paths.items()})
-    with ExitStack() as stack:
-        writers = [_KeyWriter(stored, tokenizer.token_bytes, stack) for stored in paths.values()]
-        batches = (batch for file in files for batch in read_batches(file, hashes))
-        for encoded in _encode_all(job, batches, workers):
-            before = summary.documents
-            for writer, documents in zip(writers, encoded.by_key, strict=True):
-                writer.add(documents)
-            summary.skipped.update(encoded.skipped)
-            summary.documents = sum(writer.documents for writer in writers)
-            summary.bytes = sum(writer.bytes for writer in writers)
-            summary.seconds = time.monotonic() - started
-            if summary.documents // log_interval > before // log_interval:
-                report(_progress(summary))
-        for writer in writers:
-            writer.finish(tokenizer, hashes, summary.skipped)
-        for writer in writers:
-            writer.publish()
-    summary.tokens = sum(writer.tokens for writer in writers)
-    summary.normalized_documents = sum(writer.normalized for writer in writers)
-    summary.seconds = time.monotonic() - started
-    return summary
+    encoder = tokenizer_of(job).encoder if job.has_tokens else "none: bytes only"
+    options.report(f"tokenizer: {encoder}")
+    run = _Run(job=job, options=options, prefix=str(output_prefix))
+    if options.partitions == 1:
+        run.part(files, run.prefix, None)
+        stored = run.paths(run.prefix)
+    else:
+        stored = run.partitioned(assign(files, options.partitions))
+    by_key = dict(zip(job.json_keys, stored, strict=True))
+    return PreprocessSummary.of(by_key, encoder=encoder, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One call of :func:`preprocess`."""
+
+    job: EncodeJob
+    options: PreprocessOptions
+    prefix: str
+
+    def paths(self, prefix: str) -> list[StoredPaths]:
+        return [StoredPaths.of(prefix, key) for key in self.job.json_keys]
+
+    def settings(self, key: str) -> dict[str, Any]:
+        """What decides the content of a data set beside inputs and tokenizer."""
+        return {
+            "key": key,
+            "input_format": self.options.input_format.value,
+            "text_documents": self.options.text_documents.value,
+            "on_invalid": self.job.on_invalid.value,
+            "strict": self.job.strict,
+        }
+
+    def partitioned(self, shares: Sequence[Sequence[InputFile]]) -> list[StoredPaths]:
+        """One partition, or all of them and the merge; returns what was written."""
+        count, only = len(shares), self.options.partition_index
+        if only is None and self._is_finished(self.prefix, [file for share in shares for file in share]):
+            self._say_finished(self.prefix)
+            return self.paths(self.prefix)
+        wanted = range(count) if only is None else [only]
+        for index in wanted:  # one that does not fit is found before any is written
+            self._is_finished(part_prefix(self.prefix, index, count), shares[index])
+        for index in wanted:
+            self.part(shares[index], part_prefix(self.prefix, index, count), (index, count))
+        if only is not None:
+            return self.paths(part_prefix(self.prefix, only, count))
+        return merge_partitions(self.prefix, self.job.json_keys, overwrite=self.options.overwrite)
+
+    def part(self, files: Sequence[InputFile], prefix: str, partition: tuple[int, int] | None) -> None:
+        """Preprocess some files into data sets of their own, unless that is done."""
+        lock = Path(f"{prefix}.lock")
+        with only_process(lock, lambda holder: f"process {holder} is writing {prefix}; give another --output-prefix"):
+            if not self._is_finished(prefix, files):
+                self._write(files, prefix, partition)
+                return
+        self._say_finished(prefix)
+
+    def _say_finished(self, prefix: str) -> None:
+        self.options.report(f"{prefix}: finished before, left as it is")
+
+    def _is_finished(self, prefix: str, files: Sequence[InputFile]) -> bool:
+        """True where --resume finds these data sets finished. ValueError where others lie there."""
+        there = [paths for paths in self.paths(prefix) if Path(f"{paths.byte_prefix}.idx").exists()]
+        if not there or self.options.overwrite:
+            return False
+        if not self.options.resume:
+            raise ValueError(
+                f"{there[0].byte_prefix}.idx exists; choose another --output-prefix, pass --resume to go on, or "
+                "--overwrite"
+            )
+        if len(there) < len(self.job.json_keys) or not all(is_complete(paths) for paths in there):
+            return False
+        table = tokenizer_of(self.job).token_bytes.hash if self.job.has_tokens else None
+        for key, paths in zip(self.job.json_keys, there, strict=True):
+            manifest = Manifest.load(paths.manifest)
+            found = [(entry.get("path"), entry.get("bytes")) for entry in manifest.inputs]
+            if (
+                found != [(file.path, file.size()) for file in files]
+                or manifest.settings != self.settings(key)
+                or manifest.append_eod != self.job.append_eod
+                or (table is not None and manifest.tokenizer_hash != table)
+            ):
+                raise ValueError(
+                    f"{paths.manifest}: finished, but from other inputs or with other settings; pass --overwrite to "
+                    "replace it, or choose another --output-prefix"
+                )
+        return True
+
+    def _write(self, files: Sequence[InputFile], prefix: str, partition: tuple[int, int] | None) -> None:
+        job, options = self.job, self.options
+        tokenizer = tokenizer_of(job) if job.has_tokens else None
+        table = None if tokenizer is None else tokenizer.token_bytes
+        sizes = [file.size() for file in files]
+        total = None if None in sizes else sum(size for size in sizes if size is not None)
+        read, skipped = ReadProgress(), Skipped()
+        shown = (options.progress or self._lines)(total)
+        with ExitStack() as stack:
+            stack.callback(shown.close)
+            writers = [stack.enter_context(DatasetWriter(paths, table)) for paths in self.paths(prefix)]
+            for encoded in _encode_all(job, read_batches(files, job.json_keys, read), options.workers):
+                for writer, items in zip(writers, encoded.by_key, strict=True):
+                    writer.add(items, events=1 + int(job.append_eod))
+                skipped.update(encoded.skipped)
+                documents, content = sum(w.documents for w in writers), sum(w.bytes for w in writers)
+                shown.update(documents=documents, content=content, read=read.raw_bytes)
+            for key, writer in zip(job.json_keys, writers, strict=True):
+                writer.skipped.update(skipped)
+                writer.finish(
+                    Origin(
+                        inputs=read.finished,
+                        tokenizer="none" if tokenizer is None else f"{tokenizer.kind.value} {tokenizer.path}",
+                        settings=self.settings(key),
+                        versions=_versions(),
+                        append_eod=job.append_eod,
+                        partition=partition,
+                    )
+                )
+            for writer in writers:
+                writer.publish()
+
+    def _lines(self, total: int | None) -> Progress:
+        return ProgressLines(total, self.options.log_interval, self.options.report)
+
+
+def _check_counts(job: EncodeJob, options: PreprocessOptions) -> None:
+    """ValueError with all that is wrong with numbers and combinations."""
+    problems = [
+        f"{flag} {value}: expected at least 1"
+        for flag, value in (
+            ("--workers", options.workers),
+            ("--log-interval", options.log_interval),
+            ("--partitions", options.partitions),
+        )
+        if value < 1
+    ]
+    keys = job.json_keys
+    if not keys or len(set(keys)) != len(keys):
+        problems.append(f"--json-keys {' '.join(keys)}: expected different keys, at least one")
+    index = options.partition_index
+    if index is not None and not 0 <= index < options.partitions:
+        problems.append(f"--partition-index {index}: expected 0 … {options.partitions - 1}, below --partitions")
+    if options.resume and options.overwrite:
+        problems.append("--resume and --overwrite contradict each other: leave one out")
+    if job.has_tokens and not job.tokenizer_model:
+        problems.append("--tokenizer-model is missing; --tokenizer-type none stores bytes alone")
+    if not job.has_tokens and job.append_eod:
+        problems.append("--append-eod ends token items; --tokenizer-type none writes none: leave one out")
+    if not job.has_tokens and job.tokenizer_model:
+        problems.append("--tokenizer-type none does not look at --tokenizer-model: leave one out")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _check_files(files: Sequence[InputFile], job: EncodeJob, options: PreprocessOptions) -> None:
+    for file in files:
+        if not file.has_keys and len(job.json_keys) > 1:
+            raise ValueError(f"{file.name}: plain text has no keys {' '.join(job.json_keys)}")
+        if file.is_stdin and (options.partitions > 1 or options.resume):
+            raise ValueError("standard input can be read once: --partitions and --resume need files")
 
 
 def iterate_texts(inputs: Sequence[str | Path], json_key: str = "text") -> Iterator[str]:
@@ -177,26 +242,12 @@ def iterate_texts(inputs: Sequence[str | Path], json_key: str = "text") -> Itera
 
     ValueError for bad input, as :func:`preprocess`.
     """
-    for file in expand_inputs(inputs):
-        for batch in read_batches(file, {}):
-            for index, record in enumerate(batch.records):
-                if batch.format is InputFormat.TEXT or record.strip():
-                    yield record_texts(record, batch.format, (json_key,), batch.where(index))[0]
-
-
-def _checked_inputs(
-    inputs: Sequence[str | Path], json_keys: Sequence[str], *, workers: int, log_interval: int
-) -> list[Path]:
-    if workers < 1 or log_interval < 1:
-        raise ValueError(f"--workers {workers} --log-interval {log_interval}: expected at least 1")
-    if not json_keys or len(set(json_keys)) != len(json_keys):
-        raise ValueError(f"--json-keys {' '.join(json_keys)}: expected different keys, at least one")
-    files = expand_inputs(inputs)
-    if len(json_keys) > 1:
-        for file in files:
-            if input_format(file) is InputFormat.TEXT:
-                raise ValueError(f"{file}: a text file is one document and has no keys {' '.join(json_keys)}")
-    return files
+    job = EncodeJob(json_keys=(json_key,), tokenizer_kind=TokenizerKind.NONE)
+    for batch in read_batches(find_inputs(inputs), job.json_keys, ReadProgress()):
+        [stored] = encode_batch(job, batch).by_key
+        ends = stored.byte_lengths.cumsum()
+        for length, end in zip(stored.byte_lengths.tolist(), ends.tolist(), strict=True):
+            yield stored.byte_ids[end - length + 1 : end].tobytes().decode()
 
 
 def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> Iterator[EncodedBatch]:
@@ -216,6 +267,11 @@ def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> It
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process was killed, perhaps for want of memory; nothing was written. Use fewer --workers, and "
+            "look for a document of extraordinary size"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -223,12 +279,6 @@ def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> It
 def _start_worker() -> None:
     """One thread a worker: the pool is the parallelism."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _progress(summary: PreprocessSummary) -> str:
-    seconds = max(summary.seconds, 1e-9)
-    rate, speed = summary.documents / seconds, summary.bytes / seconds / 1e6
-    return f"Processed {summary.documents} documents ({rate:.1f} docs/s, {speed:.2f} MB/s)."
 
 
 def _versions() -> dict[str, str]:

@@ -17,6 +17,8 @@ from megabyte_distill.data.dataset import DocumentSource
 from megabyte_distill.data.packing import PackedRow, Segment, pack_row
 from megabyte_distill.data.permutation import Permutation
 
+MIN_SHARE = 1e-15
+"""Smallest part of all rows that a data set may have; smaller ones are below the rounding of a credit."""
 MIN_ROOM = 16
 """Bytes below which a row's rest is padded rather than given to another document."""
 
@@ -170,6 +172,36 @@ def materialize(source: DocumentSource, plan: RowPlan, *, row_bytes: int, chunk_
     )
 
 
+class Turns:
+    """Which data set gives the next row: the one furthest behind its share, the first of several equally far.
+
+    A credit is what a data set is behind, in rows: every turn adds each set's share to its own, and takes one row from
+    the chosen set's. Credits stay within a few rows of 0, so that a share of 1e-12 is still counted to four digits.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """``weights`` need not sum to one. ValueError where one is not a positive number or too small to be counted."""
+        if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
+            raise ValueError(f"blend weights {list(weights)}: expected positive numbers")
+        # a power of two rounds nothing, and the sum of huge weights stays finite
+        scaled = [math.ldexp(weight, -math.frexp(max(weights))[1]) for weight in weights]
+        total = math.fsum(scaled)
+        self.shares = np.array([weight / total for weight in scaled], dtype=np.float64)
+        if float(self.shares.min()) < MIN_SHARE:
+            raise ValueError(
+                f"blend weight {weights[int(self.shares.argmin())]} is a share of {float(self.shares.min())} of all "
+                f"rows, expected at least {MIN_SHARE}: that data set would never be read; leave it out"
+            )
+        self.credits = np.zeros(len(weights))
+
+    def next(self) -> int:
+        """Position of the data set whose turn it is."""
+        self.credits += self.shares
+        chosen = int(self.credits.argmax())
+        self.credits[chosen] -= 1.0
+        return chosen
+
+
 class RowStream:
     """Endless training rows from a blend of data sets.
 
@@ -192,22 +224,19 @@ class RowStream:
         weights = [1.0] * len(datasets) if weights is None else list(weights)
         _check_sources(datasets, weights, row_bytes=row_bytes, chunk_bucket=chunk_bucket)
         self.datasets = tuple(datasets)
-        self.weights = tuple(weight / math.fsum(weights) for weight in weights)
+        self._turns = Turns(weights)
         self.row_bytes, self.chunk_bucket, self.seed, self.min_room = row_bytes, chunk_bucket, seed, min_room
         self.rows = 0
         """Rows planned so far."""
         self._orders = [_Shuffled(source.documents, (seed, index)) for index, source in enumerate(datasets)]
         self._positions = [Position() for _ in datasets]
-        self._credits = [0.0] * len(datasets)
 
     def next_rows(self, count: int) -> list[RowPlan]:
         """Plans of the next ``count`` rows, in order; equal on all ranks. Take yours and :meth:`materialize` them."""
         return [self._next_row() for _ in range(count)]
 
     def _next_row(self) -> RowPlan:
-        for index, weight in enumerate(self.weights):
-            self._credits[index] += weight
-        chosen = max(range(len(self.datasets)), key=lambda index: (self._credits[index], -index))
+        chosen = self._turns.next()
         segments = plan_row(
             self.datasets[chosen],
             self._orders[chosen],
@@ -215,7 +244,6 @@ class RowStream:
             row_bytes=self.row_bytes,
             min_room=self.min_room,
         )
-        self._credits[chosen] -= 1.0
         self.rows += 1
         return RowPlan(chosen, segments)
 
@@ -235,11 +263,14 @@ class RowStream:
             "tokenizer_hash": self.datasets[0].table.hash,
             "rows": self.rows,
             "positions": [asdict(position) for position in self._positions],
-            "credits": list(self._credits),
+            "credits": self._turns.credits.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken; weights may differ. ValueError names all that does not match."""
+        """Goes on where ``state`` was taken; ValueError names all that does not match.
+
+        Weights may differ: each data set goes on behind its last row, and the rows to come have the new shares.
+        """
         own = self.state_dict()
         names = ("seed", "row_bytes", "min_room", "documents", "data", "tokenizer_hash")
         wrong = [
@@ -254,7 +285,7 @@ class RowStream:
             )
         self.rows = int(state["rows"])
         self._positions = [Position(**position) for position in state["positions"]]
-        self._credits = [float(credit) for credit in state["credits"]]
+        self._turns.credits = np.array(state["credits"], dtype=np.float64)
 
 
 def evaluation_plans(source: DocumentSource, *, row_bytes: int, min_room: int = MIN_ROOM) -> Iterator[RowPlan]:
@@ -280,8 +311,6 @@ def _check_sources(
         raise ValueError(
             f"{len(datasets)} data sets and {len(weights)} weights; expected one weight each, at least one"
         )
-    if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
-        raise ValueError(f"blend weights {list(weights)}: expected positive numbers")
     if row_bytes < 2 or chunk_bucket < 1:
         raise ValueError(f"row of {row_bytes} bytes, chunk bucket {chunk_bucket}: expected at least 2 and 1")
     for source in datasets:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
+import re
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +20,19 @@ from numpy.typing import NDArray
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 
 _SCHEMA = 1
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # the last where a password is asked for
+)
+"""What a damaged archive may raise."""
+_MAX_ARRAY_BYTES = 1 << 26
+"""Above any vocabulary: the offsets of eight million ids."""
+_ARRAY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<dtype>[^']{2,3})', 'fortran_order': (?:False|True), "
+    rb"'shape': \((?P<shape>[0-9]{0,19},?)\), \} *\n",
+    re.DOTALL,
+)
+"""What numpy writes before an array of one dimension or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,21 +161,49 @@ class TokenBytes:
     def load(cls, path: str | Path) -> TokenBytes:
         """Reads what :meth:`save` wrote (no pickle); ValueError where the file is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                schema = int(arrays["schema"])
-                table = cls(
-                    blob=arrays["blob"],
-                    offsets=arrays["offsets"],
-                    end_of_text_id=int(arrays["end_of_text_id"]),
-                    bos_id=None if int(arrays["bos_id"]) < 0 else int(arrays["bos_id"]),
+            with zipfile.ZipFile(path) as archive:
+                schema, end_of_text_id, bos_id = (
+                    int(_read_array(archive, name, np.int64, 0)) for name in ("schema", "end_of_text_id", "bos_id")
                 )
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                blob, offsets = _read_array(archive, "blob", np.uint8, 1), _read_array(archive, "offsets", np.int64, 1)
+        except _DAMAGE as error:
             raise ValueError(f"{path}: not a readable token table ({error}); preprocess again") from error
         if schema != _SCHEMA:
             raise ValueError(f"{path}: token table version {schema}, expected {_SCHEMA}; preprocess again")
-        offsets = table.offsets
-        if offsets.ndim != 1 or offsets.size < 2 or offsets[0] != 0 or np.any(np.diff(offsets) < 0):
+        if offsets.size < 2 or offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1]):
             raise ValueError(f"{path}: damaged token table (offsets do not ascend from 0); preprocess again")
-        if offsets[-1] != table.blob.size or not 0 <= table.end_of_text_id < table.vocab_size:
-            raise ValueError(f"{path}: damaged token table ({table.blob.size} bytes, {offsets[-1]} expected)")
+        if offsets[-1] != blob.size:
+            raise ValueError(
+                f"{path}: damaged token table ({blob.size} bytes, {offsets[-1]} expected); preprocess again"
+            )
+        table = cls(blob=blob, offsets=offsets, end_of_text_id=end_of_text_id, bos_id=None if bos_id < 0 else bos_id)
+        if not (0 <= end_of_text_id < table.vocab_size and bos_id < table.vocab_size):
+            raise ValueError(
+                f"{path}: damaged token table (end of text {end_of_text_id} and BOS {bos_id} of {table.vocab_size} "
+                "ids); preprocess again"
+            )
         return table
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, dtype: type, ndim: int) -> NDArray[Any]:
+    """One array of an .npz; ValueError where it is not what :meth:`TokenBytes.save` writes.
+
+    numpy's own reader evaluates the array's header and believes its size; this one allocates what the file holds, up
+    to a limit.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    claimed = max(member.file_size, member.compress_size)  # zipfile allocates what either says
+    if claimed > _MAX_ARRAY_BYTES:
+        raise ValueError(f"{name} of {claimed} bytes, expected at most {_MAX_ARRAY_BYTES}")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} in compression {member.compress_type}, expected stored or deflated")
+    content = archive.read(member)
+    header = _ARRAY_HEADER.match(content)
+    if header is None:
+        raise ValueError(f"{name} begins with {content[:80]!r}, expected an array of {np.dtype(dtype)}")
+    described = header["dtype"].decode(), *(int(size) for size in header["shape"].split(b",") if size.strip())
+    shape = ((len(content) - header.end()) // np.dtype(dtype).itemsize,) * ndim
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if described != (np.dtype(dtype).str, *shape) or header.end() + size != len(content):
+        raise ValueError(f"{name} is {described} in {len(content)} bytes, expected an array of {np.dtype(dtype)}")
+    return np.frombuffer(content, dtype=dtype, offset=header.end()).reshape(shape)

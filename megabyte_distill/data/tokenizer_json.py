@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, normalizers
 
+from megabyte_distill.data.tokenizer_fast import fast_encoder, plain_ids
 from megabyte_distill.data.tokenizer_ids import SpecialIds
+from megabyte_distill.data.tokenizer_normal_form import NORMAL_FORMS, NormalForm, is_normal
+from megabyte_distill.data.tokenizer_pattern import elementary_steps
+from megabyte_distill.data.tokenizer_ranks import byte_level_alphabet
 from megabyte_distill.data.tokenizers import TokenizerKind
 
 SPACE_MARK = "▁"
 """U+2581: how SentencePiece's family writes a space. In text it is read as one, so the document has the space."""
+_MAX_IDS = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -30,9 +35,13 @@ class JsonTokenizer:
         self.path = path
         try:
             spec: Any = json.loads(path.read_text(encoding="utf-8"))
-            steps = [step for name in ("normalizer", "pre_tokenizer", "decoder") for step in _steps(spec.get(name))]
+            steps = [
+                step for name in ("normalizer", "pre_tokenizer", "decoder") for step in elementary_steps(spec.get(name))
+            ]
             model_type = spec["model"].get("type")
             names = {step["type"] for step in steps}
+            added = {token["content"]: token for token in spec.get("added_tokens") or () if _check_added(token)}
+            bare = _without_additions(spec, added)
         except (OSError, UnicodeDecodeError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from error
         byte_level = "ByteLevel" in names
@@ -43,37 +52,44 @@ class JsonTokenizer:
                 "exact bytes; expected byte-level BPE, or Metaspace with byte fallback"
             )
         self._marked = marked and not byte_level
-        self._normalizer = _text_normalizer(spec["normalizer"]) if spec.get("normalizer") else None
         try:
-            self._tokenizer = Tokenizer.from_str(json.dumps(_without_additions(spec)))
+            self._normalizer, self._form = _text_normalizer(spec.get("normalizer"))
+            self._tokenizer = Tokenizer.from_str(json.dumps(bare))
         except Exception as error:
             raise ValueError(f"{path}: the tokenizers library does not read it ({error})") from error
-        self._tokenizer.encode_special_tokens = True
-        tokens = _token_bytes(self._tokenizer, spec, byte_level=byte_level)
-        self.token_bytes = ids.table(tokens, self._tokenizer.token_to_id, path)
+        vocabulary = {text: token["id"] for text, token in added.items()} | self._tokenizer.get_vocab()
+        tokens = _token_bytes(vocabulary, spec, added, byte_level=byte_level)
+        self.token_bytes = ids.table(tokens, vocabulary, path)
+        self._fast, self.encoder = None, "tokenizers, batched (not byte-level)"
+        if byte_level:
+            self._fast, self.encoder = fast_encoder(
+                bare, self._tokenizer, tokens=tokens, names=list(added), normalize=self.normalize
+            )
 
     def normalize(self, text: str) -> str:
         """The tokenizer's normaliser without its space marks; a literal U+2581 counts as a space for that family."""
         if self._marked:
             text = text.replace(SPACE_MARK, " ")
-        return text if self._normalizer is None else self._normalizer.normalize_str(text)
+        if self._normalizer is None or (self._form is not None and is_normal(text, self._form)):
+            return text
+        return self._normalizer.normalize_str(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Tokens of each text, int32 [T]."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        """Tokens of each text, int32 [T], by the encoder that :attr:`encoder` names."""
+        return self.encode_batch_reference(texts) if self._fast is None else self._fast.encode_batch(texts)
+
+    def encode_batch_reference(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Tokens of each text, int32 [T], by tokenizers alone."""
+        return plain_ids(self._tokenizer, texts)
 
 
-def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The elementary steps of a normaliser, pre-tokenizer or decoder."""
-    if part is None:
-        return
-    nested = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
-    if nested is None:
-        yield part
-    else:
-        for step in nested:
-            yield from _steps(step)
+def _check_added(token: dict[str, Any]) -> bool:
+    """True; ValueError for an added token without text or with an id that no vocabulary has."""
+    if not isinstance(token["content"], str) or not isinstance(token["id"], int) or not 0 <= token["id"] < _MAX_IDS:
+        raise ValueError(
+            f"added token {token['content']!r} with id {token['id']!r}, expected a text and an id from 0 on"
+        )
+    return True
 
 
 def _is_space_mark(step: dict[str, Any]) -> bool:
@@ -83,19 +99,21 @@ def _is_space_mark(step: dict[str, Any]) -> bool:
     return step["type"] == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE_MARK
 
 
-def _text_normalizer(spec: dict[str, Any]) -> normalizers.Normalizer | None:
-    """The steps that change the text itself."""
-    steps = [step for step in _steps(spec) if not _is_space_mark(step) and step["type"] != "ByteLevel"]
+def _text_normalizer(spec: dict[str, Any] | None) -> tuple[normalizers.Normalizer | None, NormalForm | None]:
+    """The steps that change the text itself, and the normal form if they are that and nothing else."""
+    steps = [step for step in elementary_steps(spec) if not _is_space_mark(step) and step["type"] != "ByteLevel"]
     if not steps:
-        return None
+        return None, None
     alone = {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     whole = {**alone, "version": "1.0", "normalizer": {"type": "Sequence", "normalizers": steps}}
     normalizer: normalizers.Normalizer | None = Tokenizer.from_str(json.dumps(whole)).normalizer
-    return normalizer
+    forms = [form for form in NORMAL_FORMS if [step["type"] for step in steps] == [form]]
+    return normalizer, forms[0] if forms else None
 
 
-def _without_additions(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without whatever adds to the text or cuts it: dummy prefix, template, truncation, padding."""
+def _without_additions(spec: dict[str, Any], added: Collection[str]) -> dict[str, Any]:
+    """The same tokenizer without whatever adds to the text or cuts it: dummy prefix, template, truncation, padding,
+    and without added tokens, which would turn a document's "<tool_call>" into an event."""
 
     def cleaned(part: Any) -> Any:
         if isinstance(part, list):
@@ -115,6 +133,8 @@ def _without_additions(spec: dict[str, Any]) -> dict[str, Any]:
         normalizer = None
     return {
         **spec,
+        "added_tokens": [],
+        "model": _without_added(spec["model"], added),
         "normalizer": cleaned(normalizer),
         "pre_tokenizer": cleaned(spec.get("pre_tokenizer")),
         "post_processor": None,
@@ -123,19 +143,30 @@ def _without_additions(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _token_bytes(tokenizer: Tokenizer, spec: dict[str, Any], *, byte_level: bool) -> list[bytes | None]:
+def _without_added(model: dict[str, Any], added: Collection[str]) -> dict[str, Any]:
+    """The model without vocabulary entries that only stand for added tokens, where it takes any entry whole."""
+    inside = {text for text in added if text in model["vocab"] and len(text) > 1 and text != model.get("unk_token")}
+    if not model.get("ignore_merges") or not inside:
+        return model
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        inside -= {left, right, left + right}
+    return {**model, "vocab": {text: index for text, index in model["vocab"].items() if text not in inside}}
+
+
+def _token_bytes(
+    vocabulary: dict[str, int], spec: dict[str, Any], added: dict[str, Any], *, byte_level: bool
+) -> list[bytes | None]:
     """Bytes by id; None for special, unknown and missing ids."""
-    added = {token["id"]: token for token in spec.get("added_tokens") or ()}
-    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     unknown = spec["model"].get("unk_token")
     fallback = bool(spec["model"].get("byte_fallback"))
     result: list[bytes | None] = [None] * (1 + max(vocabulary.values(), default=-1))
     if not result:
         raise ValueError("the vocabulary is empty")
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     for text, index in vocabulary.items():
-        if index in added:
-            result[index] = None if added[index].get("special") else added[index]["content"].encode()
+        if text in added:
+            result[index] = None if added[text].get("special") else text.encode()
         elif text == unknown:
             continue
         elif byte_level:
@@ -146,10 +177,3 @@ def _token_bytes(tokenizer: Tokenizer, spec: dict[str, Any], *, byte_level: bool
             match = _BYTE_TOKEN.fullmatch(text) if fallback else None
             result[index] = bytes.fromhex(match[1]) if match else text.replace(SPACE_MARK, " ").encode()
     return result
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where Latin-1 prints it, else a code point from 256 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from megabyte_distill.data.tokenizer_ids import SpecialIds
+from megabyte_distill.data.tokenizer_selftest import selftest_texts
 from megabyte_distill.data.tokenizers import TokenizerKind
 
 _SPACE_MARK = "▁"
@@ -26,12 +27,14 @@ class SentencePieceTokenizer:
     """
 
     kind = TokenizerKind.SENTENCEPIECE
+    encoder = "sentencepiece, batched"
 
     def __init__(self, path: Path, ids: SpecialIds) -> None:
         """ValueError where the file is no SentencePiece model."""
         self.path = path
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + _NO_DUMMY_PREFIX)
+            model = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: neither a SentencePiece model nor another known tokenizer ({error})") from error
         processor = self._processor
@@ -47,6 +50,7 @@ class SentencePieceTokenizer:
             vocab_size=ids.vocab_size,
         )
         self.token_bytes = own_ids.table(tokens, names, path)
+        self._changes_text = _changes_text(model) or any(map(self._is_changed, selftest_texts(tokens)))
 
     def _piece_bytes(self, index: int) -> bytes | None:
         processor = self._processor
@@ -63,12 +67,62 @@ class SentencePieceTokenizer:
         Some rules make work for others (a removed character lets its neighbours compose), hence until nothing changes.
         """
         text = text.replace(_SPACE_MARK, " ")
-        for _ in range(_NORMALIZATION_PASSES):
-            before, text = text, str(self._processor.normalize(text)).replace(_SPACE_MARK, " ")
+        for _ in range(_NORMALIZATION_PASSES if self._changes_text else 0):
+            before, text = text, self._normalized(text)
             if text == before:
                 break
         return text
 
+    def _normalized(self, text: str) -> str:
+        return str(self._processor.normalize(text)).replace(_SPACE_MARK, " ")
+
+    def _is_changed(self, text: str) -> bool:
+        text = text.replace(_SPACE_MARK, " ")
+        return self._normalized(text) != text
+
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Tokens of each text, int32 [T]."""
         return [np.array(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), out_type=int)]
+
+    def encode_batch_reference(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Tokens of each text, int32 [T]; there is one encoder only."""
+        return self.encode_batch(texts)
+
+
+def _changes_text(model: bytes) -> bool:
+    """False where a serialised model has neither normalisation rules nor drops spaces, as Llama's and Mistral's."""
+    rules, drops_spaces = b"", True
+    for number, value in _fields(model):
+        if number == 3 and isinstance(value, bytes):  # ModelProto.normalizer_spec
+            for inner, content in _fields(value):
+                if inner == 2 and isinstance(content, bytes):  # precompiled_charsmap
+                    rules = content
+                elif inner == 4:  # remove_extra_whitespaces
+                    drops_spaces = bool(content)
+    return bool(rules) or drops_spaces
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Field numbers and values of a protocol buffer that its own library has read already."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(message):
+        key = varint()
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = varint() if wire == 2 else 8 if wire == 1 else 4
+        yield number, message[position : position + size]
+        position += size

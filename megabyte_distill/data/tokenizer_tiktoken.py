@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from megabyte_distill.data.tokenizer_fast import TiktokenEncoder, plain_ids
 from megabyte_distill.data.tokenizer_ids import SpecialIds
+from megabyte_distill.data.tokenizer_pattern import NoFastPath
+from megabyte_distill.data.tokenizer_ranks import Ranks, tokenizer_of
+from megabyte_distill.data.tokenizer_selftest import first_difference, selftest_texts
 from megabyte_distill.data.tokenizers import TokenizerKind
 
 LLAMA3_RANKS = 128_000
@@ -34,6 +39,7 @@ class TiktokenTokenizer:
     """See :class:`megabyte_distill.data.tokenizers.DocumentTokenizer`. No normalisation."""
 
     kind = TokenizerKind.TIKTOKEN
+    encoder = "tiktoken, whose ranks these are"
 
     def __init__(self, path: Path, ids: SpecialIds, *, pattern: str | None = None) -> None:
         """``pattern`` may be left out for Llama 3 only. ValueError for a damaged file or an unknown pattern."""
@@ -53,10 +59,10 @@ class TiktokenTokenizer:
         for named in (ids.end_of_text, ids.bos):
             if isinstance(named, int):
                 size = max(size, named + 1)
+        self._ranks = ranks
+        self._pattern = pattern or LLAMA3_PATTERN
         try:
-            self._encoding = tiktoken.Encoding(
-                path.stem, pat_str=pattern or LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
-            )
+            self._fast = TiktokenEncoder(path.stem, self._pattern, Ranks(ranks, None), self.encode_batch_reference)
         except Exception as error:
             raise ValueError(f"{path}: tiktoken does not take these ranks and pattern ({error})") from error
         tokens: list[bytes | None] = [None] * size
@@ -69,8 +75,31 @@ class TiktokenTokenizer:
         return text
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Tokens of each text, int32 [T]."""
-        return [np.array(self._encoding.encode_ordinary(text), dtype=np.int32) for text in texts]
+        """Tokens of each text, int32 [T]. ValueError for a text that only tokenizers manages, if it cannot be used."""
+        return self._fast.encode_batch(texts)
+
+    def encode_batch_reference(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Tokens of each text, int32 [T], by tokenizers with merges made of the ranks: for texts such as a megabyte of
+        spaces, on which tiktoken breaks down. ValueError where the ids would not be the same."""
+        return plain_ids(self._reference, texts)
+
+    @cached_property
+    def _reference(self) -> Tokenizer:
+        """Takes seconds, and most corpora do not need it."""
+        try:
+            reference = tokenizer_of(self._ranks, self._pattern)
+            texts = selftest_texts(list(self._ranks))
+            different = first_difference(
+                lambda batch: list(map(self._fast.encode, batch)), lambda batch: plain_ids(reference, batch), texts
+            )
+            if different is not None:
+                raise NoFastPath(f"other ids for {different[:20]!r}")
+        except NoFastPath as error:
+            raise ValueError(
+                f"{self.path}: tiktoken breaks down on runs of thousands of spaces, and tokenizers cannot step in "
+                f"({error}); shorten such runs, or use the model's tokenizer.json"
+            ) from error
+        return reference
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

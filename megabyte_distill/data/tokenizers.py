@@ -5,7 +5,7 @@
     [tokens] = tokenizer.encode_batch([document])
     tokenizer.token_bytes.concatenate(tokens).tobytes() == document.encode()
 
-Text never becomes a special token: "<|endoftext|>" in a document is thirteen characters.
+Text never becomes a special or added token: "<|endoftext|>" in a document is thirteen characters, "<tool_call>" eleven.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class TokenizerKind(StrEnum):
     """A SentencePiece .model."""
     TIKTOKEN = "tiktoken"
     """Lines of base64 and rank, as Llama 3's tokenizer.model and Qwen's .tiktoken."""
+    NONE = "none"
+    """No tokenizer: a data set of bytes alone. Only preprocessing knows it."""
 
 
 class DocumentTokenizer(Protocol):
@@ -42,13 +44,19 @@ class DocumentTokenizer(Protocol):
     kind: TokenizerKind
     path: Path
     token_bytes: TokenBytes
+    encoder: str
+    """Which encoder was chosen and why, in one line."""
 
     def normalize(self, text: str) -> str:
         """The text the teacher really sees: it is the document. Idempotent."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Tokens of each text [T], without special tokens; texts should be normalised."""
+        """Tokens of each text [T], without special tokens; texts must be normalised."""
+        ...
+
+    def encode_batch_reference(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """The same tokens by the slower encoder that :meth:`encode_batch` is checked against, if there are two."""
         ...
 
 
@@ -70,7 +78,7 @@ def load(
     ids = SpecialIds.read(file.parent, end_of_text=end_of_text, bos=bos)
     if pattern is not None and kind is not TokenizerKind.TIKTOKEN:
         raise ValueError(f"{file}: a split pattern belongs to tiktoken files, this is {kind.value}; leave it out")
-    # Each format needs its own library; importing them here keeps the other two optional at run time.
+    # Importing here spares a worker the libraries that its format does not need.
     if kind is TokenizerKind.HUGGINGFACE:
         from megabyte_distill.data.tokenizer_json import JsonTokenizer
 

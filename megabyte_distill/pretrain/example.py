@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megabyte_distill.conversion.hf_import import import_teacher
-from megabyte_distill.data.preprocess import preprocess
+from megabyte_distill.data.encoding import EncodeJob
+from megabyte_distill.data.preprocess import PreprocessOptions, preprocess
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,10 @@ class Example:
                 continue
             data.mkdir(parents=True, exist_ok=True)
             preprocess(
-                [self.folder / f"{name}.jsonl.xz"], output_prefix=data / name, tokenizer_model=source, overwrite=True
+                [self.folder / f"{name}.jsonl.xz"],
+                output_prefix=data / name,
+                job=EncodeJob(tokenizer_model=str(source)),
+                options=PreprocessOptions(overwrite=True),
             )
 
     def remove(self, root: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
+from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split, read_blend_file
 
 
 def test_stems_without_weights_and_none_is_no_blend() -> None:
@@ -34,6 +36,40 @@ def test_extreme_weights_are_kept() -> None:
 def test_a_wrong_blend_is_refused(words: list[str]) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_blend(words)
+
+
+def test_a_file_gives_the_words_between_its_white_space(tmp_path: Path) -> None:
+    path = tmp_path / "blend.txt"
+    path.write_text("0.3 first_text_document\n\t0.7\r\n  日本_text_document  \n", encoding="utf-8")
+    words = read_blend_file(str(path))
+    assert words == ("0.3", "first_text_document", "0.7", "日本_text_document")
+    assert parse_blend(words) == (BlendEntry(0.3, "first_text_document"), BlendEntry(0.7, "日本_text_document"))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read"),
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"a_document --split 1", "holds the flag '--split'"),
+        (b"--data-path a_document", "holds the flag '--data-path'"),
+    ],
+)
+def test_a_file_without_a_blend_is_refused_by_name(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "blend.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_blend_file(str(path))
+    assert all(part in str(caught.value) for part in (str(path), reason, "expected a text file with the words of"))
+
+
+def test_a_folder_and_an_impossible_name_are_no_file(tmp_path: Path) -> None:
+    for name in (str(tmp_path), "", "nul\0"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_blend_file(name)
 
 
 def test_a_split_sums_to_one_and_missing_parts_are_zero() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +100,39 @@ def test_naming_data_takes_back_the_callers_default_data() -> None:
     assert parse_arguments(["--mock-data"], defaults).data.valid_data_path == ()
     assert parse_arguments(["--no-mock-data"], defaults).data.train_data_path == ("demo",)
     assert parse_arguments(["--valid-data-path", "other"], defaults).data.train_data_path == ("demo",)
+
+
+def test_a_blend_from_a_file_is_the_blend_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "blend.txt"
+    path.write_text("0.5 a\n1e-6 b\n")
+    from_file = parse_arguments(["--data-args-path", str(path), "--split", "9,1,0"]).data
+    assert from_file.data_path == ("0.5", "a", "1e-6", "b") and from_file.split == "9,1,0"
+    assert from_file.blend == parse_arguments(["--data-path", "0.5", "a", "1e-6", "b"]).data.blend
+    defaults = {"train_data_path": ("demo",), "valid_data_path": ("held_out",), "data_path": ("old",)}
+    own = parse_arguments(["--data-args-path", str(path)], defaults).data
+    assert (own.data_path, own.train_data_path, own.valid_data_path) == (from_file.data_path, (), ())
+    over = parse_arguments(["--data-path", "mine"], {"data_args_path": "missing"}).data
+    assert (over.data_path, over.data_args_path) == (("mine",), None)
+
+
+def test_everything_wrong_with_a_file_and_beside_it_is_reported_together(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.txt")
+    found = problems(["--data-args-path", missing, "--data-path", "x", "--valid-data-path", "y", "--lr", "-1"])
+    expected = (
+        "name the same thing twice",
+        f"{missing!r} cannot be read",
+        "contradicts --valid-data-path",
+        "--lr: got",
+    )
+    assert len(found) == len(expected) and all(any(part in problem for problem in found) for part in expected), found
+    assert len(problems(["--data-args-path", missing])) == 1, "a file that cannot be read is not also 'no data'"
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_text("0.5 a 0.5")
+    assert problems(["--data-args-path", str(wrong)]) == (
+        "--data-args-path: got 3 words, expected stems only, or pairs: weight stem weight stem …",
+    )
+    found = problems([*MOCK, "--data-args-path", str(wrong)])
+    assert any("--mock-data and --data-args-path contradict each other" in problem for problem in found)
 
 
 @pytest.mark.parametrize(

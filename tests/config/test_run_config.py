@@ -30,6 +30,17 @@ def test_the_file_is_yaml_and_shows_a_stages_setting(tmp_path: Path) -> None:
     assert content["settings"]["model"]["byte_side"]["byte_mixer"] == "conv"
 
 
+def test_the_blend_of_a_file_is_written_out_and_its_change_is_seen(tmp_path: Path) -> None:
+    blend = tmp_path / "blend.txt"
+    blend.write_text("0.3 a 0.7 b")
+    before = parse_arguments(["--data-args-path", str(blend)])
+    write_run_config(before, tmp_path)
+    blend.write_text("0.7 a 0.3 b")
+    assert read_run_config(tmp_path).data.data_path == ("0.3", "a", "0.7", "b")
+    [line] = diff(read_run_config(tmp_path), parse_arguments(["--data-args-path", str(blend)]))
+    assert line == 'data.data_path: ["0.3", "a", "0.7", "b"] before, ["0.7", "a", "0.3", "b"] now'
+
+
 def test_equal_settings_do_not_differ() -> None:
     assert diff(parse_arguments(LINE), parse_arguments(LINE)) == []
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.dataset import ByteTokenDataset
-from megabyte_distill.data.preprocess import preprocess
 from megabyte_distill.data.tokenizers import DocumentTokenizer
+from tests.data.preprocessing import preprocess
 
 CORPUS = [
     "The house stood on the hill, and the wind went round the house. It was nobody's house, 1234 years old.",

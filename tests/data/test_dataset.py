@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.blend import parse_split
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import IndexedReader, IndexedWriter
-from megabyte_distill.data.manifest import StoredPaths
-from megabyte_distill.data.sampler import RowStream
+from megabyte_distill.data.manifest import NO_TOKENIZER, StoredPaths
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.sampler import RowStream, evaluation_rows
 
 Store = Callable[..., str]
 
@@ -115,6 +118,70 @@ def test_tokens_that_do_not_rebuild_name_document_and_offset(store: Store) -> No
         ByteTokenDataset(stem)[1]
 
 
+def _with_end_of_text(stem: str) -> ByteTokenDataset:
+    """The same data set as preprocessing writes it where each token item ends in the teacher's end-of-text id."""
+    plain = ByteTokenDataset(stem)
+    end = [plain.table.end_of_text_id]
+    items = [[plain.table.start_id, *plain[index].tokens.tolist(), *end] for index in plain.documents]
+    _replace_tokens(stem, items)
+    path = StoredPaths(stem).manifest
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"append_eod": True}))
+    return ByteTokenDataset(stem)
+
+
+def test_a_stored_end_of_text_changes_no_document_and_no_row(
+    store: Store, texts: list[str], sentencepiece_folder: Path
+) -> None:
+    for name, extra in (("no_bos", {}), ("bos", {"tokenizer_model": sentencepiece_folder})):
+        stem = store(texts, name, **extra)
+        plain = ByteTokenDataset(stem)
+        documents = [plain[index] for index in plain.documents]
+        streams = [RowStream([plain], row_bytes=64, chunk_bucket=8, seed=3)]
+        rows = [streams[0].materialize(plan) for plan in streams[0].next_rows(200)]
+        held_out = list(evaluation_rows(plain, row_bytes=48, chunk_bucket=8))
+        marked = _with_end_of_text(stem)
+        for index, document in enumerate(documents):
+            assert marked.num_tokens(index) == document.tokens.size
+            assert all(np.array_equal(a, b) for a, b in zip(marked[index], document, strict=True))
+        stream = RowStream([marked], row_bytes=64, chunk_bucket=8, seed=3)
+        found = [stream.materialize(plan) for plan in stream.next_rows(200)]
+        found_held_out = list(evaluation_rows(marked, row_bytes=48, chunk_bucket=8))
+        assert len(found_held_out) == len(held_out)
+        for a, b in zip([*found, *found_held_out], [*rows, *held_out], strict=True):
+            for field in fields(PackedRow):
+                x, y = getattr(a, field.name), getattr(b, field.name)
+                assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_a_missing_or_unexpected_end_of_text_is_refused(store: Store) -> None:
+    stem = store(["ab", ""])
+    marked = _with_end_of_text(stem)
+    start, end = marked.table.start_id, marked.table.end_of_text_id
+    tokens = marked[0].tokens.tolist()
+    _replace_tokens(stem, [[start, *tokens, tokens[-1]], [start]])
+    broken = ByteTokenDataset(stem)
+    with pytest.raises(
+        ValueError, match=rf"document 0 ends with token {tokens[-1]}, expected the end-of-text id {end}"
+    ):
+        broken[0]
+    with pytest.raises(ValueError, match="document 1 has 1 elements, expected at least 2"):
+        broken[1]
+    _replace_tokens(stem, [[start, *tokens, end], [start, end]])
+    path = StoredPaths(stem).manifest
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"append_eod": False}))
+    for index in range(2):
+        with pytest.raises(ValueError, match=rf"document {index} of .*special or unknown"):
+            ByteTokenDataset(stem)[index]
+
+
+def test_a_set_of_bytes_only_is_refused(store: Store) -> None:
+    stem = store(["ab"])
+    path = StoredPaths(stem).manifest
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_hash": NO_TOKENIZER, "vocab_size": 0}))
+    with pytest.raises(ValueError, match=r"bytes only.*preprocess the text with the teacher's tokenizer"):
+        ByteTokenDataset(stem)
+
+
 def test_the_stem_is_explained() -> None:
     for stem in ("x", "x_text_document.bin"):
         with pytest.raises(ValueError, match=r"expected .*stem"):
@@ -146,3 +213,4 @@ def test_without_weights_a_set_counts_by_its_bytes(store: Store) -> None:
     datasets, weights = open_blend([a, b])
     assert weights == [10.0, 30.0] and [len(dataset) for dataset in datasets] == [1, 1]
     assert open_blend(["2", a, "1", b])[1] == [2.0, 1.0]
+    assert datasets[0].table is datasets[1].table, "data sets of one tokenizer share its table"

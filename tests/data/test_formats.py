@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import tempfile
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megabyte_distill.data.formats import PARTIAL_SUFFIX, IndexedReader, IndexedWriter
 
@@ -33,6 +38,27 @@ def test_written_items_are_read_back(tmp_path: Path, dtype: type) -> None:
         np.testing.assert_array_equal(reader.read(index), item)
     np.testing.assert_array_equal(reader.read(3, 10, 20), items[3][10:20])
     np.testing.assert_array_equal(reader.document_index, np.arange(len(items) + 1))
+
+
+def _any_items(dtype: type) -> st.SearchStrategy[tuple[type, list[list[int]]]]:
+    limits = np.iinfo(dtype)
+    element = st.integers(int(limits.min), int(limits.max))
+    return st.tuples(st.just(dtype), st.lists(st.lists(element, max_size=40), max_size=20))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.sampled_from(DTYPES).flatmap(_any_items), st.data())
+def test_any_items_are_read_back_whole_and_in_part(case: tuple[type, list[list[int]]], data: Any) -> None:
+    dtype, items = case
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder) / "a", [np.array(item, dtype=dtype) for item in items], dtype)
+        reader = IndexedReader(Path(folder) / "a")
+        reader.verify()
+        assert reader.dtype == dtype and [reader.read(index).tolist() for index in range(len(reader))] == items
+        assert [reader.length(index) for index in range(len(reader))] == [len(item) for item in items]
+        for index, item in enumerate(items):
+            start, stop = sorted(data.draw(st.integers(0, len(item))) for _ in range(2))
+            assert reader.read(index, start, stop).tolist() == item[start:stop]
 
 
 def test_a_read_item_outlives_the_reader_and_is_its_own(tmp_path: Path) -> None:
@@ -140,6 +166,36 @@ def test_any_mutation_of_the_index_gives_an_error_or_a_read(tmp_path: Path) -> N
                 reader.read(index)
         except ValueError:
             pass
+
+
+def test_a_hundred_million_items_open_without_memory(tmp_path: Path) -> None:
+    count = 100_000_000
+    _write(tmp_path / "a", [], np.uint8)
+    header = bytearray((tmp_path / "a.idx").read_bytes()[:34])
+    header[18:34] = np.array([count, count + 1], dtype="<u8").tobytes()
+    with open(tmp_path / "a.idx", "wb") as stream:
+        stream.write(header)
+        stream.truncate(34 + 12 * count + 8 * (count + 1))  # a hole: every length and offset is 0
+    tracemalloc.start()
+    try:
+        reader = IndexedReader(tmp_path / "a")
+        assert len(reader) == count and reader.length(count - 1) == 0 and reader.read(count // 2).size == 0
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(tmp_path) not in maps.read_text(), "pages of a map would count as ours"
+    with pytest.raises(IndexError, match=f"item {count} of {count}"):
+        reader.length(count)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_file_that_shrinks_while_it_is_open_is_an_error_not_a_crash(tmp_path: Path, ending: str) -> None:
+    _write(tmp_path / "a", _items(np.int32), np.int32)
+    reader = IndexedReader(tmp_path / "a")
+    (tmp_path / f"a{ending}").write_bytes(b"x" * 40)
+    with pytest.raises(ValueError, match=rf"a\{ending}: ends at byte .*must not change"):
+        reader.read(3)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from fractions import Fraction
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.mock import MockDataset, MockRowStream
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.data.sampler import RowPlan, RowStream, evaluation_plans, evaluation_rows
+from megabyte_distill.data.sampler import MIN_SHARE, RowPlan, RowStream, Turns, evaluation_plans, evaluation_rows
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.training.rows import MicroBatches
 
 Store = Callable[..., str]
 
@@ -101,6 +109,105 @@ def test_shares_of_rows_follow_the_weights(store: Store, weights: list[float]) -
     counts = Counter(plan.dataset for plan in _stream(*datasets, weights=weights).next_rows(rows))
     for index, weight in enumerate(weights):
         assert abs(counts[index] - rows * weight / sum(weights)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "digest", "credits"),
+    [
+        ([0.3, 0.7], "a74224ca8a0633f7", [-4.4392267639636884e-13, -8.881784197001252e-13]),
+        ([0.2, 0.3, 0.5], "611db9492c807e4f", [1.1102230246251565e-16, -4.4392267639636884e-13, 0.0]),
+        ([10.0, 30.0], "f1138883bef01568", [0.0, 0.0]),
+        ([1.0, 1e-6], "28b4f41a7f3ee6d8", [-0.0199999799987971, 0.019999980000020692]),
+    ],
+)
+def test_turns_are_those_of_earlier_versions(weights: list[float], digest: str, credits: list[float]) -> None:
+    turns = Turns(weights)
+    chosen = bytes(turns.next() for _ in range(20_000))
+    assert hashlib.sha256(chosen).hexdigest().startswith(digest) and turns.credits.tolist() == credits
+
+
+_SPREAD = [10.0 ** (-12 * index / 199) for index in range(200)]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[0.3, 0.7], [1.0, 1e-6], [1e-12, 1.0], [0.3, 0.7, 1e-12], [1.0] * 1000, [1.0, *[1e-6] * 999], _SPREAD],
+    ids=["two", "1e-6", "1e-12", "1e-12 of three", "1000 equal", "999 small", "200 from 1 to 1e-12"],
+)
+def test_a_million_turns_keep_every_share_and_lose_nothing_to_rounding(weights: list[float]) -> None:
+    turns, rows = Turns(weights), 1_000_000
+    chosen = np.fromiter((turns.next() for _ in range(rows)), dtype=np.int64, count=rows)
+    counts = np.bincount(chosen, minlength=len(weights))
+    total = sum(map(Fraction, weights))
+    for weight, count, credit in zip(weights, counts.tolist(), turns.credits.tolist(), strict=True):
+        owed = rows * Fraction(weight) / total - count
+        assert abs(owed) <= 1 + 1e-9, "within a row of its share"
+        # what rounding has cost: in rows, and of what the data set should have had
+        assert abs(owed - Fraction(credit)) < min(1e-9, 1e-4 * rows * weight / float(total))
+
+
+def test_the_smallest_share_has_its_turn_and_a_lost_one_is_refused() -> None:
+    turns = Turns([1.0, 1e-12])
+    turns.credits[:] = [-0.5, 0.5 - 1e-6]  # after 5e11 rows less a million and some
+    waited = next(number for number in range(1_200_000) if turns.next() == 1)
+    assert abs(waited - 500_000) < 100
+    turns.credits[:] = [0.9, -0.9]
+    for _ in range(1000):
+        turns.next()
+    assert math.isclose(turns.credits[1] + 0.9, 1e-9, rel_tol=1e-3), "credit grows also where it is large"
+    Turns([1.0, 2 * MIN_SHARE])
+    with pytest.raises(ValueError, match=r"1e-16 is a share of 1e-16 .*never be read"):
+        Turns([1.0, 1e-16])
+    assert Turns([1e308, 1e308, 5e307]).shares.tolist() == [0.4, 0.4, 0.2], "their sum is no number, their shares are"
+
+
+def _pieces(plans: list[RowPlan], dataset: int) -> list[RowPlan]:
+    return [plan for plan in plans if plan.dataset == dataset]
+
+
+def test_weights_changed_at_resume_lose_and_repeat_no_sample(dataset: ByteTokenDataset, store: Store) -> None:
+    other = ByteTokenDataset(store(["another set " * 30, "", "of works"] * 9, "other"))
+    third = ByteTokenDataset(store(["third " * 50, "one"], "third"))
+    sets = (dataset, other, third)
+    reference = [
+        _pieces(_stream(*sets, weights=[1.0 + 9 * (i == index) for i in range(3)]).next_rows(900), index)
+        for index in range(3)
+    ]
+    plans: list[RowPlan] = []
+    state = None
+    for weights, rows in (
+        ([0.6, 0.3, 0.1], 101),
+        ([0.1, 0.2, 0.7], 203),
+        ([1.0, 1e-6, 1e-6], 57),
+        ([1.0, 5.0, 1.0], 90),
+    ):
+        stream = _stream(*sets, weights=weights)
+        if state is not None:
+            stream.load_state_dict(state)
+        plans += stream.next_rows(rows)
+        state = json.loads(json.dumps(stream.state_dict()))
+    for index, expected in enumerate(reference):
+        seen = _pieces(plans, index)
+        assert len(seen) > 10 and seen == expected[: len(seen)], (
+            "each set's rows, in its own order, none twice or left out"
+        )
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 1), (1, 4), (2, 1), (2, 6), (3, 2), (4, 3)])
+def test_an_updates_rows_do_not_depend_on_ranks_and_micro_batches(
+    dataset: ByteTokenDataset, store: Store, ranks: int, micro_batch_size: int
+) -> None:
+    other = ByteTokenDataset(store(["another set " * 30, "", "of works"], "other"))
+    plain = _stream(dataset, other)
+    config = StageConfig(seq_length=64, chunk_bucket=8, global_batch_size=12, micro_batch_size=micro_batch_size)
+    group = cast(dist.ProcessGroup, None)
+    worlds = [World(rank, ranks, rank, ranks, group, torch.device("cpu")) for rank in range(ranks)]
+    parts = [MicroBatches(_stream(dataset, other), config, world) for world in worlds]
+    for _ in range(5):
+        expected = [plain.materialize(plan) for plan in plain.next_rows(12)]
+        for rank, part in enumerate(parts):
+            found = torch.cat([micro.byte_ids for micro in part.next_micro_batches()])
+            assert torch.equal(found, torch.cat([row.byte_ids for row in expected[rank::ranks]]))
 
 
 def test_weights_may_change_at_resume(store: Store) -> None:

@@ -116,17 +116,20 @@ def test_a_bare_file_finds_well_known_ids(byte_level_folder: Path, tmp_path: Pat
         tokenizers.load(tmp_path / "mine.json", end_of_text="<nope>")
 
 
-def test_ordinary_added_tokens_are_text_and_special_ones_are_not(byte_level_folder: Path, tmp_path: Path) -> None:
+def test_added_tokens_never_come_out_of_text(byte_level_folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
     tokenizer.add_tokens(["<tool>"])
     tokenizer.add_special_tokens(["<turn>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizers.load(tmp_path)
-    size = tokenizer.get_vocab_size()
-    [tokens] = loaded.encode_batch(["a<tool>b<turn>"])
-    assert size - 2 in tokens and size - 1 not in tokens
-    assert loaded.token_bytes[size - 2] == b"<tool>" and loaded.token_bytes[size - 1] == b""
-    assert loaded.token_bytes.concatenate(tokens).tobytes() == b"a<tool>b<turn>"
+    tool, turn = tokenizer.token_to_id("<tool>"), tokenizer.token_to_id("<turn>")
+    assert loaded.token_bytes[tool] == b"<tool>" and loaded.token_bytes[turn] == b""
+    text = "a<tool>b<turn>"
+    for encode in (loaded.encode_batch, loaded.encode_batch_reference):
+        [tokens] = encode([text])
+        assert tool not in tokens and turn not in tokens
+        assert loaded.token_bytes.concatenate(tokens).tobytes() == text.encode()
+        assert tokens.tolist() == tokenizers.load(byte_level_folder).encode_batch([text])[0].tolist()
 
 
 def test_tiktoken_ranks_spell_every_document(tmp_path: Path, texts: list[str]) -> None:
@@ -176,6 +179,15 @@ def test_missing_or_wrong_tokenizers_are_refused(tmp_path: Path, byte_level_fold
         tokenizers.load(byte_level_folder, kind=TokenizerKind.SENTENCEPIECE)
     with pytest.raises(ValueError, match="split pattern belongs to tiktoken"):
         tokenizers.load(byte_level_folder, pattern="x")
+
+
+@pytest.mark.parametrize("change", [{"content": None}, {"content": 7}, {"id": "x"}, {"id": -1}, {"id": 1 << 40}])
+def test_damaged_added_tokens_are_refused(change: dict[str, object], byte_level_folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((byte_level_folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "content": "<new>", **change})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=r"not a tokenizer\.json .*expected a text and an id"):
+        tokenizers.load(tmp_path)
 
 
 def test_word_level_tokenizers_have_no_exact_bytes(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.teacher_folder import save_teacher
 from megabyte_distill.conversion.tokenizer_files import token_table
-from megabyte_distill.data.preprocess import preprocess
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.pretrain.main import main
+from tests.data.preprocessing import preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_byte_kd.sh"

@@ -1,0 +1,141 @@
+"""The files of one data set, which appear together: bytes, tokens, token table, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from megabyte_distill.data.encoding import EncodedDocuments, token_dtype
+from megabyte_distill.data.formats import IndexedReader, IndexedWriter, partial_path, publish, write_and_sync
+from megabyte_distill.data.manifest import NO_TOKENIZER, Manifest, StoredPaths
+from megabyte_distill.data.skipped import Skipped
+from megabyte_distill.data.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What a manifest says beside the counts."""
+
+    inputs: Sequence[Mapping[str, Any]]
+    tokenizer: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    append_eod: bool
+    partition: tuple[int, int] | None
+
+
+class DatasetWriter:
+    """Writes a data set; nothing has its final name before :meth:`publish`. Leaving by an exception removes it all."""
+
+    def __init__(self, paths: StoredPaths, table: TokenBytes | None) -> None:
+        """``table`` None writes bytes alone."""
+        self.paths, self._table = paths, table
+        self.documents = self.bytes = self.tokens = self.normalized = 0
+        self.skipped = Skipped()
+        self._stack = ExitStack()
+        paths.byte_prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._bytes = self._stack.enter_context(IndexedWriter(paths.byte_prefix, np.uint8))
+        self._tokens: IndexedWriter | None = None
+        if table is not None:
+            writer = IndexedWriter(paths.token_prefix, token_dtype(table.vocab_size))
+            self._tokens = self._stack.enter_context(writer)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+        if kind is not None:
+            for path in (self.paths.manifest, self.paths.token_table):
+                partial_path(path).unlink(missing_ok=True)
+
+    def add(self, encoded: EncodedDocuments, *, events: int) -> None:
+        """Appends documents whose token items hold ``events`` ids that are no text."""
+        count = int(encoded.byte_lengths.size)
+        self._bytes.add_many(encoded.byte_ids, encoded.byte_lengths)
+        if self._tokens is not None:
+            self._tokens.add_many(encoded.tokens, encoded.token_lengths)
+            self.tokens += int(encoded.tokens.size) - events * count
+        self.documents += count
+        self.bytes += int(encoded.byte_ids.size) - count
+        self.normalized += encoded.normalized
+        self.skipped.update(encoded.skipped)
+
+    def extend(self, paths: StoredPaths, manifest: Manifest) -> None:
+        """Appends a whole data set; ValueError where its files are damaged."""
+        for writer, prefix in ((self._bytes, paths.byte_prefix), (self._tokens, paths.token_prefix)):
+            if writer is None:
+                continue
+            reader = IndexedReader(prefix)
+            reader.verify()
+            if len(reader) != manifest.documents:
+                raise ValueError(
+                    f"{reader.idx_path}: {len(reader)} documents, {paths.manifest} says {manifest.documents}: files of "
+                    "different runs, preprocess this partition again"
+                )
+            writer.extend(reader)
+        self.documents += manifest.documents
+        self.bytes += manifest.bytes
+        self.tokens += manifest.tokens
+        self.normalized += manifest.normalized_documents
+        skipped = Skipped()
+        skipped.counts.update(manifest.skipped)
+        skipped.places.update(manifest.skipped_at)
+        self.skipped.update(skipped)
+
+    def finish(self, origin: Origin) -> None:
+        """Writes everything that is not there yet, still under partial names."""
+        self._bytes.finish()
+        if self._tokens is not None and self._table is not None:
+            self._tokens.finish()
+            write_and_sync(partial_path(self.paths.token_table), self._table.to_bytes())
+        manifest = Manifest(
+            tokenizer_hash=NO_TOKENIZER if self._table is None else self._table.hash,
+            vocab_size=0 if self._table is None else self._table.vocab_size,
+            documents=self.documents,
+            bytes=self.bytes,
+            tokens=self.tokens,
+            normalized_documents=self.normalized,
+            skipped=dict(self.skipped.counts),
+            skipped_at=dict(self.skipped.places),
+            inputs=tuple(dict(entry) for entry in origin.inputs),
+            tokenizer=origin.tokenizer,
+            versions=dict(origin.versions),
+            append_eod=origin.append_eod,
+            settings=dict(origin.settings),
+            partition=origin.partition,
+        )
+        write_and_sync(partial_path(self.paths.manifest), manifest.to_json().encode())
+
+    def publish(self) -> None:
+        """Final names for all. An old data set under the same name first loses the index that makes it readable."""
+        Path(f"{self.paths.byte_prefix}.idx").unlink(missing_ok=True)
+        if self._tokens is not None:
+            self._tokens.publish()
+            publish(self.paths.token_table)
+        publish(self.paths.manifest)
+        self._bytes.publish()
+
+
+def is_complete(paths: StoredPaths) -> bool:
+    """Whether a data set of this name was published: its byte index comes last."""
+    return Path(f"{paths.byte_prefix}.idx").exists() and paths.manifest.exists()
+
+
+def remove_dataset(paths: StoredPaths) -> None:
+    """Removes a data set's files, the one that makes it readable first."""
+    for path in (
+        *(Path(f"{paths.byte_prefix}{ending}") for ending in (".idx", ".bin")),
+        *(Path(f"{paths.token_prefix}{ending}") for ending in (".idx", ".bin")),
+        paths.manifest,
+        paths.token_table,
+    ):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,67 @@
+"""A corpus cut into partitions of whole files, each a data set of its own until they are merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabyte_distill.data.inputs import InputFile
+from megabyte_distill.data.manifest import StoredPaths
+
+_PART = ".part-{index:05d}-of-{count:05d}"
+
+
+def assign(files: Sequence[InputFile], partitions: int) -> list[list[InputFile]]:
+    """Contiguous runs of files, at least one each, of about equal bytes; the same on every machine.
+
+    ValueError for more partitions than files: a file is not cut.
+    """
+    if not 1 <= partitions <= len(files):
+        raise ValueError(
+            f"--partitions {partitions} of {len(files)} input files: a partition is made of whole files; give "
+            f"1 … {len(files)}, or cut the input into more files"
+        )
+    sizes = [file.size() or 0 for file in files]
+    total, place, taken = sum(sizes), 0, 0
+    result: list[list[InputFile]] = []
+    for index in range(partitions):
+        left_for_others = partitions - index - 1
+        first = place
+        goal = total * (index + 1) / partitions
+        # a file belongs to the partition in which the greater part of it lies
+        while place < len(files) - left_for_others and (place == first or taken + sizes[place] / 2 <= goal):
+            taken += sizes[place]
+            place += 1
+        result.append(list(files[first:place]))
+    result[-1].extend(files[place:])
+    return result
+
+
+def part_prefix(prefix: str | Path, index: int, count: int) -> str:
+    """The output prefix of one partition."""
+    return str(prefix) + _PART.format(index=index, count=count)
+
+
+def find_parts(prefix: str | Path, key: str) -> list[StoredPaths]:
+    """The partitions that lie under a prefix, in order. ValueError where some are missing or counts are mixed."""
+    folder, name = Path(prefix).parent, Path(prefix).name
+    ending = StoredPaths.of("", key).stem + ".idx"
+    pattern = re.compile(re.escape(name) + r"\.part-(\d{5})-of-(\d{5})" + re.escape(ending))
+    found = (
+        [match for path in folder.glob("*.idx") if (match := pattern.fullmatch(path.name))] if folder.is_dir() else []
+    )
+    counts = sorted({int(match[2]) for match in found})
+    if len(counts) != 1:
+        seen = f"partitions of {', '.join(map(str, counts))}" if counts else "none"
+        raise ValueError(f"{prefix}: expected the partitions of one run for the key {key!r}, found {seen}")
+    [count] = counts
+    there = {int(match[1]) for match in found}
+    missing = [index for index in range(count) if index not in there]
+    if missing:
+        shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+        raise ValueError(
+            f"{prefix}: {len(missing)} of {count} partitions are missing ({shown}); preprocess them with "
+            "--partition-index"
+        )
+    return [StoredPaths.of(part_prefix(prefix, index, count), key) for index in range(count)]

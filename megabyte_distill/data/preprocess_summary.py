@@ -1,0 +1,67 @@
+"""What a preprocessing run says at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megabyte_distill.data.manifest import Manifest, StoredPaths
+
+_PLACES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSummary:
+    """Counts of the data sets that were written; over all keys."""
+
+    stems: dict[str, str]
+    """JSON key → the stem that ``--data-path`` takes."""
+    documents: int
+    bytes: int
+    """Without BOS."""
+    tokens: int
+    """Without start ids."""
+    normalized_documents: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Reason → records, once each however many keys there are."""
+    skipped_at: dict[str, list[str]] = field(default_factory=dict)
+    encoder: str = ""
+    """Which tokenizer code ran, and why."""
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, stored: Mapping[str, StoredPaths], *, encoder: str, seconds: float) -> PreprocessSummary:
+        """From the manifests of the data sets, by key."""
+        manifests = [Manifest.load(paths.manifest) for paths in stored.values()]
+        reasons = {reason for manifest in manifests for reason in manifest.skipped}
+        return cls(
+            stems={key: paths.stem for key, paths in stored.items()},
+            documents=sum(manifest.documents for manifest in manifests),
+            bytes=sum(manifest.bytes for manifest in manifests),
+            tokens=sum(manifest.tokens for manifest in manifests),
+            normalized_documents=sum(manifest.normalized_documents for manifest in manifests),
+            skipped={reason: max(m.skipped.get(reason, 0) for m in manifests) for reason in sorted(reasons)},
+            skipped_at={
+                reason: max((m.skipped_at.get(reason, []) for m in manifests), key=len) for reason in sorted(reasons)
+            },
+            encoder=encoder,
+            seconds=seconds,
+        )
+
+    def __str__(self) -> str:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "none"
+        per_token = f", bytes per token {self.bytes / self.tokens:.3f}" if self.tokens else ""
+        rate = self.bytes / max(self.seconds, 1e-9) / 1e6
+        lines = [
+            f"tokenizer: {self.encoder}",
+            f"documents {self.documents}, bytes {self.bytes}, tokens {self.tokens}{per_token}",
+            f"changed by normalisation {self.normalized_documents}, skipped: {skipped}",
+        ]
+        for reason, places in self.skipped_at.items():
+            more = self.skipped[reason] - len(places[:_PLACES_SHOWN])
+            if places:
+                shown = "; ".join(places[:_PLACES_SHOWN]) + (f"; and {more} more" if more else "")
+                lines.append(f"  {reason}: {shown}")
+        lines.append(f"{self.seconds:.1f} s, {rate:.2f} MB/s")
+        lines += [f"--data-path {stem}" for stem in self.stems.values()]
+        return "\n".join(lines)

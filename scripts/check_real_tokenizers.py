@@ -1,0 +1,77 @@
+"""Checks tokenizers on a corpus: every document rebuilt, and the fast encoder's ids against the plain library's.
+
+    python scripts/check_real_tokenizers.py --tokenizer DIR_OR_FILE ... --input corpus.jsonl ...
+
+A progress line every few seconds on standard error, a line a tokenizer, and one JSON object as the last line. Exit
+code 0, 1 where a document differs, or 2 with one line that begins with "error:".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from megabyte_distill.data import tokenizers
+from megabyte_distill.data.preprocess import iterate_texts
+from megabyte_distill.data.tokenizer_check import TokenizerCheck
+from megabyte_distill.tool import run_tool
+
+_BATCH = 64
+_SECONDS_BETWEEN_LINES = 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tokenizer", nargs="+", required=True, metavar="DIR_OR_FILE", help="folders or files of teachers' tokenizers")
+    add("--input", nargs="+", required=True, metavar="FILE", help="text, as tools/preprocess_bytes.py takes it")
+    add("--json-key", default="text", help="key of the text (text)")
+    add("--max-bytes", type=int, metavar="N", help="text of each input file at most (default: all)")
+    return parser
+
+
+def check(path: str, options: argparse.Namespace) -> dict[str, object]:
+    """One tokenizer on all text."""
+    start = time.perf_counter()
+    tokenizer = tokenizers.load(path)
+    loaded = time.perf_counter() - start
+    print(f"{path}: {tokenizer.encoder}", file=sys.stderr, flush=True)
+    counts = TokenizerCheck()
+    last = time.monotonic()
+    for source in options.input:
+        limit = None if options.max_bytes is None else counts.bytes + options.max_bytes
+        texts = iter(iterate_texts([source], options.json_key))
+        while batch := list(itertools.islice(texts, _BATCH)):
+            counts.add(tokenizer, batch)
+            if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                print(
+                    f"{source}: {counts.documents} documents, {counts.bytes / 1e6:.1f} MB", file=sys.stderr, flush=True
+                )
+            if limit is not None and counts.bytes >= limit:
+                break
+    result = {"tokenizer": path, "encoder": tokenizer.encoder, "load_seconds": loaded, **dataclasses.asdict(counts)}
+    print(" ".join(f"{name}={value}" for name, value in result.items() if name != "encoder"), flush=True)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    results: list[dict[str, object]] = []
+
+    def run(options: argparse.Namespace) -> None:
+        results.extend(check(path, options) for path in options.tokenizer)
+        print(json.dumps({"tokenizers": results}))
+
+    code = run_tool(build_parser(), run, argv)
+    return code or int(any(result["not_rebuilt"] or result["different_ids"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
