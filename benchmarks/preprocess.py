@@ -118,7 +118,10 @@ def bare_tiktoken(texts: list[str], workers: int, tokenizer: Path) -> None:
 
     encoding = _state.get("encoding")
     if encoding is None:
-        encoding = tokenizers.load(tokenizer).tiktoken_encoding  # type: ignore[attr-defined]
+        fast = tokenizers.load(tokenizer)._fast  # type: ignore[attr-defined]  # the same ranks and pattern, nothing around
+        if fast is None:
+            raise SystemExit(f"--bpe {tokenizer}: tiktoken does not give its ids; choose another byte-level BPE")
+        encoding = fast._encoding
         _state["encoding"] = encoding
     started = time.perf_counter()
     for first in range(0, len(texts), 1000):

@@ -44,16 +44,32 @@ class EncodeJob:
         return self.tokenizer_kind is not TokenizerKind.NONE
 
 
-@functools.lru_cache(maxsize=1)
-def tokenizer_of(job: EncodeJob) -> DocumentTokenizer:
-    """The job's tokenizer, loaded once a process."""
-    return tokenizers.load(
+_loaded: dict[EncodeJob, DocumentTokenizer] = {}
+"""The job's tokenizer: loaded once, in the parent, and sent to the workers, which spares them the self-test."""
+
+
+def load_tokenizer(job: EncodeJob) -> DocumentTokenizer:
+    """Loads the job's tokenizer from its files, which may have changed since an earlier call."""
+    tokenizer = tokenizers.load(
         job.tokenizer_model,
         kind=job.tokenizer_kind,
         pattern=job.tiktoken_pattern,
         end_of_text=job.end_of_text,
         bos=job.bos,
     )
+    take_tokenizer(job, tokenizer)
+    return tokenizer
+
+
+def take_tokenizer(job: EncodeJob, tokenizer: DocumentTokenizer) -> None:
+    """Use a tokenizer that another process has loaded."""
+    _loaded.clear()
+    _loaded[job] = tokenizer
+
+
+def tokenizer_of(job: EncodeJob) -> DocumentTokenizer:
+    """The job's tokenizer, from :func:`load_tokenizer` or :func:`take_tokenizer`."""
+    return _loaded[job]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

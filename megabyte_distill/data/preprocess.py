@@ -18,7 +18,14 @@ from typing import Any
 
 from megabyte_distill import __version__
 from megabyte_distill.data.dataset_writer import DatasetWriter, Origin, is_complete
-from megabyte_distill.data.encoding import EncodedBatch, EncodeJob, encode_batch, tokenizer_of
+from megabyte_distill.data.encoding import (
+    EncodedBatch,
+    EncodeJob,
+    encode_batch,
+    load_tokenizer,
+    take_tokenizer,
+    tokenizer_of,
+)
 from megabyte_distill.data.file_lock import only_process
 from megabyte_distill.data.inputs import InputFile, InputFormat, TextDocuments, find_inputs
 from megabyte_distill.data.manifest import Manifest, StoredPaths
@@ -28,7 +35,7 @@ from megabyte_distill.data.preprocess_summary import PreprocessSummary
 from megabyte_distill.data.progress import Progress, ProgressLines
 from megabyte_distill.data.readers import RawBatch, ReadProgress, read_batches
 from megabyte_distill.data.skipped import Skipped
-from megabyte_distill.data.tokenizers import TokenizerKind
+from megabyte_distill.data.tokenizers import DocumentTokenizer, TokenizerKind
 
 _LIBRARIES = ("numpy", "tokenizers", "sentencepiece", "tiktoken", "orjson")
 _BATCHES_IN_FLIGHT = 3
@@ -75,8 +82,7 @@ def preprocess(
     _check_counts(job, options)
     files = find_inputs(inputs, input_format=options.input_format, text_documents=options.text_documents)
     _check_files(files, job, options)
-    tokenizer_of.cache_clear()  # the files may have changed since an earlier call
-    encoder = tokenizer_of(job).encoder if job.has_tokens else "none: bytes only"
+    encoder = load_tokenizer(job).encoder if job.has_tokens else "none: bytes only"
     options.report(f"tokenizer: {encoder}")
     run = _Run(job=job, options=options, prefix=str(output_prefix))
     if options.partitions == 1:
@@ -258,7 +264,8 @@ def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> It
         return
     # A forked child of a process with threads (torch, tokenizers) may hang, hence spawn.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    start = (job, tokenizer_of(job) if job.has_tokens else None)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
     waiting: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in batches:
@@ -276,9 +283,11 @@ def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> It
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(job: EncodeJob, tokenizer: DocumentTokenizer | None) -> None:
     """One thread a worker: the pool is the parallelism."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if tokenizer is not None:
+        take_tokenizer(job, tokenizer)
 
 
 def _versions() -> dict[str, str]:

@@ -84,6 +84,7 @@ def has_endless_run(text: str) -> bool:
 def fast_encoder(
     spec: dict[str, Any],
     tokenizer: Tokenizer,
+    reference: Encode,
     *,
     tokens: list[bytes | None],
     names: list[str],
@@ -91,12 +92,9 @@ def fast_encoder(
 ) -> tuple[TiktokenEncoder | None, str]:
     """The fast path of a tokenizer.json, None where there is none, and in one line which encoder is used and why.
 
-    ``tokenizer`` is made from ``spec``, which has no added tokens; ``names`` are their texts, ``tokens`` the
-    vocabulary's bytes by id.
+    ``reference`` encodes by ``tokenizer``, made from ``spec``, which has no added tokens; ``names`` are their texts,
+    ``tokens`` the vocabulary's bytes by id.
     """
-
-    def reference(texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        return plain_ids(tokenizer, texts)
 
     try:
         steps = [step["type"] for step in elementary_steps(spec.get("normalizer"))]

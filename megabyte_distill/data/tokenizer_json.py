@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,30 @@ class JsonTokenizer:
         self._marked = marked and not byte_level
         try:
             self._normalizer, self._form = _text_normalizer(spec.get("normalizer"))
-            self._tokenizer = Tokenizer.from_str(json.dumps(bare))
+            self._bare = json.dumps(bare)
+            vocabulary = {text: token["id"] for text, token in added.items()} | self._tokenizer.get_vocab()
         except Exception as error:
             raise ValueError(f"{path}: the tokenizers library does not read it ({error})") from error
-        vocabulary = {text: token["id"] for text, token in added.items()} | self._tokenizer.get_vocab()
         tokens = _token_bytes(vocabulary, spec, added, byte_level=byte_level)
         self.token_bytes = ids.table(tokens, vocabulary, path)
         self._fast, self.encoder = None, "tokenizers, batched (not byte-level)"
         if byte_level:
             self._fast, self.encoder = fast_encoder(
-                bare, self._tokenizer, tokens=tokens, names=list(added), normalize=self.normalize
+                bare,
+                self._tokenizer,
+                self.encode_batch_reference,
+                tokens=tokens,
+                names=list(added),
+                normalize=self.normalize,
             )
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        """Made again where this object was sent to another process, if a text needs it there."""
+        return Tokenizer.from_str(self._bare)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
 
     def normalize(self, text: str) -> str:
         """The tokenizer's normaliser without its space marks; a literal U+2581 counts as a space for that family."""

@@ -39,7 +39,7 @@ class TokenizerKind(StrEnum):
 
 
 class DocumentTokenizer(Protocol):
-    """What preprocessing and evaluation need of a tokenizer."""
+    """What preprocessing and evaluation need of a tokenizer. It can be pickled: worker processes get the loaded one."""
 
     kind: TokenizerKind
     path: Path
