@@ -71,3 +71,12 @@ def test_two_ranks_end_with_the_summary_of_one(job: Job, tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
     assert summaries[0]["student_bits_per_byte"] == pytest.approx(summaries[1]["student_bits_per_byte"], abs=1e-4)
+
+
+def test_two_ranks_make_the_embedded_example_ready_and_train(tmp_path: Path) -> None:
+    """A converted teacher is a checkpoint, which all ranks of a job would write together; one process makes it."""
+    flags = ("--smoke", "--stages", "1a", "--train-iters", "2", "--eval-iters", "0", "--save", str(tmp_path / "run"))
+    done = run_command(torchrun(str(SCRIPT), *flags, processes=2), timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "teacher" / "model_config.json").exists()
+    assert (tmp_path / "run" / "1a" / "iter_0000002").exists()
