@@ -13,8 +13,8 @@ ones. Each figure is a ratio of throughputs, this tool's over the other's, best 
   parent adding them to megatron-core's indexed dataset builder, as Megatron-LM's preprocessing does;
 - bare tiktoken, bare tokenizers: their own batched encoding of texts that are in memory already, ids and nothing else.
 
-With bytes alone: jsonl.zst against a loop that decompresses and parses each line with orjson, txt.zst against
-``zstd -d | wc -c``. Memory: peak of a run (parent and largest worker) on the whole text over that on a quarter of it.
+With bytes alone: jsonl.zst against a loop that decompresses and parses each line with orjson, files of text (.txt.zst)
+against ``zstd -d | wc -c``. Memory: peak of a run (parent and largest worker) on the whole text over that on a quarter.
 The last line is one JSON object.
 """
 
@@ -39,7 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megabyte_distill.data.encoding import EncodeJob  # noqa: E402 - after the path is set
-from megabyte_distill.data.inputs import TextDocuments  # noqa: E402
 from megabyte_distill.data.preprocess import PreprocessOptions, preprocess  # noqa: E402
 from megabyte_distill.data.tokenizers import TokenizerKind  # noqa: E402
 
@@ -56,7 +55,7 @@ _state: dict[str, object] = {}
 
 def ours(source: Path, folder: Path, workers: int, **settings: object) -> None:
     """This tool, from the file to the published data set."""
-    options = PreprocessOptions(overwrite=True, workers=workers, text_documents=TextDocuments.LINE)
+    options = PreprocessOptions(overwrite=True, workers=workers)
     preprocess([source], output_prefix=folder / "ours", job=EncodeJob(**settings), options=options)  # type: ignore[arg-type]
 
 
@@ -141,7 +140,7 @@ def decompress_and_parse(source: Path) -> None:
 
 def zstd_wc(source: Path) -> None:
     """The command line's own pipe."""
-    subprocess.run(f"zstd -dc '{source}' | wc -c", shell=True, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(f"zstd -dc '{source}'/*.zst | wc -c", shell=True, check=True, stdout=subprocess.DEVNULL)
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -268,11 +267,13 @@ def bytes_only(source: Path, texts: list[str], folder: Path, workers: int, repea
     """The two ratios without a tokenizer."""
     import zstandard
 
-    packed, text = folder / "text.jsonl.zst", folder / "text.txt.zst"
+    packed, text = folder / "text.jsonl.zst", folder / "text"
     compressor = zstandard.ZstdCompressor()
     with open(source, "rb") as plain, open(packed, "wb") as target:
         compressor.copy_stream(plain, target)
-    text.write_bytes(compressor.compress("\n".join(texts).encode()))
+    text.mkdir()
+    for first in range(0, len(texts), 1000):  # files of some MB, a document each
+        (text / f"{first:08}.txt.zst").write_bytes(compressor.compress("\n".join(texts[first : first + 1000]).encode()))
     none = {"tokenizer_kind": TokenizerKind.NONE}
     print("bytes alone, jsonl.zst", flush=True)
     found = ratios(

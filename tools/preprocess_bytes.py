@@ -12,8 +12,12 @@ training takes ``--data-path data/corpus_text_document``. See docs/preprocess.md
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
 
 from megabyte_distill import __version__
 from megabyte_distill.data.dataset import ByteTokenDataset
@@ -61,9 +65,13 @@ def _preprocess_parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--tokenizer-type", type=TokenizerKind, choices=list(TokenizerKind),
                            default=TokenizerKind.AUTO, help="format of the tokenizer; none stores bytes alone (auto: "
                            "by its files)")  # fmt: skip
-    tokenizer.add_argument("--tiktoken-pattern", help="split pattern of a tiktoken rank file (Llama 3's is known)")
-    tokenizer.add_argument("--end-of-text", help="text of the token that ends a document (by the tokenizer's files)")
-    tokenizer.add_argument("--bos", help="text of the token that starts a document (by the tokenizer's files)")
+    tokenizer.add_argument(
+        "--tiktoken-pattern", help="split pattern of a tiktoken rank file (Llama 3's and Qwen's are known)"
+    )
+    tokenizer.add_argument(
+        "--end-of-text", help="text or id of the token that ends a document (by the tokenizer's files)"
+    )
+    tokenizer.add_argument("--bos", help="text or id of the token that starts a document (by the tokenizer's files)")
     tokenizer.add_argument("--append-eod", action="store_true", help="end each token item with the end-of-text id, as "
                            "Megatron-LM's own training wants it; ours knows where a document ends")  # fmt: skip
     output = parser.add_argument_group("output")
@@ -144,8 +152,14 @@ def verify(options: argparse.Namespace) -> None:
     """Verify and print a line a data set."""
     for output in options.output:
         for stem in find_stems(output):
-            manifest = verify_dataset(stem)
+            with tqdm(unit=" documents", desc="verify", disable=not sys.stderr.isatty()) as bar:
+                manifest = verify_dataset(stem, report=functools.partial(_advance, bar))
             print(f"{stem}: {manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens: correct")
+
+
+def _advance(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 def _inspect_parser() -> argparse.ArgumentParser:

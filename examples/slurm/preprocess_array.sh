@@ -6,7 +6,7 @@
 #   sbatch --dependency=afterok:$jobid examples/slurm/preprocess_array.sh merge
 #
 # A task that was interrupted is started again with its number (sbatch --array=7 … with SLURM_ARRAY_TASK_COUNT=32 exported
-# as PARTITIONS=32); finished partitions are left as they are.
+# as PARTITIONS=32); finished partitions are left as they are. JSON_KEYS="text title" reads other keys, MORE holds further flags.
 #SBATCH --job-name=preprocess-bytes
 #SBATCH --nodes=1
 #SBATCH --cpus-per-task=16
@@ -15,10 +15,11 @@ set -euo pipefail
 
 PYTHON=${PYTHON:-python}
 OUTPUT_PREFIX=${OUTPUT_PREFIX:?names the data set to write}
+read -r -a KEY_ARGS <<< "--json-keys ${JSON_KEYS:-text}"
 read -r -a MORE_ARGS <<< "${MORE:-}"
 
 if [[ "${1:-}" == merge ]]; then
-    exec "$PYTHON" tools/preprocess_bytes.py merge --output-prefix "$OUTPUT_PREFIX"
+    exec "$PYTHON" tools/preprocess_bytes.py merge --output-prefix "$OUTPUT_PREFIX" "${KEY_ARGS[@]}"
 fi
 
 exec "$PYTHON" tools/preprocess_bytes.py \
@@ -28,4 +29,4 @@ exec "$PYTHON" tools/preprocess_bytes.py \
     --partitions "${PARTITIONS:-$SLURM_ARRAY_TASK_COUNT}" \
     --partition-index "$SLURM_ARRAY_TASK_ID" \
     --workers "${SLURM_CPUS_PER_TASK:-1}" \
-    --resume "${MORE_ARGS[@]}"
+    --resume "${KEY_ARGS[@]}" "${MORE_ARGS[@]}"

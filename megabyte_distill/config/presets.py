@@ -99,15 +99,9 @@ _TINY = Layer(
     stages={
         "1a": {"lr": 6e-3, "train_iters": 1500, "seq_length": 1024, "min_lr_ratio": 0.0},
         "1b": {"lr": 6e-4, "train_iters": 200},
-        "1c": {"lr": 4e-3, "train_iters": 300, "seq_length": 1024},
-        "2a": {"lr": 5e-3, "train_iters": 450, "seq_length": 1024, "byte_targets": ByteTargets.EXACT},
-        "2b": {
-            "lr": 2e-3,
-            "backbone_lr": 2e-4,
-            "train_iters": 600,
-            "seq_length": 1024,
-            "byte_targets": ByteTargets.EXACT,
-        },
+        "1c": {"lr": 4e-3, "train_iters": 450, "seq_length": 1024},
+        "2a": {"lr": 5e-3, "train_iters": 1300, "seq_length": 1024, "byte_targets": ByteTargets.EXACT},
+        "2b": {"lr": 1e-3, "backbone_lr": 3e-4, "train_iters": 100, "byte_targets": ByteTargets.EXACT},
     },
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 from megabyte_distill.config.layers import SECTIONS
 from megabyte_distill.config.model import ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
-from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
+from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, StageConfig
 from megabyte_distill.config.training import Settings
 
 
@@ -194,5 +194,7 @@ def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
             f"stage {stage}: --lr-warmup-iters {config.lr_warmup_iters} is more than --train-iters "
             f"{config.train_iters}: the learning rate would never arrive"
         )
+    if config.kd_loss_alpha != StageConfig().kd_loss_alpha and config.byte_targets is not ByteTargets.MIXED:
+        yield f"stage {stage}: --kd-loss-alpha weighs --byte-targets mixed, which is {config.byte_targets.value} here"
     if config.freeze_backbone and config.backbone_lr is not None:
         yield f"stage {stage}: --freeze-backbone and --backbone-lr contradict each other; leave one out"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,8 +57,22 @@ class DatasetWriter:
             for path in (self.paths.manifest, self.paths.token_table):
                 partial_path(path).unlink(missing_ok=True)
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of the disk says which data set it was about."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None:
+                raise OSError(error.errno, f"{error.strerror} while writing", self.paths.stem) from error
+            raise
+
     def add(self, encoded: EncodedDocuments, *, events: int) -> None:
         """Appends documents whose token items hold ``events`` ids that are no text."""
+        with self._named():
+            self._add(encoded, events)
+
+    def _add(self, encoded: EncodedDocuments, events: int) -> None:
         count = int(encoded.byte_lengths.size)
         self._bytes.add_many(encoded.byte_ids, encoded.byte_lengths)
         if self._tokens is not None:
@@ -93,6 +107,10 @@ class DatasetWriter:
 
     def finish(self, origin: Origin) -> None:
         """Writes everything that is not there yet, still under partial names."""
+        with self._named():
+            self._finish(origin)
+
+    def _finish(self, origin: Origin) -> None:
         self._bytes.finish()
         if self._tokens is not None and self._table is not None:
             self._tokens.finish()
@@ -104,8 +122,9 @@ class DatasetWriter:
             bytes=self.bytes,
             tokens=self.tokens,
             normalized_documents=self.normalized,
-            skipped=dict(self.skipped.counts),
-            skipped_at=dict(self.skipped.places),
+            # sorted: the order of reasons must not depend on how the corpus was cut
+            skipped=dict(sorted(self.skipped.counts.items())),
+            skipped_at=dict(sorted(self.skipped.places.items())),
             inputs=tuple(dict(entry) for entry in origin.inputs),
             tokenizer=origin.tokenizer,
             versions=dict(origin.versions),

@@ -17,9 +17,10 @@ from megabyte_distill.data.readers import RawBatch, RecordKind
 from megabyte_distill.data.records import InvalidRecordError, OnInvalid, texts_of
 from megabyte_distill.data.skipped import BLANK_LINES, NOT_REBUILT, Skipped
 from megabyte_distill.data.token_bytes import TokenBytes
-from megabyte_distill.data.tokenizers import DocumentTokenizer, TokenizerKind
+from megabyte_distill.data.tokenizers import DocumentTokenizer, EncodingError, TokenizerKind
 
 _BOS = bytes([BOS_BYTE])
+_NEWLINE, _CARRIAGE_RETURN = 10, 13
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +109,7 @@ def encode_batch(job: EncodeJob, batch: RawBatch) -> EncodedBatch:
     if not job.has_tokens and batch.kind is RecordKind.TEXT and job.on_invalid is not OnInvalid.REPLACE:
         stored = _plain_text(batch)
         if stored is not None:
-            return EncodedBatch((stored,), Skipped())
+            return stored
     skipped = Skipped()
     places: list[int] = []
     rows: list[tuple[str, ...]] = []
@@ -130,30 +131,41 @@ def encode_batch(job: EncodeJob, batch: RawBatch) -> EncodedBatch:
 
 
 def _is_blank(line: bytes, kind: RecordKind) -> bool:
-    """White space is nothing in JSON, and a document in plain text unless there is none of it."""
-    return not (line.strip() if kind is RecordKind.JSON else line)
+    """White space is nothing in JSON, and a document in plain text unless the line is empty (or but for its CR)."""
+    return not (line.strip() if kind is RecordKind.JSON else line.removesuffix(b"\r"))
 
 
 def _place(batch: RawBatch, places: list[int], index: int) -> str:
     return batch.where(places[index])
 
 
-def _plain_text(batch: RawBatch) -> EncodedDocuments | None:
-    """Documents that are stored as they stand; None where something has to be left out or named."""
+def _plain_text(batch: RawBatch) -> EncodedBatch | None:
+    """Documents that are stored as they stand; None where some are no UTF-8 or have to be looked at one by one."""
     if batch.lines is None:
         parts = [bytes(record) for record in batch.records]  # type: ignore[arg-type]
         if not all(part.isascii() or _is_utf8(part) for part in parts):
             return None
-        return _only_bytes(_BOS.join([b"", *parts]), np.array([1 + len(part) for part in parts], dtype=np.int64))
-    lines = batch.lines if batch.lines.endswith(b"\n") else batch.lines + b"\n"
-    if not (lines.isascii() or _is_utf8(lines)):
+        stored = _only_bytes(_joined_behind_bos(parts), np.array([1 + len(part) for part in parts], dtype=np.int64))
+        return EncodedBatch((stored,), Skipped())
+    if not (batch.lines.isascii() or _is_utf8(batch.lines)):
         return None
-    newlines = np.flatnonzero(np.frombuffer(lines, dtype=np.uint8) == 10)
-    lengths = np.diff(newlines, prepend=-1)
-    if int(lengths.min()) == 1:  # a blank line, which is left out
-        return None
-    # each newline but the last gives its place to the BOS of the line behind it
-    return _only_bytes(_BOS + lines[:-1].replace(b"\n", _BOS), lengths)
+    lines = np.frombuffer(batch.lines if batch.lines.endswith(b"\n") else batch.lines + b"\n", dtype=np.uint8)
+    newlines = np.flatnonzero(lines == _NEWLINE)
+    lengths = np.diff(newlines, prepend=-1)  # each line with its newline, whose place the BOS takes
+    byte_ids = np.concatenate((lines[-1:], lines[:-1]))  # rotated by one: a newline is in front of what was behind it
+    byte_ids[(newlines + 1) % lines.size] = BOS_BYTE
+    blank = lengths == 1
+    carriage = np.flatnonzero(lengths == 2)
+    blank[carriage] = lines[newlines[carriage] - 1] == _CARRIAGE_RETURN
+    skipped = Skipped()
+    if blank.any():
+        skipped.add(BLANK_LINES, count=int(blank.sum()))
+        byte_ids, lengths = byte_ids[np.repeat(~blank, lengths)], lengths[~blank]
+    return EncodedBatch((_only_bytes(byte_ids, lengths),), skipped)
+
+
+def _joined_behind_bos(parts: Sequence[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(_BOS.join([b"", *parts]), dtype=np.uint8)
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -164,30 +176,31 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def _only_bytes(byte_ids: bytes, lengths: NDArray[np.int64]) -> EncodedDocuments:
+def _only_bytes(byte_ids: NDArray[np.uint8], lengths: NDArray[np.int64]) -> EncodedDocuments:
     nothing = np.zeros(0, dtype=np.int64)
-    return EncodedDocuments(
-        byte_ids=np.frombuffer(byte_ids, dtype=np.uint8), byte_lengths=lengths, tokens=nothing, token_lengths=nothing
-    )
+    return EncodedDocuments(byte_ids=byte_ids, byte_lengths=lengths, tokens=nothing, token_lengths=nothing)
 
 
 def _encode(job: EncodeJob, texts: list[str], where: functools.partial[str]) -> EncodedDocuments:
     if not job.has_tokens:
         raw = [text.encode() for text in texts]
-        return _only_bytes(_BOS.join([b"", *raw]), np.array([1 + len(document) for document in raw], dtype=np.int64))
+        return _only_bytes(_joined_behind_bos(raw), np.array([1 + len(document) for document in raw], dtype=np.int64))
     tokenizer = tokenizer_of(job)
     table = tokenizer.token_bytes
     documents = [tokenizer.normalize(text) for text in texts]
     changed = [document != text for document, text in zip(documents, texts, strict=True)]
     raw = [document.encode() for document in documents]
-    tokens = tokenizer.encode_batch(documents)
+    try:
+        tokens = tokenizer.encode_batch(documents)
+    except EncodingError as error:
+        raise ValueError(f"{where(error.index)}: {error}") from error
     skipped = Skipped()
     if not all_rebuild([len(document) for document in raw], b"".join(raw), tokens, table):
         kept = _those_that_rebuild(raw, tokens, table, where, skipped, strict=job.strict)
         raw, tokens, changed = ([column[index] for index in kept] for column in (raw, tokens, changed))  # type: ignore[assignment]
     flat, lengths = _with_events(tokens, table, append_eod=job.append_eod)
     return EncodedDocuments(
-        byte_ids=np.frombuffer(_BOS.join([b"", *raw]), dtype=np.uint8),
+        byte_ids=_joined_behind_bos(raw),
         byte_lengths=np.array([1 + len(document) for document in raw], dtype=np.int64),
         tokens=flat,
         token_lengths=lengths,

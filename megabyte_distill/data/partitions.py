@@ -43,20 +43,23 @@ def part_prefix(prefix: str | Path, index: int, count: int) -> str:
     return str(prefix) + _PART.format(index=index, count=count)
 
 
-def find_parts(prefix: str | Path, key: str) -> list[StoredPaths]:
-    """The partitions that lie under a prefix, in order. ValueError where some are missing or counts are mixed."""
+def find_parts(prefix: str | Path, key: str, count: int | None = None) -> list[StoredPaths]:
+    """The partitions that lie under a prefix, in order, of a run of ``count`` where that is known.
+
+    ValueError where some are missing, or where they are of several runs and ``count`` is not given.
+    """
     folder, name = Path(prefix).parent, Path(prefix).name
     ending = StoredPaths.of("", key).stem + ".idx"
     pattern = re.compile(re.escape(name) + r"\.part-(\d{5})-of-(\d{5})" + re.escape(ending))
     found = (
         [match for path in folder.glob("*.idx") if (match := pattern.fullmatch(path.name))] if folder.is_dir() else []
     )
-    counts = sorted({int(match[2]) for match in found})
+    counts = sorted({int(match[2]) for match in found if count in (None, int(match[2]))})
     if len(counts) != 1:
         seen = f"partitions of {', '.join(map(str, counts))}" if counts else "none"
         raise ValueError(f"{prefix}: expected the partitions of one run for the key {key!r}, found {seen}")
     [count] = counts
-    there = {int(match[1]) for match in found}
+    there = {int(match[1]) for match in found if int(match[2]) == count}
     missing = [index for index in range(count) if index not in there]
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
@@ -65,3 +68,13 @@ def find_parts(prefix: str | Path, key: str) -> list[StoredPaths]:
             "--partition-index"
         )
     return [StoredPaths.of(part_prefix(prefix, index, count), key) for index in range(count)]
+
+
+def all_parts(prefix: str | Path, key: str) -> list[StoredPaths]:
+    """Whatever partitions of whatever run lie under a prefix."""
+    folder, name = Path(prefix).parent, Path(prefix).name
+    ending = StoredPaths.of("", key).stem + ".json"
+    found = [
+        path for path in folder.glob("*.json") if path.name.startswith(name + ".part-") and path.name.endswith(ending)
+    ]
+    return [StoredPaths(str(path).removesuffix(".json")) for path in sorted(found)]

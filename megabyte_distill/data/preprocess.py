@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megabyte_distill import __version__
-from megabyte_distill.data.dataset_writer import DatasetWriter, Origin, is_complete
+from megabyte_distill.data.dataset_writer import DatasetWriter, Origin, is_complete, remove_dataset
 from megabyte_distill.data.encoding import (
     EncodedBatch,
     EncodeJob,
@@ -28,9 +32,9 @@ from megabyte_distill.data.encoding import (
 )
 from megabyte_distill.data.file_lock import only_process
 from megabyte_distill.data.inputs import InputFile, InputFormat, TextDocuments, find_inputs
-from megabyte_distill.data.manifest import Manifest, StoredPaths
+from megabyte_distill.data.manifest import NO_TOKENIZER, Manifest, StoredPaths
 from megabyte_distill.data.merge import merge_partitions
-from megabyte_distill.data.partitions import assign, part_prefix
+from megabyte_distill.data.partitions import all_parts, assign, part_prefix
 from megabyte_distill.data.preprocess_summary import PreprocessSummary
 from megabyte_distill.data.progress import Progress, ProgressLines
 from megabyte_distill.data.readers import RawBatch, ReadProgress, read_batches
@@ -80,12 +84,17 @@ def preprocess(
     """
     started = time.monotonic()
     _check_counts(job, options)
-    files = find_inputs(inputs, input_format=options.input_format, text_documents=options.text_documents)
+    files = find_inputs(
+        inputs,
+        input_format=options.input_format,
+        text_documents=options.text_documents,
+        leave_out=str(output_prefix),
+    )
     _check_files(files, job, options)
     encoder = load_tokenizer(job).encoder if job.has_tokens else "none: bytes only"
     options.report(f"tokenizer: {encoder}")
-    run = _Run(job=job, options=options, prefix=str(output_prefix))
-    if options.partitions == 1:
+    run = _Run(job=job, options=options, prefix=str(output_prefix), corpus=_corpus_hash(files))
+    if options.partitions == 1 and options.partition_index is None:
         run.part(files, run.prefix, None)
         stored = run.paths(run.prefix)
     else:
@@ -101,6 +110,8 @@ class _Run:
     job: EncodeJob
     options: PreprocessOptions
     prefix: str
+    corpus: str
+    """Hash of the whole list of inputs, of which a partition has a part."""
 
     def paths(self, prefix: str) -> list[StoredPaths]:
         return [StoredPaths.of(prefix, key) for key in self.job.json_keys]
@@ -113,6 +124,8 @@ class _Run:
             "text_documents": self.options.text_documents.value,
             "on_invalid": self.job.on_invalid.value,
             "strict": self.job.strict,
+            "corpus": self.corpus,
+            "tokenizer": tokenizer_of(self.job).segmentation_hash if self.job.has_tokens else NO_TOKENIZER,
         }
 
     def partitioned(self, shares: Sequence[Sequence[InputFile]]) -> list[StoredPaths]:
@@ -121,6 +134,8 @@ class _Run:
         if only is None and self._is_finished(self.prefix, [file for share in shares for file in share]):
             self._say_finished(self.prefix)
             return self.paths(self.prefix)
+        if self.options.overwrite and only is None:
+            self._remove_all()
         wanted = range(count) if only is None else [only]
         for index in wanted:  # one that does not fit is found before any is written
             self._is_finished(part_prefix(self.prefix, index, count), shares[index])
@@ -128,7 +143,13 @@ class _Run:
             self.part(shares[index], part_prefix(self.prefix, index, count), (index, count))
         if only is not None:
             return self.paths(part_prefix(self.prefix, only, count))
-        return merge_partitions(self.prefix, self.job.json_keys, overwrite=self.options.overwrite)
+        return merge_partitions(self.prefix, self.job.json_keys, count=count, overwrite=self.options.overwrite)
+
+    def _remove_all(self) -> None:
+        """An interrupted replacement must not leave anything old that a later --resume would take for its own."""
+        for key, paths in zip(self.job.json_keys, self.paths(self.prefix), strict=True):
+            for stored in (paths, *all_parts(self.prefix, key)):
+                remove_dataset(stored)
 
     def part(self, files: Sequence[InputFile], prefix: str, partition: tuple[int, int] | None) -> None:
         """Preprocess some files into data sets of their own, unless that is done."""
@@ -154,21 +175,27 @@ class _Run:
             )
         if len(there) < len(self.job.json_keys) or not all(is_complete(paths) for paths in there):
             return False
-        table = tokenizer_of(self.job).token_bytes.hash if self.job.has_tokens else None
         for key, paths in zip(self.job.json_keys, there, strict=True):
-            manifest = Manifest.load(paths.manifest)
-            found = [(entry.get("path"), entry.get("bytes")) for entry in manifest.inputs]
-            if (
-                found != [(file.path, file.size()) for file in files]
-                or manifest.settings != self.settings(key)
-                or manifest.append_eod != self.job.append_eod
-                or (table is not None and manifest.tokenizer_hash != table)
-            ):
-                raise ValueError(
-                    f"{paths.manifest}: finished, but from other inputs or with other settings; pass --overwrite to "
-                    "replace it, or choose another --output-prefix"
-                )
+            self._check_same(Manifest.load(paths.manifest), key, paths, files)
         return True
+
+    def _check_same(self, manifest: Manifest, key: str, paths: StoredPaths, files: Sequence[InputFile]) -> None:
+        """ValueError where a finished data set is not what this run would write."""
+        written = paths.manifest.stat().st_mtime_ns
+        newer = [file.path for file in files if Path(file.path).stat().st_mtime_ns > written]
+        found = [(entry.get("path"), entry.get("bytes")) for entry in manifest.inputs]
+        if (
+            newer
+            or found != [(file.path, file.size()) for file in files]
+            or manifest.settings != self.settings(key)
+            or manifest.append_eod != self.job.append_eod
+            or manifest.versions != _versions()
+        ):
+            why = f"{newer[0]} was changed since" if newer else "from other inputs, settings or library versions"
+            raise ValueError(
+                f"{paths.manifest}: finished, but {why}; pass --overwrite to replace it, or choose another "
+                "--output-prefix"
+            )
 
     def _write(self, files: Sequence[InputFile], prefix: str, partition: tuple[int, int] | None) -> None:
         job, options = self.job, self.options
@@ -229,8 +256,15 @@ def _check_counts(job: EncodeJob, options: PreprocessOptions) -> None:
         problems.append("--tokenizer-model is missing; --tokenizer-type none stores bytes alone")
     if not job.has_tokens and job.append_eod:
         problems.append("--append-eod ends token items; --tokenizer-type none writes none: leave one out")
-    if not job.has_tokens and job.tokenizer_model:
-        problems.append("--tokenizer-type none does not look at --tokenizer-model: leave one out")
+    unused = {
+        "--tokenizer-model": job.tokenizer_model,
+        "--tiktoken-pattern": job.tiktoken_pattern,
+        "--end-of-text": job.end_of_text,
+        "--bos": job.bos,
+        "--strict": job.strict,
+    }
+    if not job.has_tokens:
+        problems += [f"--tokenizer-type none does not look at {flag}: leave one out" for flag, v in unused.items() if v]
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -257,8 +291,11 @@ def iterate_texts(inputs: Sequence[str | Path], json_key: str = "text") -> Itera
 
 
 def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> Iterator[EncodedBatch]:
-    """Encoded batches in the order of the input; in this process for one worker."""
-    if workers == 1:
+    """Encoded batches in the order of the input; in this process for one worker.
+
+    Bytes alone are copied faster than they reach another process, so there the workers would only cost.
+    """
+    if workers == 1 or not job.has_tokens:
         for batch in batches:
             yield encode_batch(job, batch)
         return
@@ -284,10 +321,24 @@ def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> It
 
 
 def _start_worker(job: EncodeJob, tokenizer: DocumentTokenizer | None) -> None:
-    """One thread a worker: the pool is the parallelism."""
+    """One thread a worker: the pool is the parallelism. It ends with its parent, however that ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if tokenizer is not None:
         take_tokenizer(job, tokenizer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _corpus_hash(files: Sequence[InputFile]) -> str:
+    """sha256 in hex of the inputs' paths and sizes, in order: partitions must be cut from one list."""
+    listed = [[file.path, file.size(), file.format.value] for file in files]
+    return hashlib.sha256(json.dumps(listed).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _versions() -> dict[str, str]:

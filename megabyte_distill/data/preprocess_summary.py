@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megabyte_distill.data.manifest import Manifest, StoredPaths
+from megabyte_distill.data.skipped import NOT_REBUILT
 
 _PLACES_SHOWN = 5
 
@@ -40,7 +41,11 @@ class PreprocessSummary:
             bytes=sum(manifest.bytes for manifest in manifests),
             tokens=sum(manifest.tokens for manifest in manifests),
             normalized_documents=sum(manifest.normalized_documents for manifest in manifests),
-            skipped={reason: max(m.skipped.get(reason, 0) for m in manifests) for reason in sorted(reasons)},
+            # a record that cannot be read is left out of every key, a document that does not rebuild of its own
+            skipped={
+                reason: (sum if reason == NOT_REBUILT else max)(m.skipped.get(reason, 0) for m in manifests)
+                for reason in sorted(reasons)
+            },
             skipped_at={
                 reason: max((m.skipped_at.get(reason, []) for m in manifests), key=len) for reason in sorted(reasons)
             },

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import IO, Any
+from typing import Any
 
 from megabyte_distill.data.compressed import BLOCK_BYTES, HashedFile, blocks, opened
-from megabyte_distill.data.inputs import InputFile, InputFormat
+from megabyte_distill.data.inputs import Compression, InputFile, InputFormat
 from megabyte_distill.optional import require_pyarrow
 
 _BATCH_DOCUMENTS = 4000
+_PARQUET_ROWS = 256
+"""Decoded at a time, at most: a dictionary page may hide how long they are."""
+_PARQUET_SLICE = 32
+"""Rows of these that are made Python objects at a time, where they are long."""
 _JSON_SPACE = " \t\r\n"
 _LONGEST_WORD = 16
 """Of JSON, such as -Infinity or an escaped surrogate pair: an error nearer to the end may be a cut."""
@@ -89,9 +95,9 @@ def read_batches(files: Iterable[InputFile], keys: Sequence[str], progress: Read
     waiting: list[tuple[str, bytes]] = []
     for file in files:
         before = progress.raw_bytes
-        with opened(file) as (raw, stream):
+        with opened(file) as (raw, plain, stream):
             if file.is_one_document:
-                waiting.append((file.name, b"".join(blocks(stream))))
+                waiting.append((file.name, b"".join(blocks(stream, may_wait=file.may_wait))))
                 if len(waiting) >= _BATCH_DOCUMENTS or sum(len(text) for _, text in waiting) >= BLOCK_BYTES:
                     yield _whole_files(waiting)
                     waiting = []
@@ -99,9 +105,15 @@ def read_batches(files: Iterable[InputFile], keys: Sequence[str], progress: Read
                 if waiting:
                     yield _whole_files(waiting)
                     waiting = []
-                for batch in _reader(file)(file, stream, keys):
-                    progress.raw_bytes = before + raw.count
-                    yield batch
+                if file.format is InputFormat.PARQUET:
+                    batches = _parquet(file, plain, keys)
+                else:
+                    read = _json if file.format is InputFormat.JSON else _line_batches
+                    batches = read(file, blocks(stream, may_wait=file.may_wait))
+                with contextlib.closing(batches):
+                    for batch in batches:
+                        progress.raw_bytes = before + raw.count
+                        yield batch
         progress.raw_bytes = before + raw.count
         progress.finish(file, raw)
     if waiting:
@@ -114,19 +126,7 @@ def _whole_files(files: Sequence[tuple[str, bytes]]) -> RawBatch:
     )
 
 
-def _reader(file: InputFile) -> Callable[[InputFile, IO[bytes], Sequence[str]], Iterator[RawBatch]]:
-    if file.format is InputFormat.PARQUET:
-        return _parquet_rows
-    if file.format is InputFormat.JSON:
-        return _json
-    return _lines
-
-
-def _lines(file: InputFile, stream: IO[bytes], keys: Sequence[str]) -> Iterator[RawBatch]:
-    return _line_batches(file, blocks(stream))
-
-
-def _line_batches(file: InputFile, pieces: Iterable[bytes]) -> Iterator[RawBatch]:
+def _line_batches(file: InputFile, pieces: Iterable[bytes]) -> Generator[RawBatch, None, None]:
     """About a MiB of whole lines at a time; a longer line is a batch of its own."""
     kind = RecordKind.TEXT if file.format is InputFormat.TEXT else RecordKind.JSON
     rest: list[bytes] = []
@@ -146,9 +146,8 @@ def _line_batches(file: InputFile, pieces: Iterable[bytes]) -> Iterator[RawBatch
         yield RawBatch(kind=kind, names=(file.name,), first=first, lines=lines)
 
 
-def _json(file: InputFile, stream: IO[bytes], keys: Sequence[str]) -> Iterator[RawBatch]:
+def _json(file: InputFile, pieces: Iterator[bytes]) -> Generator[RawBatch, None, None]:
     """An array where the first character is a bracket, else an object a line."""
-    pieces = blocks(stream)
     head = b""
     for piece in pieces:
         head += piece
@@ -157,20 +156,24 @@ def _json(file: InputFile, stream: IO[bytes], keys: Sequence[str]) -> Iterator[R
     if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _line_batches(file, _chained(head, pieces))
         return
-    records: list[bytes] = []
+    elements = ((element, len(element)) for element in _array_elements(file, _chained(head, pieces)))
+    yield from _gathered(file, RecordKind.JSON, "element", elements)
+
+
+def _gathered(
+    file: InputFile, kind: RecordKind, unit: str, sized: Iterable[tuple[Payload, int]]
+) -> Generator[RawBatch, None, None]:
+    """Batches of about a MiB, or of many records, from records with their sizes in bytes."""
+    records: list[Payload] = []
     size, first = 0, 1
-    for number, element in enumerate(_array_elements(file, _chained(head, pieces)), start=1):
-        records.append(element)
-        size += len(element)
+    for number, (record, record_size) in enumerate(sized, start=1):
+        records.append(record)
+        size += record_size
         if size >= BLOCK_BYTES or len(records) >= _BATCH_DOCUMENTS:
-            yield _elements(file, first, records)
+            yield RawBatch(kind=kind, names=(file.name,), first=first, unit=unit, records=tuple(records))
             records, size, first = [], 0, number + 1
     if records:
-        yield _elements(file, first, records)
-
-
-def _elements(file: InputFile, first: int, records: list[bytes]) -> RawBatch:
-    return RawBatch(kind=RecordKind.JSON, names=(file.name,), first=first, unit="element", records=tuple(records))
+        yield RawBatch(kind=kind, names=(file.name,), first=first, unit=unit, records=tuple(records))
 
 
 def _chained(head: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -217,7 +220,7 @@ def _array_elements(file: InputFile, pieces: Iterator[bytes]) -> Iterator[bytes]
         while (end := _value_end(scanner, text, place, f"{file.name}, element {number}")) is None:
             wanted = 2 * (len(text) - place)
             if not more():
-                raise ValueError(f"{file.name}, element {number}: {_OPEN_ARRAY}")
+                raise ValueError(f"{file.name}, element {number}: {_why_unfinished(scanner, text)}")
             while len(text) - place < wanted and more():
                 pass
         yield text[place:end].encode("utf-8", "surrogateescape")
@@ -240,30 +243,56 @@ def _value_end(scanner: json.JSONDecoder, text: str, place: int, where: str) -> 
     return end if end < len(text) else None  # a number may go on
 
 
-def _parquet_rows(file: InputFile, stream: IO[bytes], keys: Sequence[str]) -> Iterator[RawBatch]:
+def _why_unfinished(scanner: json.JSONDecoder, text: str) -> str:
+    """What is wrong with an element that begins ``text`` and does not end before the file does."""
+    text = text.rstrip(_JSON_SPACE)
+    try:
+        scanner.raw_decode(text)
+    except json.JSONDecodeError as error:
+        if error.pos < len(text) and not error.msg.startswith("Unterminated string"):
+            return f"invalid JSON ({error.msg})" + ("" if text.endswith("]") else f"; {_OPEN_ARRAY}")
+    return _OPEN_ARRAY
+
+
+def _parquet(file: InputFile, plain: io.BufferedReader[Any], keys: Sequence[str]) -> Generator[RawBatch, None, None]:
     """The keys' columns, whatever string type they have, as bytes."""
-    if file.is_stdin or not hasattr(stream, "seek"):
+    if file.may_wait or file.compression is not Compression.NONE:
         raise ValueError(f"{file.name}: a parquet file is read from its end; give it uncompressed and by its path")
     arrow, parquet = require_pyarrow(file.name)
     try:
-        table = parquet.ParquetFile(file.path)
-        names = table.schema_arrow.names
-        missing = [key for key in keys if key not in names]
-        if missing:
-            raise ValueError(f"{file.name}: no column {missing[0]!r}; it has {', '.join(map(repr, names))}")
-        first = 1
-        for part in table.iter_batches(batch_size=_BATCH_DOCUMENTS // 4, columns=list(dict.fromkeys(keys))):
-            columns = [_text_column(arrow, part, key, file) for key in keys]
-            yield RawBatch(
-                kind=RecordKind.COLUMNS,
-                names=(file.name,),
-                first=first,
-                unit="row",
-                records=tuple(zip(*columns, strict=True)),
-            )
-            first += part.num_rows
+        with parquet.ParquetFile(file.path, buffer_size=BLOCK_BYTES) as table:
+            names = table.schema_arrow.names
+            missing = [key for key in keys if key not in names]
+            if missing:
+                raise ValueError(f"{file.name}: no column {missing[0]!r}; it has {', '.join(map(repr, names))}")
+            yield from _gathered(file, RecordKind.COLUMNS, "row", _parquet_rows(arrow, table, file, plain, keys))
     except arrow.ArrowException as error:
         raise ValueError(f"{file.name}: cannot be read as parquet ({error}): damaged or truncated") from error
+
+
+def _parquet_rows(
+    arrow: Any, table: Any, file: InputFile, plain: io.BufferedReader[Any], keys: Sequence[str]
+) -> Iterator[tuple[Payload, int]]:
+    """Rows with their sizes; ``plain``, which hashes and counts, follows at the pace of the row groups."""
+    behind = followed = 0
+    for group in range(table.num_row_groups):
+        stored = table.metadata.row_group(group)
+        columns = [stored.column(index) for index in range(stored.num_columns)]
+        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in keys)
+        rows = max(1, min(_PARQUET_ROWS, BLOCK_BYTES * stored.num_rows // max(size, 1)))
+        wanted = list(dict.fromkeys(keys))
+        compressed, done = sum(column.total_compressed_size for column in columns), 0
+        for part in table.iter_batches(batch_size=rows, row_groups=[group], columns=wanted):
+            step = _PARQUET_ROWS if part.nbytes <= 4 * BLOCK_BYTES else _PARQUET_SLICE
+            for start in range(0, part.num_rows, step):
+                texts = [_text_column(arrow, part.slice(start, step), key, file) for key in keys]
+                for row in zip(*texts, strict=True):
+                    yield row, sum(map(len, filter(None, row)))
+            done += part.num_rows
+            place = behind + compressed * done // max(stored.num_rows, 1)
+            while followed < place and (piece := plain.read(min(place - followed, BLOCK_BYTES))):
+                followed += len(piece)
+        behind += compressed
 
 
 def _text_column(arrow: Any, part: Any, key: str, file: InputFile) -> list[bytes | None]:

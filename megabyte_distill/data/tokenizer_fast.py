@@ -15,6 +15,7 @@ from megabyte_distill.data.tokenizer_normal_form import NORMAL_FORMS
 from megabyte_distill.data.tokenizer_pattern import NoFastPath, elementary_steps, pattern_for_tiktoken
 from megabyte_distill.data.tokenizer_ranks import Ranks, ranks_of
 from megabyte_distill.data.tokenizer_selftest import Encode, first_difference, selftest_texts
+from megabyte_distill.data.tokenizers import EncodingError
 
 # Never looked for; without any special token tiktoken tries an empty one at every character, at half the speed.
 _NO_SPECIAL = "\U0010fffeno special token\U0010fffe"
@@ -45,10 +46,13 @@ class TiktokenEncoder:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Tokens of each text [T]."""
+        """Tokens of each text [T]. An EncodingError of the reference names the text's place among ``texts``."""
         found = [self.encode(text) for text in texts]
-        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
-        others = iter(self._reference(left) if left else ())
+        left = [index for index, ids in enumerate(found) if ids is None]
+        try:
+            others = iter(self._reference([texts[index] for index in left]) if left else ())
+        except EncodingError as error:
+            raise EncodingError(str(error), index=left[error.index]) from error
         return [next(others) if ids is None else ids for ids in found]
 
     def encode(self, text: str) -> NDArray[np.int32] | None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megabyte_distill.data.token_bytes import TokenBytes
 
+MAX_IDS = 1 << 24
+"""Above any vocabulary."""
 _KNOWN_END = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|end|>")
 _KNOWN_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>")
 _Named = str | int | None
+_NUMBER = re.compile(r"[0-9]{1,8}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialIds:
-    """A token each as text or id; None where the files do not say."""
+    """A token each as text or id; None where the files do not say. A number in a text is an id where no token has
+    that text."""
 
     end_of_text: _Named
     bos: _Named
@@ -60,6 +65,11 @@ class SpecialIds:
         ``name_to_id`` knows special tokens by their text. ValueError where no end-of-text token can be found.
         """
         look_up = name_to_id if callable(name_to_id) else name_to_id.get
+
+        def find(text: str) -> int | None:
+            index = look_up(text)
+            return index if index is not None else _number(text, tokens)
+
         end = self.end_of_text
         if end is None:
             end = next((name for name in _KNOWN_END if look_up(name) is not None), None)
@@ -73,7 +83,7 @@ class SpecialIds:
             bos = next((name for name in _KNOWN_BOS if look_up(name) is not None), None)
         resolved: dict[str, int | None] = {}
         for role, value in (("end of text", end), ("BOS", bos)):
-            resolved[role] = look_up(value) if isinstance(value, str) else value
+            resolved[role] = find(value) if isinstance(value, str) else value
             if value is not None and resolved[role] is None:
                 raise ValueError(f"{path}: the {role} token {value!r} is not in the vocabulary")
         end_id = resolved["end of text"]
@@ -85,6 +95,27 @@ class SpecialIds:
             return table.padded(self.vocab_size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; config.json beside it belongs to another tokenizer") from error
+
+
+def size_with(size: int, named: SpecialIds, tokens: Collection[bytes]) -> int:
+    """``size``, or more where a start or end id beyond it was given as a number. ``tokens``: bytes of all tokens."""
+    numbers = [size - 1]
+    for value in (named.end_of_text, named.bos):
+        if isinstance(value, int):
+            numbers.append(value)
+        elif value is not None and _NUMBER.fullmatch(value) and value.encode() not in tokens:
+            numbers.append(int(value))
+    if max(numbers) >= MAX_IDS:
+        raise ValueError(f"token id {max(numbers)} was given, expected less than {MAX_IDS}")
+    return max(numbers) + 1
+
+
+def _number(text: str, tokens: list[bytes | None]) -> int | None:
+    """The id that a number in a text means, None where it is no number; a token of just that text comes first."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    token = text.encode()
+    return tokens.index(token) if token in tokens else int(text)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

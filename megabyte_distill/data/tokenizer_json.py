@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, normalizers
 
 from megabyte_distill.data.tokenizer_fast import fast_encoder, plain_ids
-from megabyte_distill.data.tokenizer_ids import SpecialIds
+from megabyte_distill.data.tokenizer_identity import identity_of
+from megabyte_distill.data.tokenizer_ids import MAX_IDS, SpecialIds
 from megabyte_distill.data.tokenizer_normal_form import NORMAL_FORMS, NormalForm, is_normal
 from megabyte_distill.data.tokenizer_pattern import elementary_steps
 from megabyte_distill.data.tokenizer_ranks import byte_level_alphabet
@@ -22,7 +23,6 @@ from megabyte_distill.data.tokenizers import TokenizerKind
 
 SPACE_MARK = "▁"
 """U+2581: how SentencePiece's family writes a space. In text it is read as one, so the document has the space."""
-_MAX_IDS = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -80,6 +80,16 @@ class JsonTokenizer:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
 
+    @cached_property
+    def segmentation_hash(self) -> str:
+        """See :class:`megabyte_distill.data.tokenizers.DocumentTokenizer`; added tokens do not count, text never
+        becomes one."""
+        spec = json.loads(self._bare)
+        if "merges" in spec["model"]:  # older files write a merge as one string
+            merges = spec["model"]["merges"]
+            spec["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        return identity_of(self.token_bytes, kind=self.kind, spec=spec, marked=self._marked)
+
     def normalize(self, text: str) -> str:
         """The tokenizer's normaliser without its space marks; a literal U+2581 counts as a space for that family."""
         if self._marked:
@@ -99,7 +109,7 @@ class JsonTokenizer:
 
 def _check_added(token: dict[str, Any]) -> bool:
     """True; ValueError for an added token without text or with an id that no vocabulary has."""
-    if not isinstance(token["content"], str) or not isinstance(token["id"], int) or not 0 <= token["id"] < _MAX_IDS:
+    if not isinstance(token["content"], str) or not isinstance(token["id"], int) or not 0 <= token["id"] < MAX_IDS:
         raise ValueError(
             f"added token {token['content']!r} with id {token['id']!r}, expected a text and an id from 0 on"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from megabyte_distill.data.tokenizer_identity import identity_of
 from megabyte_distill.data.tokenizer_ids import SpecialIds
 from megabyte_distill.data.tokenizer_selftest import selftest_texts
 from megabyte_distill.data.tokenizers import TokenizerKind
@@ -50,6 +52,7 @@ class SentencePieceTokenizer:
             vocab_size=ids.vocab_size,
         )
         self.token_bytes = own_ids.table(tokens, names, path)
+        self.segmentation_hash = identity_of(self.token_bytes, kind=self.kind, model=hashlib.sha256(model).hexdigest())
         self._changes_text = _changes_text(model) or any(map(self._is_changed, selftest_texts(tokens)))
 
     def _piece_bytes(self, index: int) -> bytes | None:

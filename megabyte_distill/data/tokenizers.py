@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,26 @@ class TokenizerKind(StrEnum):
     SENTENCEPIECE = "sentencepiece"
     """A SentencePiece .model."""
     TIKTOKEN = "tiktoken"
-    """Lines of base64 and rank, as Llama 3's tokenizer.model and Qwen's .tiktoken."""
+    """Lines of base64 and rank, as Llama 3's tokenizer.model and Qwen's qwen.tiktoken."""
     NONE = "none"
     """No tokenizer: a data set of bytes alone. Only preprocessing knows it."""
+
+
+class EncodingError(ValueError):
+    """A text that a tokenizer cannot encode."""
+
+    def __init__(self, message: str, *, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+        """Place of the text in the batch."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exceptions with keyword arguments do not cross a process boundary by themselves."""
+        return _encoding_error, (str(self), self.index)
+
+
+def _encoding_error(message: str, index: int) -> EncodingError:
+    return EncodingError(message, index=index)
 
 
 class DocumentTokenizer(Protocol):
@@ -47,12 +64,20 @@ class DocumentTokenizer(Protocol):
     encoder: str
     """Which encoder was chosen and why, in one line."""
 
+    @property
+    def segmentation_hash(self) -> str:
+        """sha256 in hexadecimal digits of all that decides which tokens a text gets, and of the ids that start and end
+        a document. Wherever the files lie, equal for equal files, also where a JSON file's keys stand in another order.
+        """
+        ...
+
     def normalize(self, text: str) -> str:
         """The text the teacher really sees: it is the document. Idempotent."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Tokens of each text [T], without special tokens; texts must be normalised."""
+        """Tokens of each text [T], without special tokens; texts must be normalised. :class:`EncodingError` names the
+        text where a single one cannot be encoded."""
         ...
 
     def encode_batch_reference(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -70,9 +95,10 @@ def load(
 ) -> DocumentTokenizer:
     """Loads a tokenizer from a Hugging Face folder or one of its files.
 
-    ``pattern`` is a tiktoken file's split pattern (default: Llama 3's, for its 128,000 ranks only). ``end_of_text`` and
-    ``bos``, a token's text or id, override what the configuration files say. ValueError where files are missing,
-    damaged or of a kind whose tokens have no exact bytes.
+    ``pattern`` is a tiktoken file's split pattern (default: Llama 3's and Qwen's, for their own ranks only).
+    ``end_of_text`` and ``bos``, a token's text or id, override what the configuration files say; a number in a text is
+    an id where no token has that text. ValueError where files are missing, damaged or of a kind whose tokens have no
+    exact bytes.
     """
     file, kind = _find(Path(path), kind)
     ids = SpecialIds.read(file.parent, end_of_text=end_of_text, bos=bos)

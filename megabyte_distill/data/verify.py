@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data.alignment import all_rebuild, check_rebuild
+from megabyte_distill.data.encoding import token_dtype
 from megabyte_distill.data.formats import IndexedReader
 from megabyte_distill.data.manifest import Manifest, StoredPaths
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -40,13 +41,11 @@ def verify_dataset(stem: str, *, report: Callable[[int, int], None] = lambda don
     """
     paths = StoredPaths(stem)
     manifest = Manifest.load(paths.manifest)
-    byte_reader = IndexedReader(paths.byte_prefix)
-    byte_reader.verify()
+    byte_reader = _verified(paths.byte_prefix, np.dtype(np.uint8))
     token_reader = table = None
     if manifest.has_tokens:
-        token_reader = IndexedReader(paths.token_prefix)
-        token_reader.verify()
         table = _table(paths, manifest)
+        token_reader = _verified(paths.token_prefix, token_dtype(table.vocab_size))
     _check_count(stem, "documents as bytes", len(byte_reader), manifest.documents)
     if token_reader is not None:
         _check_count(stem, "documents as tokens", len(token_reader), manifest.documents)
@@ -63,6 +62,26 @@ def verify_dataset(stem: str, *, report: Callable[[int, int], None] = lambda don
     _check_count(stem, "bytes", byte_reader.bin_bytes - len(byte_reader), manifest.bytes)
     _check_count(stem, "tokens", tokens, manifest.tokens)
     return manifest
+
+
+def _verified(prefix: Path, dtype: np.dtype[Any]) -> IndexedReader:
+    """A reader whose whole index was checked: items without gap, dtype, one document an item."""
+    reader = IndexedReader(prefix)
+    if reader.dtype != dtype:
+        raise ValueError(f"{reader.idx_path}: items of {reader.dtype}, expected {dtype}: damaged, preprocess again")
+    reader.verify()
+    index = reader.document_index
+    if index.size != len(reader) + 1:
+        raise ValueError(
+            f"{reader.idx_path}: document index of {index.size}, expected {len(reader) + 1} entries: damaged"
+        )
+    for first in range(0, index.size, _BLOCK_DOCUMENTS):
+        block = np.asarray(index[first : first + _BLOCK_DOCUMENTS])
+        wrong = np.flatnonzero(block != np.arange(first, first + block.size))
+        if wrong.size:
+            place = first + int(wrong[0])
+            raise ValueError(f"{reader.idx_path}: document index {place} says {int(block[wrong[0]])}: damaged")
+    return reader
 
 
 def _table(paths: StoredPaths, manifest: Manifest) -> TokenBytes:

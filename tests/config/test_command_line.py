@@ -90,7 +90,7 @@ def test_a_flag_replaces_its_alternative_in_the_layers_below() -> None:
 
 def test_freezing_the_backbone_takes_back_the_presets_learning_rate_for_it() -> None:
     assert parse_arguments([*MOCK, "--freeze-backbone"]).stages["2b"].backbone_lr is None
-    assert parse_arguments([*MOCK, "--no-freeze-backbone"]).stages["2b"].backbone_lr == 2e-4
+    assert parse_arguments([*MOCK, "--no-freeze-backbone"]).stages["2b"].backbone_lr == 3e-4
 
 
 def test_naming_data_takes_back_the_callers_default_data() -> None:

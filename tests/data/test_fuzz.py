@@ -18,6 +18,7 @@ import pytest
 
 from megabyte_distill.data.dataset import open_blend
 from megabyte_distill.data.sampler import RowStream, evaluation_rows
+from megabyte_distill.data.verify import verify_dataset
 
 Files = dict[str, bytes]
 """Ending behind PREFIX_text → content."""
@@ -217,6 +218,13 @@ def test_a_damaged_file_is_refused_by_name_or_read_rightly(store: Callable[..., 
                 refused += 1
             except BaseException as error:
                 error.add_note(f"round {number}, {mutation.__name__} of {ending}")
+                raise
+            try:
+                verify_dataset(stem)
+            except ValueError as error:
+                assert prefix in str(error), f"round {number}, verify, {mutation.__name__} of {ending}: {error}"
+            except BaseException as error:
+                error.add_note(f"round {number}, verify, {mutation.__name__} of {ending}")
                 raise
             _replace(prefix + ending, files[ending])
     assert ROUNDS // 2 < refused < ROUNDS, "most damage is noticed, some (a library's version) is none"

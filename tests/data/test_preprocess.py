@@ -82,7 +82,8 @@ def test_several_keys_are_several_sets(tmp_path: Path, byte_level_folder: Path) 
 
 
 def test_workers_change_nothing(tmp_path: Path, byte_level_folder: Path, texts: list[str]) -> None:
-    (tmp_path / "a.jsonl").write_bytes(_lines(texts * 40))
+    (tmp_path / "a.jsonl").write_bytes(_lines([f"{number} {text}" for number, text in enumerate(texts * 300)]))
+    assert (tmp_path / "a.jsonl").stat().st_size > 4 << 20, "several batches"
     for workers in (1, 2):
         source = [str(tmp_path / "a.jsonl")]
         preprocess(source, output_prefix=tmp_path / f"o{workers}", tokenizer_model=byte_level_folder, workers=workers)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.alignment import check_rebuild
-from megabyte_distill.data.tokenizer_tiktoken import LLAMA3_PATTERN
+from megabyte_distill.data.tokenizer_rank_files import LLAMA3_PATTERN
 from megabyte_distill.data.tokenizers import DocumentTokenizer, TokenizerKind
 
 
@@ -123,6 +123,7 @@ def test_added_tokens_never_come_out_of_text(byte_level_folder: Path, tmp_path: 
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizers.load(tmp_path)
     tool, turn = tokenizer.token_to_id("<tool>"), tokenizer.token_to_id("<turn>")
+    assert tool is not None and turn is not None
     assert loaded.token_bytes[tool] == b"<tool>" and loaded.token_bytes[turn] == b""
     text = "a<tool>b<turn>"
     for encode in (loaded.encode_batch, loaded.encode_batch_reference):
@@ -140,16 +141,6 @@ def test_tiktoken_ranks_spell_every_document(tmp_path: Path, texts: list[str]) -
         assert loaded.token_bytes.concatenate(tokens).tobytes() == text.encode()
     [tokens] = loaded.encode_batch(["the the"])
     assert tokens.tolist() == [257, 258]
-
-
-def test_llama3_ranks_need_no_options(tmp_path: Path) -> None:
-    pieces = [bytes([byte]) for byte in range(256)]
-    pieces += [number.to_bytes(3, "little") for number in range(128_000 - 256)]
-    loaded = tokenizers.load(_rank_file(tmp_path / "t", pieces))
-    table = loaded.token_bytes
-    assert (table.vocab_size, table.bos_id, table.end_of_text_id) == (128_256, 128_000, 128_001)
-    [tokens] = loaded.encode_batch(["<|begin_of_text|>x<|end_of_text|>"])
-    assert int(tokens.max()) < 128_000
 
 
 def test_damaged_and_unknown_rank_files_are_refused(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class _Wrong:
     def __init__(self, folder: Path) -> None:
         self._inner = tokenizers.load(folder)
         self.kind, self.path, self.encoder = self._inner.kind, self._inner.path, self._inner.encoder
-        self.token_bytes = self._inner.token_bytes
+        self.token_bytes, self.segmentation_hash = self._inner.token_bytes, self._inner.segmentation_hash
         self.normalize = self._inner.normalize
         self.encode_batch_reference = self._inner.encode_batch_reference
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from megabyte_distill.data import tokenizer_fast, tokenizers
 from megabyte_distill.data.tokenizer_fast import TiktokenEncoder, has_endless_run
 from megabyte_distill.data.tokenizer_pattern import GPT2_PATTERN, NoFastPath, pattern_for_tiktoken
+from megabyte_distill.data.tokenizer_rank_files import LLAMA3_PATTERN
 from megabyte_distill.data.tokenizer_ranks import Ranks
-from megabyte_distill.data.tokenizer_tiktoken import LLAMA3_PATTERN
-from megabyte_distill.data.tokenizers import DocumentTokenizer
+from megabyte_distill.data.tokenizers import DocumentTokenizer, EncodingError
 
 PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -293,8 +294,29 @@ def test_other_text_has_no_endless_run(text: str) -> None:
 def test_endless_runs_without_a_stand_in_are_a_clear_error(tmp_path: Path) -> None:
     loaded = _rank_file(tmp_path, r"\S+|\s+$|\s")
     assert loaded.encode_batch(["a b"])[0].size == 3
-    with pytest.raises(ValueError, match=r"ranks\.tiktoken: .*constructs.*shorten such runs"):
-        loaded.encode_batch([" " * 30_000])
+    for encode, place in ((loaded.encode_batch, 1), (loaded.encode_batch_reference, 0)):
+        with pytest.raises(EncodingError, match=r"ranks\.tiktoken: .*constructs.*shorten such runs") as caught:
+            encode(["a b", " " * 30_000, "c", "\t" * 30_000])
+        assert caught.value.index == place
+    assert loaded.encode_batch_reference([]) == []
+
+
+def test_errors_name_the_text_that_the_reference_refused() -> None:
+    def reference(texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        raise EncodingError(f"refuses {texts[1]}", index=1)
+
+    encoder = TiktokenEncoder(
+        "picky", GPT2_PATTERN, Ranks({bytes([byte]): byte for byte in range(256)}, None), reference
+    )
+    endless = " " * 30_000
+    with pytest.raises(EncodingError, match=rf"^refuses {endless}!$") as caught:
+        encoder.encode_batch(["a", endless, "b", f"{endless}!", endless])
+    assert caught.value.index == 3
+
+
+def test_encoding_errors_cross_a_process_boundary() -> None:
+    sent = pickle.loads(pickle.dumps(EncodingError("why", index=7)))
+    assert isinstance(sent, EncodingError) and (str(sent), sent.index) == ("why", 7)
 
 
 class PanicException(BaseException):
@@ -312,7 +334,7 @@ def _broken(error: BaseException) -> TiktokenEncoder:
 
     ranks = Ranks({bytes([byte]): byte for byte in range(256)}, None)
     encoder = TiktokenEncoder("broken", GPT2_PATTERN, ranks, reference)
-    encoder._encoding.encode_to_numpy = encode_to_numpy  # type: ignore[method-assign,assignment]
+    encoder._encoding.encode_to_numpy = encode_to_numpy  # type: ignore[method-assign]
     return encoder
 
 

@@ -83,6 +83,25 @@ def test_damaged_tokens_are_found(stem: str, change: Callable[[list[list[int]]],
         verify_dataset(stem)
 
 
+@pytest.mark.parametrize(("code", "name"), [(3, "int16"), (4, "int32"), (7, "float32")])
+def test_tokens_of_another_dtype_are_found(stem: str, code: int, name: str) -> None:
+    path = StoredPaths(stem).token_prefix.with_suffix(".idx")
+    content = bytearray(path.read_bytes())
+    content[17] = code
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"items of {name}|bytes, expected"):
+        verify_dataset(stem)
+
+
+def test_a_damaged_document_index_is_found(stem: str) -> None:
+    path = Path(f"{stem}.idx")
+    content = bytearray(path.read_bytes())
+    content[-8:] = (10**12).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"document index {len(TEXTS)} says {10**12}: damaged"):
+        verify_dataset(stem)
+
+
 @pytest.mark.parametrize("name", ["documents", "bytes", "tokens", "tokenizer_hash", "vocab_size"])
 def test_a_manifest_that_says_something_else_is_found(stem: str, name: str) -> None:
     path = StoredPaths(stem).manifest

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -84,6 +85,31 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path: Path, folder:
     started = time.monotonic()
     assert _run(*arguments).returncode == 0 and time.monotonic() - started < 60
     assert not list(tmp_path.glob("o_*.partial"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_workers_end_with_the_run_and_a_request_to_stop_cleans_up(
+    tmp_path: Path, folder: Path, number: signal.Signals, code: int
+) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_bytes(json.dumps({"text": "some words and more " * 50}).encode() + b"\n")
+    source.write_bytes(source.read_bytes() * 60_000)
+    flags = ("--input", source, "--output-prefix", tmp_path / "o", "--tokenizer-model", folder, "--workers", 2)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(_command(*flags), env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()
+    assert process.stderr.readline().startswith("Processed ")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.send_signal(number)
+    with process.stderr:
+        said = process.stderr.read()
+    assert process.wait(timeout=30) == code and "Traceback" not in said
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    left = {path.suffix for path in tmp_path.glob("o*")}
+    assert left == ({".partial", ".lock"} if number == signal.SIGKILL else set())
 
 
 def test_verify_and_inspect_take_the_prefix(tmp_path: Path, folder: Path) -> None:
