@@ -80,7 +80,9 @@ class SpecialIds:
             )
         bos = self.bos
         if bos is None and not self.bos_is_known:
-            bos = next((name for name in _KNOWN_BOS if look_up(name) is not None), None)
+            # a guess must be a special token: in Qwen's vocabulary "<s>" is text
+            places = {name: look_up(name) for name in _KNOWN_BOS}
+            bos = next((name for name, index in places.items() if index is not None and tokens[index] is None), None)
         resolved: dict[str, int | None] = {}
         for role, value in (("end of text", end), ("BOS", bos)):
             resolved[role] = find(value) if isinstance(value, str) else value

@@ -187,3 +187,17 @@ def test_word_level_tokenizers_have_no_exact_bytes(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="tokens without exact bytes"):
         tokenizers.load(tmp_path)
+
+
+def test_a_bos_that_nobody_named_must_be_a_special_token(tmp_path: Path) -> None:
+    """Qwen's vocabulary has the ordinary token "<s>", and Qwen has no BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: index for index, text in enumerate([*alphabet, "<s", "<s>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("<", "s"), ("<s", ">")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizers.load(tmp_path).token_bytes.bos_id is None
+    tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizers.load(tmp_path).token_bytes.bos_id == tokenizer.token_to_id("<bos>")
