@@ -23,7 +23,8 @@ def dry_run(*words: str) -> str:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     # under `make test VENV=…` the settings of that make would reach this one
-    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VENV")}
+    of_make = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VENV")
+    own = {name: value for name, value in os.environ.items() if name not in of_make}
     return subprocess.run(["make", "-n", *words], cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout
 
 

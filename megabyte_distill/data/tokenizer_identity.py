@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
+
+import orjson
 
 from megabyte_distill.data.token_bytes import TokenBytes
 
@@ -15,4 +16,4 @@ def identity_of(table: TokenBytes, **parts: Any) -> str:
     The order of keys does not count. What two files may say in two ways, such as a default, does.
     """
     whole = {**parts, "start_id": table.start_id, "end_of_text_id": table.end_of_text_id}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(orjson.dumps(whole, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, normalizers
 
@@ -84,10 +85,10 @@ class JsonTokenizer:
     def segmentation_hash(self) -> str:
         """See :class:`megabyte_distill.data.tokenizers.DocumentTokenizer`; added tokens do not count, text never
         becomes one."""
-        spec = json.loads(self._bare)
-        if "merges" in spec["model"]:  # older files write a merge as one string
+        spec = orjson.loads(self._bare)
+        if "merges" in spec["model"]:  # newer files write a merge as two strings
             merges = spec["model"]["merges"]
-            spec["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+            spec["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         return identity_of(self.token_bytes, kind=self.kind, spec=spec, marked=self._marked)
 
     def normalize(self, text: str) -> str:
