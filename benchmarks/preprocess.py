@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,12 +165,11 @@ def ratios(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float
 def peak_memory(source: Path, folder: Path, tokenizer: Path, workers: int) -> int:
     """Bytes: the parent's peak and the largest worker's, in a fresh process."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:  # a process of its own, whose pool is below it
-        return pool.apply(_run_and_measure, (source, folder, tokenizer, workers))
+    with ProcessPoolExecutor(1, mp_context=context) as pool:  # a process of its own, whose pool is below it
+        return pool.submit(_run_and_measure, source, folder, tokenizer, workers).result()
 
 
 def _run_and_measure(source: Path, folder: Path, tokenizer: Path, workers: int) -> int:
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have workers
     ours(source, folder, workers, tokenizer_model=str(tokenizer))
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(resource.getrusage(of).ru_maxrss for of in who) * 1024
@@ -207,13 +207,12 @@ def sentencepiece_tokenizer(folder: Path, texts: list[str]) -> Path:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
     tokenizer.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="never"), decoders.ByteFallback()])
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(texts[:200], trainers.BpeTrainer(vocab_size=4096, special_tokens=special[:3]))
+    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(texts[:200], trainer)
     spec = json.loads(tokenizer.to_str())
-    missing = [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = spec["model"]["vocab"]
-    for name in missing:
-        vocabulary.setdefault(name, len(vocabulary))
+    for byte in range(256):
+        vocabulary.setdefault(f"<0x{byte:02X}>", len(vocabulary))
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))

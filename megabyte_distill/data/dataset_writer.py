@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -100,10 +101,7 @@ class DatasetWriter:
         self.bytes += manifest.bytes
         self.tokens += manifest.tokens
         self.normalized += manifest.normalized_documents
-        skipped = Skipped()
-        skipped.counts.update(manifest.skipped)
-        skipped.places.update(manifest.skipped_at)
-        self.skipped.update(skipped)
+        self.skipped.update(Skipped(Counter(manifest.skipped), manifest.skipped_at))
 
     def finish(self, origin: Origin) -> None:
         """Writes everything that is not there yet, still under partial names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,10 +55,9 @@ def _manifests_of(parts: Sequence[StoredPaths]) -> list[Manifest]:
                 f"{part.manifest}: says partition {manifest.partition}, its name {index, len(parts)}: renamed or "
                 "damaged, preprocess that partition again"
             )
-    paths = [entry["path"] for manifest in manifests for entry in manifest.inputs]
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    if twice:
-        raise ValueError(f"{parts[0].manifest}: {twice[0]} is in several partitions; preprocess them again")
+    for path, times in Counter(entry["path"] for manifest in manifests for entry in manifest.inputs).items():
+        if times > 1:
+            raise ValueError(f"{parts[0].manifest}: {path} is in several partitions; preprocess them again")
     return manifests
 
 

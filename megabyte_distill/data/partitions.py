@@ -48,18 +48,13 @@ def find_parts(prefix: str | Path, key: str, count: int | None = None) -> list[S
 
     ValueError where some are missing, or where they are of several runs and ``count`` is not given.
     """
-    folder, name = Path(prefix).parent, Path(prefix).name
-    ending = StoredPaths.of("", key).stem + ".idx"
-    pattern = re.compile(re.escape(name) + r"\.part-(\d{5})-of-(\d{5})" + re.escape(ending))
-    found = (
-        [match for path in folder.glob("*.idx") if (match := pattern.fullmatch(path.name))] if folder.is_dir() else []
-    )
-    counts = sorted({int(match[2]) for match in found if count in (None, int(match[2]))})
+    found = _parts_with(prefix, key, ".idx")
+    counts = sorted({of for _, of in found if count in (None, of)})
     if len(counts) != 1:
         seen = f"partitions of {', '.join(map(str, counts))}" if counts else "none"
         raise ValueError(f"{prefix}: expected the partitions of one run for the key {key!r}, found {seen}")
     [count] = counts
-    there = {int(match[1]) for match in found if int(match[2]) == count}
+    there = {index for index, of in found if of == count}
     missing = [index for index in range(count) if index not in there]
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
@@ -72,9 +67,12 @@ def find_parts(prefix: str | Path, key: str, count: int | None = None) -> list[S
 
 def all_parts(prefix: str | Path, key: str) -> list[StoredPaths]:
     """Whatever partitions of whatever run lie under a prefix."""
-    folder, name = Path(prefix).parent, Path(prefix).name
-    ending = StoredPaths.of("", key).stem + ".json"
-    found = [
-        path for path in folder.glob("*.json") if path.name.startswith(name + ".part-") and path.name.endswith(ending)
-    ]
-    return [StoredPaths(str(path).removesuffix(".json")) for path in sorted(found)]
+    return [StoredPaths.of(part_prefix(prefix, *part), key) for part in _parts_with(prefix, key, ".json")]
+
+
+def _parts_with(prefix: str | Path, key: str, ending: str) -> list[tuple[int, int]]:
+    """(index, number of partitions) of those whose file with this ending lies under a prefix, sorted."""
+    name = re.escape(Path(prefix).name) + r"\.part-(\d{5})-of-(\d{5})"
+    pattern = re.compile(name + re.escape(StoredPaths.of("", key).stem + ending))
+    matches = map(pattern.fullmatch, (path.name for path in Path(prefix).parent.glob("*" + ending)))
+    return sorted((int(match[1]), int(match[2])) for match in matches if match)

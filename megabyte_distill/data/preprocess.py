@@ -301,7 +301,7 @@ def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> It
         return
     # A forked child of a process with threads (torch, tokenizers) may hang, hence spawn.
     context = multiprocessing.get_context("spawn")
-    start = (job, tokenizer_of(job) if job.has_tokens else None)
+    start = (job, tokenizer_of(job))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
     waiting: deque[Future[EncodedBatch]] = deque()
     try:
@@ -320,12 +320,11 @@ def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> It
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(job: EncodeJob, tokenizer: DocumentTokenizer | None) -> None:
+def _start_worker(job: EncodeJob, tokenizer: DocumentTokenizer) -> None:
     """One thread a worker: the pool is the parallelism. It ends with its parent, however that ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if tokenizer is not None:
-        take_tokenizer(job, tokenizer)
+    take_tokenizer(job, tokenizer)
 
 
 def _end_with_parent() -> None:

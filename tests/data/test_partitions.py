@@ -201,6 +201,18 @@ def test_replacing_a_data_set_leaves_nothing_old_for_a_resume(
     assert files_under(tmp_path / "o") == files_under(tmp_path / "single")
 
 
+def test_replacing_one_key_leaves_the_partitions_of_another_whose_name_ends_alike(
+    tmp_path: Path, shards: list[Path], arguments: dict[str, object]
+) -> None:
+    other = {**arguments, "json_keys": ("id_text",)}
+    preprocess(shards, output_prefix=tmp_path / "o", partitions=2, partition_index=0, **other)
+    before = files_under(tmp_path / "o")
+    preprocess(
+        shards, output_prefix=tmp_path / "o", partitions=2, overwrite=True, **{**arguments, "json_keys": ("text",)}
+    )
+    assert before.items() <= files_under(tmp_path / "o").items()
+
+
 def test_shares_are_contiguous_complete_and_balanced(tmp_path: Path) -> None:
     sizes = [5, 1, 1, 1, 90, 1, 1, 60, 3, 3]
     for index, size in enumerate(sizes):
