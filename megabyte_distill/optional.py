@@ -1,4 +1,4 @@
-"""The only file that imports packages a user may not have: Transformer Engine, apex, mamba_ssm, wandb, pyarrow.
+"""The only file that imports packages a user may not have: Transformer Engine, apex, mamba_ssm, wandb.
 
 An installed package without its native libraries raises other things than ImportError (Transformer Engine without CUDA
 raises RuntimeError), so all of those mean "not usable here".
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
-from typing import Any
 
 _FAILURES = (ImportError, RuntimeError, OSError, AssertionError)
 
@@ -32,16 +31,8 @@ def require_wandb() -> ModuleType:
     return module
 
 
-def require_pyarrow(file: str) -> tuple[Any, Any]:
-    """pyarrow and its parquet module, or a ValueError that says how to get them."""
-    arrow, parquet = usable("pyarrow"), usable("pyarrow.parquet")
-    if arrow is None or parquet is None:
-        raise ValueError(f"{file}: parquet needs the package pyarrow; pip install 'megabyte-distill[parquet]'")
-    return arrow, parquet
-
-
 def describe() -> dict[str, str]:
     """Which optional packages are usable here: name → version, or "not usable"."""
-    names = ("transformer_engine", "apex", "mamba_ssm", "wandb", "pyarrow")
+    names = ("transformer_engine", "apex", "mamba_ssm", "wandb")
     found = {name: usable(name) for name in names if importlib.util.find_spec(name) is not None}
     return {n: getattr(found.get(n), "__version__", "present") if found.get(n) else "not usable" for n in names}

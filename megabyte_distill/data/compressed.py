@@ -1,4 +1,4 @@
-"""A file read once: counted and hashed as it lies on the disk, decompressed by a thread ahead of the reader."""
+"""A file read once: counted and hashed as it lies on the disk, and decompressed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import bz2
 import hashlib
 import io
 import lzma
-import queue
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +15,10 @@ from typing import Any, Protocol, cast
 import zstandard
 
 from megabyte_distill.data.inputs import Compression, InputFile
+from megabyte_distill.data.zstd_frames import ZstdFrames
 
 BLOCK_BYTES = 1 << 20
-"""What is read, decompressed and handed on at a time."""
-_BLOCKS_AHEAD = 8
-_ZSTD_FEED, _ZSTD_FEED_FAST = 512, 4096
-"""Bytes of a zstd stream taken at a time: four of them may stand for 128 KiB of text, so the fast way is for text that
-has just shown to be of a common kind."""
-_ZSTD_COMMON = 1 << 16
-"""Bytes of text that such a piece gives at most."""
+"""What is read, decompressed and handed on at a time, about."""
 _MAGIC = {
     b"\x1f\x8b": Compression.GZIP,
     b"\x28\xb5\x2f\xfd": Compression.ZSTD,
@@ -90,11 +83,13 @@ def decompressed(plain: io.BufferedReader[Any], file: InputFile) -> Readable:
     if file.is_stdin:  # it has no ending that would tell
         head = plain.peek(_MAGIC_BYTES)
         compression = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), compression)
-    return plain if compression is Compression.NONE else _Members(plain, compression)
+    if compression is Compression.NONE:
+        return plain
+    return ZstdFrames(plain) if compression is Compression.ZSTD else _Members(plain, compression)
 
 
 class _Decompressor(Protocol):
-    """Of one gzip or bz2 member, xz stream or zstd frame, as the standard library's BZ2Decompressor."""
+    """Of one gzip or bz2 member or xz stream, as the standard library's BZ2Decompressor."""
 
     @property
     def eof(self) -> bool: ...
@@ -133,51 +128,10 @@ class _Gzip:
         return content
 
 
-class _Zstd:
-    """zstd's object, which knows no limit, fed so little at a time that its answer stays small."""
-
-    def __init__(self) -> None:
-        # the library's own limit refuses what zstd --long=31 writes
-        self._inner = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        self._source, self._place = b"", 0
-        self._ready = b""
-        self._feed = _ZSTD_FEED
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof and not self._ready
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._ready and not self._inner.eof and self._place >= len(self._source)
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data + self._source[self._place :]
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        self._source, self._place = self._source[self._place :] + data, 0
-        if len(self._ready) > max_length:
-            content, self._ready = self._ready[:max_length], self._ready[max_length:]
-            return content
-        pieces, size, self._ready = [self._ready], len(self._ready), b""
-        while self._place < len(self._source) and not self._inner.eof:
-            piece = self._inner.decompress(self._source[self._place : self._place + self._feed])
-            self._place += self._feed
-            self._feed = _ZSTD_FEED_FAST if len(piece) <= _ZSTD_COMMON else _ZSTD_FEED
-            size += len(piece)
-            if size > max_length:
-                self._ready = piece
-                break
-            pieces.append(piece)
-        return b"".join(pieces)
-
-
 _DECOMPRESSORS: dict[Compression, Callable[[], _Decompressor]] = {
     Compression.GZIP: _Gzip,
     Compression.BZ2: bz2.BZ2Decompressor,
     Compression.XZ: lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
-    Compression.ZSTD: _Zstd,
 }
 _PADDING = {Compression.GZIP: 1, Compression.XZ: 4}
 """Zero bytes may stand behind a member, in multiples of so many."""
@@ -230,43 +184,18 @@ class _Members:
         return source
 
 
-def blocks(stream: Readable, *, may_wait: bool) -> Iterator[bytes]:
-    """Pieces of a stream of a MiB at most, read by a thread that is a few pieces ahead; its errors are raised here.
-
-    ``may_wait``: a read may wait for another process, so that a reader that stops early must not wait for its thread.
-    """
-    ready: queue.Queue[bytes | BaseException | None] = queue.Queue(_BLOCKS_AHEAD)
-    stop = threading.Event()
-
-    def put(item: bytes | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def read() -> None:
-        try:
-            while block := stream.read(BLOCK_BYTES):
-                if not put(block):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=read, name="read ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        if not may_wait:
-            thread.join()
+def blocks(stream: Readable) -> Iterator[list[bytes]]:
+    """A stream in blocks of one to two MiB (the last is shorter), each the pieces it was read in."""
+    pieces: list[bytes] = []
+    size = 0
+    while piece := stream.read(BLOCK_BYTES):
+        pieces.append(piece)
+        size += len(piece)
+        if size >= BLOCK_BYTES:
+            yield pieces
+            pieces, size = [], 0
+    if pieces:
+        yield pieces
 
 
 @contextmanager
@@ -274,7 +203,7 @@ def opened(file: InputFile) -> Iterator[tuple[HashedFile, io.BufferedReader[Any]
     """The raw file with its hash, its bytes and its content; ValueError names it where it cannot be read to its end."""
     try:
         with HashedFile(file) as raw:
-            plain = io.BufferedReader(raw, BLOCK_BYTES)  # not closed: that would wait for a thread that reads
+            plain = io.BufferedReader(raw, BLOCK_BYTES)
             yield raw, plain, decompressed(plain, file)
             while plain.read(BLOCK_BYTES):  # what a decompressor leaves behind belongs to the file's hash
                 pass

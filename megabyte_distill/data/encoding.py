@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.alignment import RebuildError, all_rebuild, check_rebuild
+from megabyte_distill.data.arrow_text import is_utf8, json_items
 from megabyte_distill.data.readers import RawBatch, RecordKind
 from megabyte_distill.data.records import InvalidRecordError, OnInvalid, texts_of
 from megabyte_distill.data.skipped import BLANK_LINES, NOT_REBUILT, Skipped
@@ -106,15 +107,13 @@ class EncodedBatch:
 
 def encode_batch(job: EncodeJob, batch: RawBatch) -> EncodedBatch:
     """Encodes and verifies a batch. ValueError names file and line of the first record that is not as it should be."""
-    if not job.has_tokens and batch.kind is RecordKind.TEXT and job.on_invalid is not OnInvalid.REPLACE:
-        stored = _plain_text(batch)
-        if stored is not None:
-            return stored
+    if not job.has_tokens and (stored := _in_bulk(job, batch)) is not None:
+        return stored
     skipped = Skipped()
     places: list[int] = []
     rows: list[tuple[str, ...]] = []
     for index, payload in enumerate(batch.payloads()):
-        if batch.lines is not None and _is_blank(payload, batch.kind):  # type: ignore[arg-type]
+        if batch.pieces and _is_blank(payload, batch.kind):  # type: ignore[arg-type]
             skipped.add(BLANK_LINES)
             continue
         try:
@@ -139,17 +138,23 @@ def _place(batch: RawBatch, places: list[int], index: int) -> str:
     return batch.where(places[index])
 
 
-def _plain_text(batch: RawBatch) -> EncodedBatch | None:
-    """Documents that are stored as they stand; None where some are no UTF-8 or have to be looked at one by one."""
-    if batch.lines is None:
-        parts = [bytes(record) for record in batch.records]  # type: ignore[arg-type]
-        if not all(part.isascii() or _is_utf8(part) for part in parts):
-            return None
-        stored = _only_bytes(_joined_behind_bos(parts), np.array([1 + len(part) for part in parts], dtype=np.int64))
-        return EncodedBatch((stored,), Skipped())
-    if not (batch.lines.isascii() or _is_utf8(batch.lines)):
+def _in_bulk(job: EncodeJob, batch: RawBatch) -> EncodedBatch | None:
+    """A batch without tokens, where none of its records has to be looked at by itself; else None."""
+    if batch.kind is RecordKind.JSON:
+        columns = json_items(batch.lines(), job.json_keys, _BOS) if batch.pieces else None
+        return None if columns is None else EncodedBatch(tuple(_without_tokens(*items) for items in columns), Skipped())
+    if batch.kind is not RecordKind.TEXT:
         return None
-    lines = np.frombuffer(batch.lines if batch.lines.endswith(b"\n") else batch.lines + b"\n", dtype=np.uint8)
+    if batch.pieces:
+        lines = batch.lines()
+        return _text_lines(lines) if is_utf8(lines) else None
+    documents: list[bytes] = list(batch.records)  # type: ignore[arg-type]
+    return EncodedBatch((_only_bytes(documents),), Skipped()) if all(map(is_utf8, documents)) else None
+
+
+def _text_lines(text: bytes) -> EncodedBatch:
+    """A document a line, stored as it stands."""
+    lines = np.frombuffer(text if text.endswith(b"\n") else text + b"\n", dtype=np.uint8)
     newlines = np.flatnonzero(lines == _NEWLINE)
     lengths = np.diff(newlines, prepend=-1)  # each line with its newline, whose place the BOS takes
     byte_ids = np.concatenate((lines[-1:], lines[:-1]))  # rotated by one: a newline is in front of what was behind it
@@ -161,30 +166,27 @@ def _plain_text(batch: RawBatch) -> EncodedBatch | None:
     if blank.any():
         skipped.add(BLANK_LINES, count=int(blank.sum()))
         byte_ids, lengths = byte_ids[np.repeat(~blank, lengths)], lengths[~blank]
-    return EncodedBatch((_only_bytes(byte_ids, lengths),), skipped)
+    return EncodedBatch((_without_tokens(byte_ids, lengths),), skipped)
 
 
-def _joined_behind_bos(parts: Sequence[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(_BOS.join([b"", *parts]), dtype=np.uint8)
+def _joined_behind_bos(documents: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Byte items and their lengths."""
+    lengths = np.array([1 + len(document) for document in documents], dtype=np.int64)
+    return np.frombuffer(_BOS.join([b"", *documents]), dtype=np.uint8), lengths
 
 
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _only_bytes(documents: Sequence[bytes]) -> EncodedDocuments:
+    return _without_tokens(*_joined_behind_bos(documents))
 
 
-def _only_bytes(byte_ids: NDArray[np.uint8], lengths: NDArray[np.int64]) -> EncodedDocuments:
+def _without_tokens(byte_ids: NDArray[np.uint8], lengths: NDArray[np.int64]) -> EncodedDocuments:
     nothing = np.zeros(0, dtype=np.int64)
     return EncodedDocuments(byte_ids=byte_ids, byte_lengths=lengths, tokens=nothing, token_lengths=nothing)
 
 
 def _encode(job: EncodeJob, texts: list[str], where: functools.partial[str]) -> EncodedDocuments:
     if not job.has_tokens:
-        raw = [text.encode() for text in texts]
-        return _only_bytes(_joined_behind_bos(raw), np.array([1 + len(document) for document in raw], dtype=np.int64))
+        return _only_bytes([text.encode() for text in texts])
     tokenizer = tokenizer_of(job)
     table = tokenizer.token_bytes
     documents = [tokenizer.normalize(text) for text in texts]
@@ -199,9 +201,10 @@ def _encode(job: EncodeJob, texts: list[str], where: functools.partial[str]) -> 
         kept = _those_that_rebuild(raw, tokens, table, where, skipped, strict=job.strict)
         raw, tokens, changed = ([column[index] for index in kept] for column in (raw, tokens, changed))  # type: ignore[assignment]
     flat, lengths = _with_events(tokens, table, append_eod=job.append_eod)
+    byte_ids, byte_lengths = _joined_behind_bos(raw)
     return EncodedDocuments(
-        byte_ids=_joined_behind_bos(raw),
-        byte_lengths=np.array([1 + len(document) for document in raw], dtype=np.int64),
+        byte_ids=byte_ids,
+        byte_lengths=byte_lengths,
         tokens=flat,
         token_lengths=lengths,
         normalized=sum(changed),

@@ -14,6 +14,7 @@ import shutil
 import struct
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +40,7 @@ _WRITABLE = tuple(_CODES[code] for code in (1, 8, 4))
 _MAX_ITEM = 2**31 - 1
 _BLOCK = 1 << 20
 _COPY_BYTES = 8 << 20
+_SYNC_BYTES = 32 << 20
 PARTIAL_SUFFIX = ".partial"
 """Appended to the name of a file that is still being written."""
 
@@ -83,6 +85,9 @@ class IndexedWriter:
         self._lengths_path = partial_path(Path(f"{prefix}.lengths"))
         self._count = 0
         self._finished = False
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0
         self._stream: BinaryIO = open(partial_path(self.bin_path), "wb")  # noqa: SIM115  closed by finish or discard
         self._lengths: BinaryIO = open(self._lengths_path, "wb+")  # noqa: SIM115  closed by finish or discard
 
@@ -107,8 +112,23 @@ class IndexedWriter:
                 f"{self.bin_path}: an item of {int(lengths.max())} elements; the format allows {_MAX_ITEM}: split it"
             )
         self._stream.write(np.ascontiguousarray(flat).data)
+        self._sync_early(flat.nbytes)
         self._lengths.write(lengths.astype(np.int32).tobytes())
         self._count += int(lengths.size)
+
+    def _sync_early(self, written: int) -> None:
+        """Now and then has the disk take what is there, beside the writing, so that ``finish`` waits for little."""
+        self._unsynced += written
+        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._await_sync()
+            self._unsynced = 0
+            self._syncing = self._syncer.submit(os.fdatasync, self._stream.fileno())
+
+    def _await_sync(self) -> None:
+        """Raises what went wrong beside the writing."""
+        if self._syncing is not None:
+            self._syncing.result()
+            self._syncing = None
 
     def extend(self, reader: IndexedReader) -> None:
         """Appends all items of a data set of the same dtype, which :meth:`IndexedReader.verify` found to be whole."""
@@ -124,7 +144,9 @@ class IndexedWriter:
         if self._finished:
             return
         self._stream.flush()
+        self._await_sync()
         os.fsync(self._stream.fileno())
+        self._syncer.shutdown()
         self._stream.close()
         with open(partial_path(self.idx_path), "wb") as stream:
             self._write_index(stream)
@@ -167,6 +189,7 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Removes what was written so far."""
+        self._syncer.shutdown()
         for stream in (self._stream, self._lengths):
             with contextlib.suppress(OSError):  # a full disk refuses what is still buffered, which is unwanted now
                 stream.close()

@@ -13,9 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from megabyte_distill.data.merge import merge_partitions
 from megabyte_distill.data.partitions import all_parts, assign, part_prefix
 from megabyte_distill.data.preprocess_summary import PreprocessSummary
 from megabyte_distill.data.progress import Progress, ProgressLines
+from megabyte_distill.data.read_ahead import read_ahead
 from megabyte_distill.data.readers import RawBatch, ReadProgress, read_batches
 from megabyte_distill.data.skipped import Skipped
 from megabyte_distill.data.tokenizers import DocumentTokenizer, TokenizerKind
@@ -208,7 +209,10 @@ class _Run:
         with ExitStack() as stack:
             stack.callback(shown.close)
             writers = [stack.enter_context(DatasetWriter(paths, table)) for paths in self.paths(prefix)]
-            for encoded in _encode_all(job, read_batches(files, job.json_keys, read), options.workers):
+            may_wait = any(file.may_wait for file in files)
+            batches = read_ahead(read_batches(files, job.json_keys, read), RawBatch.size, may_wait=may_wait)
+            stack.enter_context(closing(batches))
+            for encoded in _encode_all(job, batches, options.workers):
                 for writer, items in zip(writers, encoded.by_key, strict=True):
                     writer.add(items, events=1 + int(job.append_eod))
                 skipped.update(encoded.skipped)
@@ -291,18 +295,22 @@ def iterate_texts(inputs: Sequence[str | Path], json_key: str = "text") -> Itera
 
 
 def _encode_all(job: EncodeJob, batches: Iterator[RawBatch], workers: int) -> Iterator[EncodedBatch]:
-    """Encoded batches in the order of the input; in this process for one worker.
+    """Encoded batches in the order of the input; in this thread for one worker.
 
-    Bytes alone are copied faster than they reach another process, so there the workers would only cost.
+    Workers are threads for bytes alone, which are copied faster than they reach another process.
     """
-    if workers == 1 or not job.has_tokens:
+    if workers == 1:
         for batch in batches:
             yield encode_batch(job, batch)
         return
-    # A forked child of a process with threads (torch, tokenizers) may hang, hence spawn.
-    context = multiprocessing.get_context("spawn")
-    start = (job, tokenizer_of(job))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
+    pool: Executor
+    if job.has_tokens:
+        # A forked child of a process with threads (torch, tokenizers) may hang, hence spawn.
+        context = multiprocessing.get_context("spawn")
+        start = (job, tokenizer_of(job))
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
+    else:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     waiting: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in batches:

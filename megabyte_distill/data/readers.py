@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import io
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from megabyte_distill.data.compressed import BLOCK_BYTES, HashedFile, blocks, opened
-from megabyte_distill.data.inputs import Compression, InputFile, InputFormat
-from megabyte_distill.optional import require_pyarrow
+from megabyte_distill.data.inputs import InputFile, InputFormat
+from megabyte_distill.data.parquet_rows import parquet_rows
 
 _BATCH_DOCUMENTS = 4000
-_PARQUET_ROWS = 256
-"""Decoded at a time, at most: a dictionary page may hide how long they are."""
-_PARQUET_SLICE = 32
-"""Rows of these that are made Python objects at a time, where they are long."""
 _JSON_SPACE = " \t\r\n"
+_NEWLINE = 10
 _LONGEST_WORD = 16
 """Of JSON, such as -Infinity or an escaped surrogate pair: an error nearer to the end may be a cut."""
 _OPEN_ARRAY = "the array ends without its closing bracket: damaged or truncated"
@@ -51,15 +50,19 @@ class RawBatch:
     """Number of the first record in its file, counted from 1."""
     unit: str = "line"
     """What is counted: line, element or row."""
-    lines: bytes | None = None
-    """Records that are lines, newlines and all; or else"""
+    pieces: tuple[bytes, ...] = ()
+    """Records that are lines, newlines and all, in pieces that the worker joins; or else"""
     records: tuple[Payload, ...] = ()
+
+    def lines(self) -> bytes:
+        """Records that are lines, newlines and all; b"" where they are not."""
+        return b"".join(self.pieces)
 
     def payloads(self) -> Sequence[Payload]:
         """The records; lines without their newline."""
-        if self.lines is None:
+        if not self.pieces:
             return self.records
-        lines = self.lines.split(b"\n")
+        lines = self.lines().split(b"\n")
         if not lines[-1]:
             lines.pop()
         return lines
@@ -70,10 +73,17 @@ class RawBatch:
             return f"{self.names[0]}, {self.unit} {self.first + index}"
         return self.names[index]
 
+    def size(self) -> int:
+        """Bytes of all records."""
+        if self.pieces:
+            return sum(map(len, self.pieces))
+        texts = (record if isinstance(record, tuple) else (record,) for record in self.records)
+        return sum(len(text) for record in texts for text in record if text is not None)
+
     @property
     def is_whole_files(self) -> bool:
         """True where each record is a file."""
-        return self.kind is RecordKind.TEXT and self.lines is None
+        return self.kind is RecordKind.TEXT and not self.pieces
 
 
 @dataclass(slots=True)
@@ -90,26 +100,28 @@ class ReadProgress:
         self.finished.append({"path": file.path, "bytes": raw.count, "sha256": raw.hexdigest()})
 
 
-def read_batches(files: Iterable[InputFile], keys: Sequence[str], progress: ReadProgress) -> Iterator[RawBatch]:
+def read_batches(
+    files: Iterable[InputFile], keys: Sequence[str], progress: ReadProgress
+) -> Generator[RawBatch, None, None]:
     """The records of all files in order. ValueError names a file that is damaged or cannot be read."""
     waiting: list[tuple[str, bytes]] = []
+    held = 0
     for file in files:
         before = progress.raw_bytes
+        if waiting and (held >= BLOCK_BYTES or len(waiting) >= _BATCH_DOCUMENTS or not file.is_one_document):
+            yield _whole_files(waiting)
+            waiting, held = [], 0
         with opened(file) as (raw, plain, stream):
             if file.is_one_document:
-                waiting.append((file.name, b"".join(blocks(stream, may_wait=file.may_wait))))
-                if len(waiting) >= _BATCH_DOCUMENTS or sum(len(text) for _, text in waiting) >= BLOCK_BYTES:
-                    yield _whole_files(waiting)
-                    waiting = []
+                text = b"".join(chain.from_iterable(blocks(stream)))
+                waiting.append((file.name, text))
+                held += len(text)
             else:
-                if waiting:
-                    yield _whole_files(waiting)
-                    waiting = []
                 if file.format is InputFormat.PARQUET:
-                    batches = _parquet(file, plain, keys)
+                    batches = _gathered(file, RecordKind.COLUMNS, "row", parquet_rows(file, plain, keys))
                 else:
-                    read = _json if file.format is InputFormat.JSON else _line_batches
-                    batches = read(file, blocks(stream, may_wait=file.may_wait))
+                    split = _json if file.format is InputFormat.JSON else _line_batches
+                    batches = split(file, blocks(stream))
                 with contextlib.closing(batches):
                     for batch in batches:
                         progress.raw_bytes = before + raw.count
@@ -126,38 +138,38 @@ def _whole_files(files: Sequence[tuple[str, bytes]]) -> RawBatch:
     )
 
 
-def _line_batches(file: InputFile, pieces: Iterable[bytes]) -> Generator[RawBatch, None, None]:
+def _line_batches(file: InputFile, read: Iterable[Sequence[bytes]]) -> Generator[RawBatch, None, None]:
     """About a MiB of whole lines at a time; a longer line is a batch of its own."""
     kind = RecordKind.TEXT if file.format is InputFormat.TEXT else RecordKind.JSON
     rest: list[bytes] = []
     first = 1
-    for piece in pieces:
-        cut = piece.rfind(b"\n") + 1
-        if not cut:
-            rest.append(piece)
+    for pieces in read:
+        last = next((place for place, piece in reversed(list(enumerate(pieces))) if b"\n" in piece), None)
+        if last is None:
+            rest += pieces
             continue
-        rest.append(piece[:cut])
-        lines = b"".join(rest)
-        yield RawBatch(kind=kind, names=(file.name,), first=first, lines=lines)
-        first += lines.count(b"\n")
-        rest = [piece[cut:]]
-    lines = b"".join(rest)
-    if lines:
-        yield RawBatch(kind=kind, names=(file.name,), first=first, lines=lines)
+        cut = pieces[last].rfind(b"\n") + 1
+        lines = (*rest, *pieces[:last], pieces[last][:cut])
+        yield RawBatch(kind=kind, names=(file.name,), first=first, pieces=lines)
+        first += sum(int(np.count_nonzero(np.frombuffer(piece, dtype=np.uint8) == _NEWLINE)) for piece in lines)
+        rest = [piece for piece in (pieces[last][cut:], *pieces[last + 1 :]) if piece]
+    if rest:
+        yield RawBatch(kind=kind, names=(file.name,), first=first, pieces=tuple(rest))
 
 
-def _json(file: InputFile, pieces: Iterator[bytes]) -> Generator[RawBatch, None, None]:
+def _json(file: InputFile, read: Iterator[Sequence[bytes]]) -> Generator[RawBatch, None, None]:
     """An array where the first character is a bracket, else an object a line."""
-    head = b""
-    for piece in pieces:
-        head += piece
-        if head.strip():
+    head: list[bytes] = []
+    for pieces in read:
+        head += pieces
+        if any(piece.strip() for piece in pieces):
             break
-    if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _line_batches(file, _chained(head, pieces))
-        return
-    elements = ((element, len(element)) for element in _array_elements(file, _chained(head, pieces)))
-    yield from _gathered(file, RecordKind.JSON, "element", elements)
+    whole = chain([head], read)
+    if b"".join(head).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        elements = ((element, len(element)) for element in _array_elements(file, chain.from_iterable(whole)))
+        yield from _gathered(file, RecordKind.JSON, "element", elements)
+    else:
+        yield from _line_batches(file, whole)
 
 
 def _gathered(
@@ -174,11 +186,6 @@ def _gathered(
             records, size, first = [], 0, number + 1
     if records:
         yield RawBatch(kind=kind, names=(file.name,), first=first, unit=unit, records=tuple(records))
-
-
-def _chained(head: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from pieces
 
 
 def _array_elements(file: InputFile, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -252,54 +259,3 @@ def _why_unfinished(scanner: json.JSONDecoder, text: str) -> str:
         if error.pos < len(text) and not error.msg.startswith("Unterminated string"):
             return f"invalid JSON ({error.msg})" + ("" if text.endswith("]") else f"; {_OPEN_ARRAY}")
     return _OPEN_ARRAY
-
-
-def _parquet(file: InputFile, plain: io.BufferedReader[Any], keys: Sequence[str]) -> Generator[RawBatch, None, None]:
-    """The keys' columns, whatever string type they have, as bytes."""
-    if file.may_wait or file.compression is not Compression.NONE:
-        raise ValueError(f"{file.name}: a parquet file is read from its end; give it uncompressed and by its path")
-    arrow, parquet = require_pyarrow(file.name)
-    try:
-        with parquet.ParquetFile(file.path, buffer_size=BLOCK_BYTES) as table:
-            names = table.schema_arrow.names
-            missing = [key for key in keys if key not in names]
-            if missing:
-                raise ValueError(f"{file.name}: no column {missing[0]!r}; it has {', '.join(map(repr, names))}")
-            yield from _gathered(file, RecordKind.COLUMNS, "row", _parquet_rows(arrow, table, file, plain, keys))
-    except arrow.ArrowException as error:
-        raise ValueError(f"{file.name}: cannot be read as parquet ({error}): damaged or truncated") from error
-
-
-def _parquet_rows(
-    arrow: Any, table: Any, file: InputFile, plain: io.BufferedReader[Any], keys: Sequence[str]
-) -> Iterator[tuple[Payload, int]]:
-    """Rows with their sizes; ``plain``, which hashes and counts, follows at the pace of the row groups."""
-    behind = followed = 0
-    for group in range(table.num_row_groups):
-        stored = table.metadata.row_group(group)
-        columns = [stored.column(index) for index in range(stored.num_columns)]
-        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in keys)
-        rows = max(1, min(_PARQUET_ROWS, BLOCK_BYTES * stored.num_rows // max(size, 1)))
-        wanted = list(dict.fromkeys(keys))
-        compressed, done = sum(column.total_compressed_size for column in columns), 0
-        for part in table.iter_batches(batch_size=rows, row_groups=[group], columns=wanted):
-            step = _PARQUET_ROWS if part.nbytes <= 4 * BLOCK_BYTES else _PARQUET_SLICE
-            for start in range(0, part.num_rows, step):
-                texts = [_text_column(arrow, part.slice(start, step), key, file) for key in keys]
-                for row in zip(*texts, strict=True):
-                    yield row, sum(map(len, filter(None, row)))
-            done += part.num_rows
-            place = behind + compressed * done // max(stored.num_rows, 1)
-            while followed < place and (piece := plain.read(min(place - followed, BLOCK_BYTES))):
-                followed += len(piece)
-        behind += compressed
-
-
-def _text_column(arrow: Any, part: Any, key: str, file: InputFile) -> list[bytes | None]:
-    column = part.column(key)
-    if arrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    kinds = ("is_string", "is_large_string", "is_binary", "is_large_binary")
-    if not any(getattr(arrow.types, kind)(column.type) for kind in kinds):
-        raise ValueError(f"{file.name}: column {key!r} is {column.type}, expected text")
-    return column.cast(arrow.large_binary()).to_pylist()  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megabyte_distill.data import formats
 from megabyte_distill.data.formats import PARTIAL_SUFFIX, IndexedReader, IndexedWriter
 
 DTYPES = (np.uint8, np.uint16, np.int32)
@@ -226,3 +228,25 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         writer.discard()
     with pytest.raises(ValueError, match="float32"):
         IndexedWriter(tmp_path / "a", np.float32)
+
+
+def test_the_disk_is_told_early_and_its_error_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_SYNC_BYTES", 100)
+    synced: list[int] = []
+    monkeypatch.setattr(formats.os, "fdatasync", synced.append)
+    items = [np.full(40, number, dtype=np.uint8) for number in range(10)]
+    with IndexedWriter(tmp_path / "a", np.uint8) as writer:
+        for item in items:
+            writer.add(item)
+        writer.close()
+    assert synced and all(np.array_equal(a, b) for a, b in zip(IndexedReader(tmp_path / "a"), items, strict=True))
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(formats.os, "fdatasync", fails)
+    with pytest.raises(OSError, match="the disk is broken"), IndexedWriter(tmp_path / "b", np.uint8) as writer:
+        for item in items:
+            writer.add(item)
+        writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
