@@ -14,7 +14,8 @@ def show_document(dataset: ByteTokenDataset, document: int, *, limit: int = 4000
     is not there.
     """
     if not 0 <= document < len(dataset):
-        raise ValueError(f"--document {document}: {dataset.name} has documents 0 … {len(dataset) - 1}")
+        there = f"documents 0 … {len(dataset) - 1}" if len(dataset) else "no documents"
+        raise ValueError(f"--document {document}: {dataset.name} has {there}")
     found = dataset[document]
     size, tokens = int(found.byte_ids.size), int(found.tokens.size)
     split = 0

@@ -239,7 +239,8 @@ def test_the_disk_is_told_early_and_its_error_is_not_lost(tmp_path: Path, monkey
         for item in items:
             writer.add(item)
         writer.close()
-    assert synced and all(np.array_equal(a, b) for a, b in zip(IndexedReader(tmp_path / "a"), items, strict=True))
+    reader = IndexedReader(tmp_path / "a")
+    assert synced and all(np.array_equal(reader.read(index), item) for index, item in enumerate(items))
 
     def fails(descriptor: int) -> None:
         raise OSError(errno.EIO, "the disk is broken")
