@@ -57,12 +57,29 @@ class ByteSideConfig:
     dechunk_mode: DechunkMode = field(default=DechunkMode.HARD, metadata={"help": "how chunk states reach bytes"})
 
 
+class RopeScaling(str, Enum):
+    """How rotary frequencies are stretched to longer contexts."""
+
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+class QkNorm(str, Enum):
+    """RMSNorm on queries and keys before the rotation."""
+
+    NONE = "none"
+    HEAD = "head"
+    """Each head by itself, one weight [head_dim] for all (Qwen 3)."""
+    FULL = "full"
+    """Over all heads together (OLMo 2 and 3)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneConfig:
     """A teacher's transformer, family-neutral. Filled from a Hugging Face config by conversion."""
 
     family: str
-    """Name of the conversion table: "llama" (the others come with the conversion work)."""
+    """Name of the conversion table: llama, qwen2, qwen3, olmo2 or olmo3."""
     num_layers: int
     hidden_size: int
     """E."""
@@ -76,6 +93,18 @@ class BackboneConfig:
     norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, float] | None = None
-    """Llama 3's frequency scaling (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings)."""
+    """Of kind llama3: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings. Of kind yarn:
+    factor, beta_fast, beta_slow, attention_factor, original_max_position_embeddings, truncate (0 or 1)."""
+    rope_scaling_kind: RopeScaling = RopeScaling.LLAMA3
+    """Of ``rope_scaling``, where there is one."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen 2)."""
+    qk_norm: QkNorm = QkNorm.NONE
+    post_norm: bool = False
+    """Norms on what attention and MLP add (OLMo 2 and 3) instead of on what they read."""
+    sliding_window: int | None = None
+    """Positions a layer of ``sliding_layers`` attends to, its own included."""
+    sliding_layers: tuple[int, ...] = ()
+    """Counted from 0. RoPE is not scaled in them (OLMo 3)."""
     tied_embeddings: bool = False
     max_position_embeddings: int = 2048

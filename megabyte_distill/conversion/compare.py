@@ -54,7 +54,7 @@ def compare_logits(hf_model: Path, megatron_path: Path, text: str = DEFAULT_TEXT
 
 def backbone_logits(backbone: Backbone, tokens: Tensor) -> Tensor:
     """Logits [T, W] of one sequence of token ids [T]."""
-    tokens = tokens.to(backbone.embedding.weight.device)
+    tokens = tokens.to(backbone.device)
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
     return backbone.logits(backbone(backbone.embed(tokens), cu_seqlens))
 

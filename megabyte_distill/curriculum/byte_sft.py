@@ -93,7 +93,7 @@ class _TeacherTargets:
 
     def __init__(self, teacher: Backbone, table: TokenBytes) -> None:
         self._teacher = teacher
-        self._tree = ByteTree.of(table).to(teacher.embedding.weight.device)
+        self._tree = ByteTree.of(table).to(teacher.device)
 
     @torch.no_grad()
     def of(self, row: PackedRow) -> ExactTargets:

@@ -7,27 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from megabyte_distill.config.model import BackboneConfig
-from megabyte_distill.model.attention import CachedRows, KeyValueCache, PackedSegments, SegmentAttention
-from megabyte_distill.model.rotary import inverse_frequencies, packed_positions, rotary_angles
-
-
-class BackboneRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm for the local spec that is allowed under sequence parallelism (megatron reads the attribute)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+from megabyte_distill.config.model import BackboneConfig, QkNorm
+from megabyte_distill.model.attention import CachedRows, KeyValueCache, PackedSegments, RotaryTable
+from megabyte_distill.model.backbone_layers import layer_spec
+from megabyte_distill.model.rotary import packed_positions
 
 
 def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerConfig:
@@ -44,6 +32,9 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
+        "add_qkv_bias": config.qkv_bias,
+        # has megatron add up over tensor-parallel ranks the gradients of norms that each of them holds whole
+        "qk_layernorm": config.qk_norm is QkNorm.HEAD,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bias_activation_fusion": False,
@@ -58,38 +49,43 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
     return TransformerConfig(**{**fields, **overrides})
 
 
-def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The local spec with our norm and our packed core attention; the final norm is a field of the block's spec."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = BackboneRMSNorm
-    spec.submodules.self_attention.submodules.core_attention = SegmentAttention
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=BackboneRMSNorm)
-
-
 class Backbone(MegatronModule):  # type: ignore[misc]
     """Decoder-only transformer over packed vectors [M, E], with its token embedding and head beside it.
 
     Call it on chunk (or token embedding) vectors and cumulative lengths; it returns the states after the final norm.
+    Cut by pipeline stages, the first has the embedding, the last the final norm and the head; between them go
+    megatron's [M, 1, E].
     """
 
-    def __init__(self, config: BackboneConfig, transformer: TransformerConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        transformer: TransformerConfig | None = None,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> None:
+        """``pre_process``, ``post_process``: whether this is the first, the last pipeline stage."""
         transformer = transformer or transformer_config(config)
         super().__init__(config=transformer)
         self.backbone_config = config
-        self.embedding = tensor_parallel.VocabParallelEmbedding(
-            num_embeddings=self.padded_vocab_size, embedding_dim=config.hidden_size,
-            init_method=transformer.init_method, config=transformer,
-        )  # fmt: skip
-        self.decoder = TransformerBlock(transformer, layer_spec(transformer), pre_process=True, post_process=True)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.embedding: tensor_parallel.VocabParallelEmbedding | None = None
+        if pre_process or (post_process and config.tied_embeddings):
+            self.embedding = tensor_parallel.VocabParallelEmbedding(
+                num_embeddings=self.padded_vocab_size, embedding_dim=config.hidden_size,
+                init_method=transformer.init_method, config=transformer,
+            )  # fmt: skip
+        self.decoder = TransformerBlock(
+            transformer, layer_spec(transformer, config), pre_process=pre_process, post_process=post_process
+        )
         self.output_layer: tensor_parallel.ColumnParallelLinear | None = None
-        if not config.tied_embeddings:
+        if post_process and not config.tied_embeddings:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size, self.padded_vocab_size, config=transformer, init_method=transformer.init_method,
                 bias=False, gather_output=False,
             )  # fmt: skip
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        # kept out of Module._buffers: a bf16 cast must not round the angles
-        self._frequencies = frequencies
+        self._rotary = RotaryTable(config)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -97,40 +93,74 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         return -(-self.backbone_config.vocab_size // 128) * 128
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Megatron's schedules call it; a backbone that stands on its own stage takes its input as an argument."""
-
-    def _angles(self, positions: Tensor) -> Tensor:
-        if self._frequencies.device != positions.device:
-            self._frequencies = self._frequencies.to(positions.device)
-        return rotary_angles(positions, self._frequencies)
+        """Megatron's schedules hand a later stage its input [M, 1, E] here."""
+        if not self.pre_process:
+            self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings [T, E] of ids [T] int64."""
+        assert self.embedding is not None, "only the first pipeline stage embeds"
         embedded: Tensor = self.embedding(tokens)
         return embedded
 
     @property
+    def embedding_table(self) -> Tensor:
+        """This rank's rows of the token embedding, padding included, [rows, E]."""
+        assert self.embedding is not None, "only the first pipeline stage embeds"
+        table: Tensor = self.embedding.weight
+        return table
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        dtype: torch.dtype = self.embedding.weight.dtype
-        return dtype
+        weight: Tensor = next(self.parameters())
+        return weight.dtype
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """States [M, E] after the final norm; x [M, E], positions restart in each segment of cu_seqlens [S + 1]."""
-        angles = self._angles(packed_positions(cu_seqlens, x.shape[0]))
-        hidden: Tensor = self.decoder(
-            x.to(self.dtype)[:, None], None, rotary_pos_emb=angles, packed_seq_params=PackedSegments.of(cu_seqlens)
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        weight: Tensor = next(self.parameters())
+        return weight.device
+
+    def forward(self, x: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        """States [M, E] after the final norm; x [M, E], positions restart in each segment of cu_seqlens [S + 1].
+
+        On a pipeline stage that is not the first, x is None; one that is not the last returns [M, 1, E].
+        """
+        angles = self._rotary(packed_positions(cu_seqlens, int(cu_seqlens[-1]) if x is None else x.shape[0]))
+        hidden = self.decoder(
+            None if x is None else x.to(self.dtype)[:, None],
+            None,
+            packed_seq_params=PackedSegments.of(cu_seqlens, angles),
         )
-        return hidden[:, 0]
+        states: Tensor = hidden[:, 0] if self.post_process else hidden
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Token logits [M, W] of states [M, E] (padding rows of the table cut off)."""
-        weight = self.embedding.weight if self.output_layer is None else self.output_layer.weight
-        return F.linear(hidden, weight)[:, : self.backbone_config.vocab_size]
+        """Token logits [M, W] of states [M, E] (padding rows of the table cut off), on every tensor-parallel rank."""
+        head = self.output_layer or self.embedding
+        assert head is not None, "only the last pipeline stage has a head"
+        is_cut = self.config.tensor_model_parallel_size > 1
+        if is_cut:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        logits = F.linear(hidden, head.weight)
+        if is_cut:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return logits[:, : self.backbone_config.vocab_size]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """megatron's; the copy of tied embeddings on the last pipeline stage is a replica of the first one's."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.embedding is not None and not self.pre_process:
+            stored = state[f"{prefix}embedding.weight"]
+            stored.replica_id = (1, *stored.replica_id[1:])
+        return state
 
     def init_cache(self, rows: int) -> KeyValueCache:
         """An empty key/value cache for :meth:`step`."""
-        return KeyValueCache.empty(rows, self.embedding.weight.device)
+        return KeyValueCache.empty(rows, self.device)
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: KeyValueCache, rows: Tensor) -> Tensor:
@@ -138,9 +168,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
         Equal to :meth:`forward` on those rows' whole sequences.
         """
-        angles = self._angles(cache.lengths[rows])
+        angles = self._rotary(cache.lengths[rows])
         hidden: Tensor = self.decoder(
-            x.to(self.dtype)[:, None], None, rotary_pos_emb=angles, packed_seq_params=CachedRows(cache=cache, rows=rows)
+            x.to(self.dtype)[:, None], None, packed_seq_params=CachedRows(cache=cache, rows=rows, angles=angles)
         )
         cache.lengths[rows] += 1
         return hidden[:, 0]

@@ -1,4 +1,4 @@
-"""Rotary position angles, with Llama 3's frequency scaling; independent of any library's version."""
+"""Rotary positions: frequencies, with Llama 3's scaling and YaRN, and the rotation; of no library's version."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import math
 import torch
 from torch import Tensor
 
+from megabyte_distill.config.model import RopeScaling
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> Tensor:
+
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: dict[str, float] | None = None, kind: RopeScaling = RopeScaling.LLAMA3
+) -> Tensor:
     """The head_dim / 2 angular frequencies [head_dim // 2], fp32, radians per position.
 
-    ``scaling``: Llama 3's (``factor, low_freq_factor, high_freq_factor, original_max_position_embeddings``): waves
-    longer than the original context over ``low_freq_factor`` are stretched by ``factor``, short ones stay, those
-    between are interpolated. Source: the Llama 3.1 release; the same numbers as transformers' ``rope_type=llama3``.
+    ``scaling``: as ``BackboneConfig.rope_scaling``. Source: the Llama 3.1 release, and YaRN (Peng et al. 2023); the
+    same numbers as transformers' ``rope_type`` llama3 and yarn.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (theta**exponent)
     if scaling is None:
         return frequencies
+    return _llama3(frequencies, scaling) if kind is RopeScaling.LLAMA3 else _yarn(frequencies, theta, scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: dict[str, float]) -> Tensor:
+    """Waves longer than the original context over ``low_freq_factor`` are stretched by ``factor``, short ones stay,
+    those between are interpolated.
+    """
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
     wavelength = 2 * math.pi / frequencies
@@ -29,10 +39,42 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, float] |
     return torch.where(is_between, between, scaled)
 
 
+def _yarn(frequencies: Tensor, theta: float, scaling: dict[str, float]) -> Tensor:
+    """Waves that turn more than ``beta_fast`` times in the original context stay, those that turn less than
+    ``beta_slow`` times are stretched by ``factor``, with a ramp over the dimensions between.
+    """
+    head_dim, context = 2 * frequencies.shape[0], scaling["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return frequencies / scaling["factor"] * ramp + frequencies * (1 - ramp)
+
+
+def rotation_magnitude(scaling: dict[str, float] | None, kind: RopeScaling) -> float:
+    """What rotated queries and keys are multiplied with: YaRN's attention factor, else 1."""
+    return scaling["attention_factor"] if scaling is not None and kind is RopeScaling.YARN else 1.0
+
+
 def rotary_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Angles [N, 1, 1, head_dim] fp32 of N positions, each frequency twice (megatron's half-rotated layout)."""
+    """Angles [N, head_dim] fp32 of N positions, each frequency twice (the half-rotated layout)."""
     angles = torch.outer(positions.to(frequencies.dtype), frequencies)
-    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    return torch.cat((angles, angles), dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor, magnitude: float = 1.0) -> Tensor:
+    """Rotates heads x [N, …, head_dim] by angles [N, head_dim], in fp32; the result has x's dtype."""
+    angles = angles.view(angles.shape[0], *[1] * (x.dim() - 2), angles.shape[1])
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = wide * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+    return (turned * magnitude).to(x.dtype)
 
 
 def packed_positions(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -34,7 +34,7 @@ def test_frequencies_equal_those_of_transformers(head_dim: int, theta: float, sc
     torch.testing.assert_close(ours, theirs.inv_freq.float(), rtol=1e-6, atol=0)
     positions = torch.tensor([0, 1, 17, 1000])
     cos, sin = theirs(torch.zeros(1, 4, head_dim), positions[None])
-    angles = rotary_angles(positions, ours)[:, 0, 0]
+    angles = rotary_angles(positions, ours)
     torch.testing.assert_close(angles.cos(), cos[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(angles.sin(), sin[0], rtol=0, atol=1e-4)
 
@@ -55,5 +55,5 @@ def test_positions_restart_in_every_segment() -> None:
 
 def test_angles_are_each_frequency_twice_in_fp32() -> None:
     angles = rotary_angles(torch.tensor([0, 2]), torch.tensor([1.0, 0.5]))
-    assert angles.shape == (2, 1, 1, 4) and angles.dtype is torch.float32
-    assert angles[:, 0, 0].tolist() == [[0, 0, 0, 0], [2, 1, 2, 1]]
+    assert angles.shape == (2, 4) and angles.dtype is torch.float32
+    assert angles.tolist() == [[0, 0, 0, 0], [2, 1, 2, 1]]

@@ -1,0 +1,112 @@
+"""megatron-core's layers in the shapes that teachers have: norms before or behind a branch, on queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megabyte_distill.config.model import BackboneConfig, QkNorm
+from megabyte_distill.model.attention import SegmentAttention
+
+
+class BackboneRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm for the local spec that is allowed under sequence parallelism (megatron reads the attribute)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class HeadRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm of each head [.., head_dim]; a replica on each tensor-parallel rank, whose gradients megatron adds up."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+
+
+class FullRMSNorm(torch.nn.Module):
+    """RMSNorm over all heads together, [S, B, heads of this rank, head_dim]; its weight is cut like the heads."""
+
+    def __init__(self, config: TransformerConfig, heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        ranks = config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.ones(heads // ranks, head_dim))
+        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        self._eps, self._features, self._is_cut = eps, heads * head_dim, ranks > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = wide.square().sum((-2, -1), keepdim=True)
+        if self._is_cut:
+            # each rank's output depends on the whole sum, each rank's part goes into it: summed in both directions
+            squares = tensor_parallel.reduce_from_tensor_model_parallel_region(squares)
+            squares = tensor_parallel.copy_to_tensor_model_parallel_region(squares)
+        normed = (wide * torch.rsqrt(squares / self._features + self._eps)).type_as(x)
+        return normed * self.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """megatron's."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {"weight": 0}, sharded_offsets
+        )
+        return state
+
+
+def _full_norm(heads: str) -> Callable[..., FullRMSNorm]:
+    """Builds one for as many heads as the field ``heads`` of TransformerConfig says."""
+
+    def build(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> FullRMSNorm:
+        return FullRMSNorm(config, getattr(config, heads), hidden_size, eps)
+
+    return build
+
+
+class PostNormLayer(TransformerLayer):  # type: ignore[misc]
+    """x + norm(f(x)) for attention and MLP (OLMo 2 and 3): the norms act where a branch is added to the residual."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        self.post_attention_norm = BackboneRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_norm = BackboneRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.self_attn_bda = _adds_normed(self.post_attention_norm)
+        self.mlp_bda = _adds_normed(self.post_mlp_norm)
+
+
+def _adds_normed(norm: torch.nn.Module) -> Callable[..., Any]:
+    """A stand-in for megatron's bias-dropout-add; there is neither bias nor dropout."""
+
+    def add(branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float) -> Tensor:
+        branch, bias = branch_with_bias
+        assert bias is None and probability == 0.0
+        summed: Tensor = residual + norm(branch)
+        return summed
+
+    return lambda training, fused: add
+
+
+def layer_spec(config: TransformerConfig, backbone: BackboneConfig) -> TransformerBlockSubmodules:
+    """The local spec with our norms and our packed core attention; the final norm is a field of the block's spec."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = BackboneRMSNorm
+    if backbone.post_norm:
+        spec.module = PostNormLayer
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = IdentityOp
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(module=SegmentAttention, params={"backbone": backbone})
+    if backbone.qk_norm is QkNorm.HEAD:
+        attention.q_layernorm = attention.k_layernorm = HeadRMSNorm
+    elif backbone.qk_norm is QkNorm.FULL:
+        attention.q_layernorm, attention.k_layernorm = _full_norm("num_attention_heads"), _full_norm("num_query_groups")
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=BackboneRMSNorm)
