@@ -22,6 +22,7 @@ from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.model.parallel_linears import byte_side_linears
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
@@ -89,7 +90,7 @@ def build_student(config: ModelConfig, backbone: Backbone | None = None) -> Stud
     """A student with fresh weights in megatron's layers (or around the given backbone)."""
     assert config.byte_side is not None
     host = backbone or Backbone(config.backbone, transformer_config(config.backbone))
-    return Student(config.byte_side, host)
+    return Student(config.byte_side, host, byte_side_linears())
 
 
 def load_student(root: Path, stage: str | None = None, *, iteration: int | None = None) -> LoadedStudent:

@@ -16,6 +16,7 @@ from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import CachedRows, KeyValueCache, PackedSegments, RotaryTable
 from megabyte_distill.model.backbone_layers import layer_spec, mark_parallel_parameters
 from megabyte_distill.model.rotary import packed_positions
+from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
 
 def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerConfig:
@@ -107,9 +108,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
     @property
     def embedding_table(self) -> Tensor:
-        """This rank's rows of the token embedding, padding included, [rows, E]."""
+        """This rank's rows of the token embedding [columns.count, E]."""
         assert self.embedding is not None, "only the first pipeline stage embeds"
-        table: Tensor = self.embedding.weight
+        table: Tensor = self.embedding.weight[: self.columns.count]
         return table
 
     @property
@@ -138,17 +139,34 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         states: Tensor = hidden[:, 0] if self.post_process else hidden
         return states
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Token logits [M, W] of states [M, E] (padding rows of the table cut off), on every tensor-parallel rank."""
+    @property
+    def columns(self) -> VocabularyColumns:
+        """Which token ids :meth:`own_logits` are of."""
+        ranks, vocab_size = self.config.tensor_model_parallel_size, self.backbone_config.vocab_size
+        if ranks == 1:
+            return VocabularyColumns(0, vocab_size)
+        rows = self.padded_vocab_size // ranks
+        first = rows * parallel_state.get_tensor_model_parallel_rank()
+        group = parallel_state.get_tensor_model_parallel_group()
+        return VocabularyColumns(first, min(max(vocab_size - first, 0), rows), group)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """This rank's columns of the token logits [M, columns.count] of states [M, E], padding cut off."""
         head = self.output_layer or self.embedding
         assert head is not None, "only the last pipeline stage has a head"
-        is_cut = self.config.tensor_model_parallel_size > 1
-        if is_cut:
+        if self.config.tensor_model_parallel_size > 1:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        logits = F.linear(hidden, head.weight)
-        if is_cut:
-            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-        return logits[:, : self.backbone_config.vocab_size]
+        return F.linear(hidden, head.weight)[:, : self.columns.count]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Token logits [M, W] of states [M, E] (padding rows of the table cut off), on every tensor-parallel rank."""
+        ranks, vocab_size = self.config.tensor_model_parallel_size, self.backbone_config.vocab_size
+        own = self.own_logits(hidden)
+        if ranks == 1:
+            return own
+        own = F.pad(own, (0, self.padded_vocab_size // ranks - own.shape[1]))
+        logits: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(own)
+        return logits[:, :vocab_size]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
