@@ -11,6 +11,7 @@ Layout::
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,10 +87,15 @@ def last_stage(root: Path) -> StageProgress:
     return found[-1]
 
 
-def build_student(config: ModelConfig, backbone: Backbone | None = None) -> Student:
-    """A student with fresh weights in megatron's layers (or around the given backbone)."""
+def build_student(
+    config: ModelConfig, backbone: Backbone | None = None, *, overrides: Mapping[str, object] | None = None
+) -> Student:
+    """A student with fresh weights in megatron's layers (or around the given backbone).
+
+    ``overrides``: fields of megatron's TransformerConfig.
+    """
     assert config.byte_side is not None
-    host = backbone or Backbone(config.backbone, transformer_config(config.backbone))
+    host = backbone or Backbone(config.backbone, transformer_config(config.backbone, **(overrides or {})))
     return Student(config.byte_side, host, byte_side_linears())
 
 

@@ -84,6 +84,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", unit="ranks", low=1)
     pipeline_model_parallel_size: int = option(1, "pipeline stages of the backbone", unit="ranks", low=1)
+    sequence_parallel: bool = option(
+        False, "cut the backbone's norms and residual stream over the tensor-parallel ranks, by chunks"
+    )
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over the data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass still runs")
     distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)

@@ -155,6 +155,18 @@ def _parallel(settings: Settings, world_size: int) -> Iterator[str]:
         settings.parallel.data_parallel_size(world_size)
     except ValueError as error:
         yield str(error)
+    tensor = settings.parallel.tensor_model_parallel_size
+    if settings.parallel.sequence_parallel and tensor == 1:
+        yield (
+            "--sequence-parallel cuts over tensor-parallel ranks: give --tensor-model-parallel-size above 1, or leave "
+            "it out"
+        )
+    for stage, config in settings.stages.items() if settings.parallel.sequence_parallel else ():
+        if config.chunk_bucket % tensor:
+            yield (
+                f"stage {stage}: --sequence-parallel needs a --chunk-bucket that --tensor-model-parallel-size {tensor} "
+                f"divides, got {config.chunk_bucket}"
+            )
     size = settings.parallel.pipeline_model_parallel_size
     if size > 1:
         yield (

@@ -128,16 +128,20 @@ class Backbone(MegatronModule):  # type: ignore[misc]
     def forward(self, x: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """States [M, E] after the final norm; x [M, E], positions restart in each segment of cu_seqlens [S + 1].
 
-        On a pipeline stage that is not the first, x is None; one that is not the last returns [M, 1, E].
+        On a pipeline stage that is not the first, x is None; one that is not the last returns [M, 1, E]. Under sequence
+        parallelism, M must be a multiple of the tensor-parallel ranks.
         """
         angles = self._rotary(packed_positions(cu_seqlens, int(cu_seqlens[-1]) if x is None else x.shape[0]))
-        hidden = self.decoder(
-            None if x is None else x.to(self.dtype)[:, None],
-            None,
-            packed_seq_params=PackedSegments.of(cu_seqlens, angles),
-        )
-        states: Tensor = hidden[:, 0] if self.post_process else hidden
-        return states
+        cuts = self.config.sequence_parallel
+        entering = None if x is None else x.to(self.dtype)[:, None]
+        if cuts and entering is not None:
+            entering = tensor_parallel.scatter_to_sequence_parallel_region(entering)
+        hidden: Tensor = self.decoder(entering, None, packed_seq_params=PackedSegments.of(cu_seqlens, angles))
+        if not self.post_process:
+            return hidden
+        if cuts:  # every rank goes on with all chunks alike, so that each has the whole gradient of its own part
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden[:, 0]
 
     @property
     def columns(self) -> VocabularyColumns:
