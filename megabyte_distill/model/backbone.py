@@ -41,8 +41,7 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": config.qkv_bias,
-        # has megatron add up over tensor-parallel ranks the gradients of norms that each of them holds whole
-        "qk_layernorm": config.qk_norm is QkNorm.HEAD,
+        "qk_layernorm": config.qk_norm is not QkNorm.NONE,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bias_activation_fusion": False,
@@ -81,6 +80,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         self.decoder = TransformerBlock(
             transformer, layer_spec(transformer, config), pre_process=pre_process, post_process=post_process
         )
+        # where the field is on, megatron adds up these norms' gradients over tensor-parallel ranks: right for norms
+        # that each rank holds whole, not for those that are cut
+        transformer.qk_layernorm = config.qk_norm is QkNorm.HEAD
         self.output_layer: tensor_parallel.ColumnParallelLinear | None = None
         if post_process and not config.tied_embeddings:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
