@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -14,13 +14,20 @@ from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import CachedRows, KeyValueCache, PackedSegments, RotaryTable
-from megabyte_distill.model.backbone_layers import layer_spec
+from megabyte_distill.model.backbone_layers import layer_spec, mark_parallel_parameters
 from megabyte_distill.model.rotary import packed_positions
 
 
 def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerConfig:
-    """megatron-core's TransformerConfig; ``overrides`` are its fields (dtype, parallel sizes, recompute)."""
+    """megatron-core's TransformerConfig; ``overrides`` are its fields (dtype, recompute).
+
+    Parallel sizes are those of the process groups.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     fields: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": pipeline,
+        "pipeline_dtype": torch.float32 if pipeline > 1 else None,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
@@ -57,19 +64,13 @@ class Backbone(MegatronModule):  # type: ignore[misc]
     megatron's [M, 1, E].
     """
 
-    def __init__(
-        self,
-        config: BackboneConfig,
-        transformer: TransformerConfig | None = None,
-        *,
-        pre_process: bool = True,
-        post_process: bool = True,
-    ) -> None:
-        """``pre_process``, ``post_process``: whether this is the first, the last pipeline stage."""
+    def __init__(self, config: BackboneConfig, transformer: TransformerConfig | None = None) -> None:
+        """Of this rank: its pipeline stage's layers, its part of each."""
         transformer = transformer or transformer_config(config)
         super().__init__(config=transformer)
         self.backbone_config = config
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process = pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = post_process = parallel_state.is_pipeline_last_stage()
         self.embedding: tensor_parallel.VocabParallelEmbedding | None = None
         if pre_process or (post_process and config.tied_embeddings):
             self.embedding = tensor_parallel.VocabParallelEmbedding(
@@ -85,6 +86,7 @@ class Backbone(MegatronModule):  # type: ignore[misc]
                 config.hidden_size, self.padded_vocab_size, config=transformer, init_method=transformer.init_method,
                 bias=False, gather_output=False,
             )  # fmt: skip
+        mark_parallel_parameters(self)
         self._rotary = RotaryTable(config)
 
     @property
