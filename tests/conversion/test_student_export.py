@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megabyte_distill.config.model import DechunkMode, QkNorm
 from megabyte_distill.conversion import safetensors_folder
+from megabyte_distill.conversion.compare import compare_logits, roundtrip
 from megabyte_distill.conversion.flat_sources import ROOTS, flat_sources
 from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.hf_import import HfModel, import_teacher
@@ -188,6 +189,12 @@ def test_a_damaged_export_is_not_imported(exported: Exported, tmp_path: Path, ch
     with pytest.raises(ValueError, match=message):
         import_teacher(folder, tmp_path / "teacher")
     assert HfConfig.read(folder) and not (tmp_path / "teacher").exists()
+
+
+def test_a_student_takes_part_in_a_round_trip_by_its_backbone_alone(exported: Exported, tmp_path: Path) -> None:
+    assert roundtrip(exported.folder) == 2 * 9 + 3
+    with pytest.raises(ValueError, match="is a byte-level student"):
+        compare_logits(exported.folder, tmp_path)
 
 
 def test_sources_name_no_package_of_ours() -> None:
