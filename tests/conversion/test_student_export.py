@@ -205,12 +205,14 @@ def test_sources_name_no_package_of_ours() -> None:
 
 
 def test_every_source_is_reached_as_transformers_looks_for_it(exported: Exported) -> None:
-    from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+    from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
     reached: set[str] = set()
     for root in ROOTS:
         start = exported.folder / f"{root.split('.')[1]}.py"
-        reached |= {start.name, *(Path(file).name for file in get_relative_import_files(start))}
+        through_others = {Path(file).name for file in get_relative_import_files(start)}
+        assert {f"{name}.py" for name in get_relative_imports(start)} == through_others, "some follow one step only"
+        reached |= {start.name} | through_others
     assert reached == set(flat_sources()) == {path.name for path in exported.folder.glob("*.py")}
     outside = {name for file in exported.folder.glob("*.py") for name in get_imports(file)}
     assert {"torch", "transformers"} <= outside and not outside & {"megabyte_distill", "megatron", "numpy"}
