@@ -64,7 +64,7 @@ class MegabyteForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     ``forward`` gives the causal byte model P(x_{t+1} | x_{≤t}) summed over boundary bits, which ``generate`` and
     evaluation harnesses use; it reads byte after byte and has no gradient. ``generate_bytes`` draws (byte, bit) pairs,
-    exact samples of the model and several times faster.
+    exact samples of the model, with K times less work a byte.
     """
 
     config_class = MegabyteConfig
