@@ -79,6 +79,12 @@ def is_run(folder: Path) -> bool:
     return (folder / TEACHER_FILE).exists()
 
 
+def split_stage(folder: Path) -> tuple[Path, str | None]:
+    """(run, stage) of RUN/<stage>; (folder, None) of anything else."""
+    above = folder.resolve().parent
+    return (above, folder.resolve().name) if folder.name in STAGE_ORDER and is_run(above) else (folder, None)
+
+
 def last_stage(root: Path) -> StageProgress:
     """The last stage that is complete. ValueError where there is none."""
     found = [p for stage in STAGE_ORDER if (p := stage_progress(root, stage)) is not None and p.is_complete]

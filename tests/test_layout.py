@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megabyte_distill.conversion.flat_sources import exported_modules
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megabyte_distill"
 MAX_FILE_LINES = 500
@@ -40,23 +42,36 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 WITHOUT_MEGATRON = {"alphabet", "config", "data", "kernels"}
 EXPORTED = {
-    f"model/{name}.py"
-    for name in (
-        "byte_encoder",
-        "byte_decoder",
-        "mamba2",
-        "conv_mixer",
-        "router",
-        "chunking",
-        "byte_mixer",
-        "feed_forward",
-        "normalization",
-        "linears",
-        "byte_stack",
-        "row_state",
-    )
+    "alphabet",
+    "config.fields",
+    "config.model",
+    *(
+        f"model.{name}"
+        for name in (
+            "byte_decoder",
+            "byte_encoder",
+            "byte_mixer",
+            "byte_stack",
+            "chunking",
+            "conv_mixer",
+            "feed_forward",
+            "linears",
+            "mamba2",
+            "normalization",
+            "packed_attention",
+            "rotary",
+            "router",
+            "row_state",
+            "student",
+        )
+    ),
+    *(f"kernels.{name}" for name in ("ops", "recurrence", "segment_conv", "segments", "ssm_scan")),
+    *(f"inference.{name}" for name in ("bit_paths", "generation", "prompts", "sampling")),
+    *(f"hf.{name}" for name in ("byte_filter", "torch_backbone")),
+    *(f"hf.{name}_megabyte" for name in ("configuration", "modeling", "tokenization")),
 }
-"""Copied as they are into a Hugging Face export: torch, alphabet, config.model, kernels and each other only."""
+"""Copied as they are into a Hugging Face export: they import torch, the standard library and each other only, and the
+three files that transformers opens import transformers."""
 OPTIONAL_PACKAGES = {"transformer_engine", "apex", "mamba_ssm", "wandb"}
 REQUIRED_FILES = ("pyproject.toml", "README.md", "Dockerfile", "Makefile", "LICENSE", "NOTICE", ".ci/run")
 
@@ -124,18 +139,20 @@ def test_the_lower_parts_do_not_need_megatron() -> None:
 def test_exported_files_import_only_what_travels_with_them() -> None:
     problems = []
     for path in package_files():
-        name = path.relative_to(ROOT / PACKAGE).as_posix()
-        if name not in EXPORTED and not name.startswith("kernels/"):
+        name = ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts)
+        if name not in EXPORTED and not name.startswith("kernels."):
             continue
+        others = {"torch", "transformers"} if name.endswith("_megabyte") else {"torch"}
         for line, module in imported_modules(path):
-            names = module.split(".")
-            sibling = len(names) > 2 and f"{names[1]}/{names[2]}.py" in EXPORTED
-            ours = names[0] == PACKAGE and (
-                names[1:2] in (["alphabet"], ["kernels"], ["optional"]) or names[1:] == ["config", "model"] or sibling
-            )
-            if not (ours or names[0] in sys.stdlib_module_names or names[0] == "torch"):
+            top, _, ours = module.partition(".")
+            travels = ours in EXPORTED or ours.startswith(("kernels.", "optional"))
+            if not (travels if top == PACKAGE else top in sys.stdlib_module_names or top in others):
                 problems.append(f"{path.relative_to(ROOT)}:{line}: {module} is not in an export")
     assert not problems, "\n".join(problems)
+
+
+def test_what_an_export_copies_is_what_is_kept_pure() -> None:
+    assert set(exported_modules()) == EXPORTED
 
 
 def test_optional_packages_are_imported_in_one_file() -> None:

@@ -36,7 +36,7 @@ def test_gpu_packages_are_extras_only() -> None:
 def test_nvidias_apex_is_never_asked_of_an_index() -> None:
     extras = project()["optional-dependencies"]
     assert isinstance(extras, dict)
-    assert set(extras) == {"test", "parquet", "hf", "eval", "te", "mamba", "wandb"}
+    assert set(extras) == {"test", "hf", "eval", "te", "mamba", "wandb"}
     assert not [name for names in extras.values() for name in names if name.startswith("apex")]
 
 

@@ -1,6 +1,7 @@
 """Hugging Face in and out.
 
     convert_checkpoint.py import    --hf-model DIR --megatron-path CKPT
+    convert_checkpoint.py export    --megatron-path RUN[/2b] --hf-path DIR
     convert_checkpoint.py export    --teacher --megatron-path CKPT --hf-path DIR
     convert_checkpoint.py compare   --hf-model DIR --megatron-path CKPT
     convert_checkpoint.py roundtrip --hf-model DIR
@@ -29,7 +30,7 @@ _DTYPES = ("float32", "bfloat16")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="convert token teachers between Hugging Face and Megatron checkpoints")
+    parser = argparse.ArgumentParser(description="convert models between Hugging Face and Megatron checkpoints")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,compare,roundtrip}")
 
     def command(name: str, text: str, *, hf_model: bool, megatron_path: bool) -> argparse.ArgumentParser:
@@ -45,8 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--overwrite", action="store_true", help="replace an earlier output")
 
     writes(command("import", "Hugging Face folder to teacher checkpoint", hf_model=True, megatron_path=True))
-    export = command("export", "checkpoint to Hugging Face folder", hf_model=False, megatron_path=True)
-    export.add_argument("--teacher", action="store_true", required=True, help="write the backbone as a token model")
+    export = command("export", "student or teacher to Hugging Face folder", hf_model=False, megatron_path=True)
+    export.add_argument("--teacher", action="store_true", help="write the backbone alone, as a token model")
+    export.add_argument("--paths", type=int, metavar="K", help="bit histories of the exported byte model (4)")
     export.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
     writes(export)
     compare = command("compare", "largest logit difference against transformers", hf_model=True, megatron_path=True)
@@ -73,10 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.command == "import":
             _import(arguments, dtype)
         elif arguments.command == "export":
-            from megabyte_distill.conversion.hf_export import export_teacher
-
-            export_teacher(arguments.megatron_path, arguments.hf_path, dtype=dtype, overwrite=arguments.overwrite)
-            print(f"wrote {arguments.hf_path}")
+            _export(arguments, dtype)
         elif arguments.command == "compare":
             _compare(arguments)
         else:
@@ -96,6 +95,34 @@ def _import(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
         progress=sys.stderr.isatty(),
     )
     print(f"wrote {arguments.megatron_path}: {config.family}, {config.num_layers} layers, W = {config.vocab_size}")
+
+
+def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
+    from megabyte_distill.conversion.hf_export import export_teacher
+    from megabyte_distill.conversion.student_export import export_student
+    from megabyte_distill.conversion.teacher_folder import stored_dtype
+    from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
+    from megabyte_distill.runs import load_student, require_speaking, split_stage
+
+    if arguments.teacher:
+        if arguments.paths is not None:
+            raise ValueError("--paths belongs to a student's byte model; leave it out or leave out --teacher")
+        export_teacher(arguments.megatron_path, arguments.hf_path, dtype=dtype, overwrite=arguments.overwrite)
+        print(f"wrote {arguments.hf_path}")
+        return
+    run, stage = split_stage(arguments.megatron_path)
+    loaded = load_student(run, stage)
+    require_speaking(loaded)
+    export_student(
+        loaded.student,
+        loaded.model_config,
+        run / TOKENIZER_FOLDER,
+        arguments.hf_path,
+        dtype=dtype or stored_dtype(loaded.checkpoint),
+        paths=4 if arguments.paths is None else arguments.paths,
+        overwrite=arguments.overwrite,
+    )
+    print(f"wrote {arguments.hf_path}: the student after stage {loaded.stage}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.hf_export import export_backbone
 from megabyte_distill.conversion.hf_import import HfModel, import_teacher
 from megabyte_distill.conversion.safetensors_folder import SafetensorsFolder
+from megabyte_distill.conversion.student_folder import is_student
 from megabyte_distill.conversion.teacher_folder import find_root, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
 from megabyte_distill.data import tokenizers
@@ -32,7 +34,12 @@ class Comparison:
 
 
 def compare_logits(hf_model: Path, megatron_path: Path, text: str = DEFAULT_TEXT) -> Comparison:
-    """Both models in fp32 on the tokens of ``text`` behind the start token. Needs transformers and process groups."""
+    """Both models in fp32 on the tokens of ``text`` behind the start token. Needs transformers and process groups.
+
+    ValueError where they are different models, and for an exported student, which has no logits of tokens.
+    """
+    if is_student(HfConfig.read(hf_model)):
+        raise ValueError(f"{hf_model} is a byte-level student, which has no logits of tokens; give a token model")
     teacher = load_teacher(megatron_path, dtype=torch.float32)
     tokenizer = tokenizers.load(find_root(megatron_path) / TOKENIZER_FOLDER)
     [ids] = tokenizer.encode_batch([tokenizer.normalize(text)])

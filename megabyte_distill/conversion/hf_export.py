@@ -49,9 +49,9 @@ def export_backbone(
     layout = {name: (shape, single.get(name, chosen)) for name, shape in table.theirs().items()}
     with new_folder(hf_path, overwrite=overwrite, marker=CONFIG_FILE) as folder:
         copy_files(tokenizer, folder)
-        _write_json(folder / CONFIG_FILE, hf_config_of(config, tokens, chosen, tokenizer))
+        write_json(folder / CONFIG_FILE, hf_config_of(config, tokens, chosen, tokenizer))
         if not (folder / GENERATION_FILE).exists():
-            _write_json(folder / GENERATION_FILE, _special_ids(tokens))
+            write_json(folder / GENERATION_FILE, _special_ids(tokens))
         write_tensors(folder, layout, table.to_theirs(lambda name: ours[name]))
 
 
@@ -99,5 +99,6 @@ def _special_ids(tokens: TokenBytes) -> dict[str, Any]:
     return {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.end_of_text_id}
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """An object as an indented JSON file."""
     path.write_text(json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,7 +17,8 @@ from megabyte_distill.conversion.mapping import ParameterTable
 from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
 from megabyte_distill.conversion.new_folder import check_replaceable, new_folder
 from megabyte_distill.conversion.safetensors_folder import SafetensorsFolder
-from megabyte_distill.conversion.teacher_folder import save_teacher
+from megabyte_distill.conversion.student_folder import backbone_section, check_backbone, is_student, tokenizer_of
+from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, save_teacher
 from megabyte_distill.conversion.tokenizer_files import token_table
 from megabyte_distill.model.backbone import Backbone, transformer_config
 
@@ -30,13 +31,28 @@ class HfModel:
     family: Family
     config: BackboneConfig
     weights: SafetensorsFolder
+    tokenizer: Path
+    """Folder of the tokenizer's files."""
 
     @classmethod
     def open(cls, folder: Path) -> HfModel:
-        """ValueError where the folder is not there, incomplete or of an unknown or unsupported architecture."""
+        """A token model, or the backbone of an exported student.
+
+        ValueError where the folder is not there, incomplete or of an unknown or unsupported architecture.
+        """
         fields = HfConfig.read(folder)
+        if is_student(fields):
+            return cls._backbone_of(folder, fields)
         family = family_of_config(fields)
-        return cls(folder, family, family.read_config(fields), SafetensorsFolder(folder))
+        return cls(folder, family, family.read_config(fields), SafetensorsFolder(folder), folder)
+
+    @classmethod
+    def _backbone_of(cls, folder: Path, student: HfConfig) -> HfModel:
+        fields = backbone_section(student)
+        family = family_of_config(fields)
+        config = family.read_config(fields)
+        check_backbone(student, config)
+        return cls(folder, family, config, SafetensorsFolder(folder, BACKBONE_PREFIX), tokenizer_of(folder))
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -99,9 +115,9 @@ def import_teacher(
     """
     check_replaceable(megatron_path, overwrite=overwrite, marker=MODEL_CONFIG_FILE)
     model = HfModel.open(hf_model)
-    tokens = token_table(hf_model, model.config.vocab_size)
+    tokens = token_table(model.tokenizer, model.config.vocab_size)
     chosen = dtype or (torch.bfloat16 if model.stored_dtype is torch.float16 else model.stored_dtype)
     backbone = read_backbone(model, dtype=chosen, progress=progress)
     with new_folder(megatron_path, overwrite=overwrite, marker=MODEL_CONFIG_FILE) as folder:
-        save_teacher(folder, backbone, tokens, hf_model)
+        save_teacher(folder, backbone, tokens, model.tokenizer)
     return model.config

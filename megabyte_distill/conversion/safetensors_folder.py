@@ -34,15 +34,18 @@ class TensorInfo:
 class SafetensorsFolder:
     """The tensors of a folder by name; only headers are read before a tensor is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """ValueError where weights are missing, truncated, in the wrong shard or of a dtype that is no float."""
-        self.folder = folder
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        """Only tensors whose names start with ``prefix``, which is cut off.
+
+        ValueError where weights are missing, truncated, in the wrong shard or of a dtype that is no float.
+        """
+        self.folder, self._prefix = folder, prefix
         self.tensors: dict[str, TensorInfo] = {}
         for file, names in _files(folder).items():
             infos = _read_header(file)
             if names is not None:
                 _check_index(folder, file, names, set(infos))
-            self.tensors.update(infos)
+            self.tensors.update({n.removeprefix(prefix): info for n, info in infos.items() if n.startswith(prefix)})
 
     def shapes(self) -> dict[str, Shape]:
         """Shape of every tensor."""
@@ -53,7 +56,7 @@ class SafetensorsFolder:
         file = self.tensors[name].file
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
-                return opened.get_tensor(name)  # type: ignore[no-any-return]
+                return opened.get_tensor(self._prefix + name)  # type: ignore[no-any-return]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file}: tensor {name} cannot be read ({error}); copy the file again") from error
 

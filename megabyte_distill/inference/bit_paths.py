@@ -71,7 +71,7 @@ class BitPaths:
         weights = torch.where(bits, candidates[..., 1], candidates[..., 0])
         heirs = kept.sum(-1)
         forked, dead = (heirs == 2).flatten().nonzero()[:, 0], (heirs == 0).flatten().nonzero()[:, 0]
-        slots = (index[:, None] * self.paths + torch.arange(self.paths, device=byte_ids.device)).flatten()
+        slots = self._slots(index)
         bits, weights = bits.flatten(), weights.flatten()
         parents = slots
         if forked.shape[0]:
@@ -94,9 +94,15 @@ class BitPaths:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows [N] int64 only, in this order."""
         assert self._history is None, "rows of a history cannot be dropped"
-        slots = (rows[:, None] * self.paths + torch.arange(self.paths, device=rows.device)).flatten()
-        self._state = self._state.select(slots)
+        self._state = self._state.select(self._slots(rows))
         self.log_weights, self.log_probabilities = self.log_weights[rows], self.log_probabilities[rows]
+
+    def restart(self, rows: Tensor) -> None:
+        """These rows [N] int64, distinct, begin a new text, behind BOS."""
+        assert self._history is None, "a history does not reach over a text's start"
+        fresh = BitPaths(self.student, rows.shape[0], self.paths)
+        self._state.put(self._slots(rows), fresh._state)
+        self.log_weights[rows], self.log_probabilities[rows] = fresh.log_weights, fresh.log_probabilities
 
     def settle(self, path_of_row: Tensor) -> tuple[StudentState, Tensor]:
         """(state of R rows, log-probabilities [R, 512]) of one chosen path [R] int64 a row."""
@@ -119,6 +125,10 @@ class BitPaths:
             parent[slots] = parents
             slot = parent[slot]
         return [bits[::-1] for bits in found]
+
+    def _slots(self, rows: Tensor) -> Tensor:
+        """Places [N · K] in the state of the paths of rows [N]."""
+        return (rows[:, None] * self.paths + torch.arange(self.paths, device=rows.device)).flatten()
 
 
 def copy_rows(state: StudentState, source: Tensor, target: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The byte-level student: encoder, router, the teacher's transformer, decoder. ``forward`` and ``step`` agree.
 
 A backbone is anything with ``forward(x [M, E], cu_chunks)``, ``init_cache(rows)`` and ``step(x [K, E], cache, rows)``:
-megatron's layers in training, transformers' in an export. The model does not know which stage trains it.
+megatron's layers in training, plain torch in an export. The model does not know which stage trains it.
 """
 
 from __future__ import annotations
@@ -104,6 +104,14 @@ class StudentState:
             cache=self.cache.select(rows),
             r_previous=self.r_previous[rows],
         )
+
+    def put(self, rows: Tensor, sub: StudentState) -> None:
+        """Overwrite the rows [K] int64 with those of ``sub`` in order, in place."""
+        self.encoder.put(rows, sub.encoder)
+        self.decoder.put(rows, sub.decoder)
+        self.dechunk.put(rows, sub.dechunk)
+        self.cache.put(rows, sub.cache)
+        self.r_previous[rows] = sub.r_previous
 
 
 class Student(nn.Module):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.blend import DEFAULT_SPLIT
+from megabyte_distill.config.fields import to_fields
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
     ModelConfig,
     read_model_config,
-    to_fields,
     write_model_config,
 )
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER

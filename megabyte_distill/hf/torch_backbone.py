@@ -1,0 +1,158 @@
+"""The teacher's transformer in plain torch, for an export: what megatron's layers compute, under Hugging Face's names.
+
+Parameters are named as in the teacher's own family (``model.layers.0.self_attn.q_proj.weight``, ``lm_head.weight``), so
+its conversion table reads and writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megabyte_distill.config.model import BackboneConfig, QkNorm
+from megabyte_distill.model.packed_attention import (
+    KeyValueCache,
+    LayerReach,
+    RotaryTable,
+    cached_attention,
+    packed_attention,
+)
+from megabyte_distill.model.rotary import packed_positions, rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor, int, LayerReach], Tensor]
+"""(query [N, heads, d], key and value [N, groups, d], layer, its reach) → [N, heads · d]."""
+
+
+class BackboneAttention(nn.Module):
+    """Projections, norms on queries and keys, rotation; who attends to whom is the caller's."""
+
+    def __init__(self, config: BackboneConfig, layer: int) -> None:
+        super().__init__()
+        width, heads, groups = config.head_dim, config.num_attention_heads, config.num_query_groups
+        self.layer, self.head_dim, self.reach = layer, width, LayerReach.of(config, layer)
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
+        self.norm_kind = config.qk_norm
+        if config.qk_norm is not QkNorm.NONE:
+            per_head = config.qk_norm is QkNorm.HEAD
+            self.q_norm = nn.RMSNorm(width if per_head else heads * width, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(width if per_head else groups * width, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[N, E] → [N, E]; angles as RotaryTable gives them."""
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.norm_kind is QkNorm.FULL:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (y.view(y.shape[0], -1, self.head_dim) for y in (query, key, value))
+        if self.norm_kind is QkNorm.HEAD:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = (rotate(y, self.reach.choose(angles), self.reach.magnitude) for y in (query, key))
+        result: Tensor = self.o_proj(attend(query, key, value, self.layer, self.reach))
+        return result
+
+
+class BackboneMLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, E] → [N, E]."""
+        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return result
+
+
+class BackboneLayer(nn.Module):
+    """Attention and MLP on a residual stream, norms in front of them or on what they add (``post_norm``)."""
+
+    def __init__(self, config: BackboneConfig, layer: int) -> None:
+        super().__init__()
+        self.post_norm = config.post_norm
+        self.self_attn = BackboneAttention(config, layer)
+        self.mlp = BackboneMLP(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        if config.post_norm:
+            self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        else:
+            self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[N, E] → [N, E]."""
+        if self.post_norm:
+            x = x + self.post_attention_layernorm(self.self_attn(x, angles, attend))
+            return x + self.post_feedforward_layernorm(self.mlp(x))  # type: ignore[no-any-return]
+        x = x + self.self_attn(self.input_layernorm(x), angles, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class BackboneStack(nn.Module):
+    """Token embedding, layers and final norm: the ``model.`` of the parameters' names."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(BackboneLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[N, E] in the weights' dtype → states [N, E] after the final norm."""
+        x = x.to(self.norm.weight.dtype)
+        for layer in self.layers:
+            x = layer(x, angles, attend)
+        result: Tensor = self.norm(x)
+        return result
+
+
+class TorchBackbone(nn.Module):
+    """A student's backbone with the interface of model/student.py. The token embedding and head are only carried."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.backbone_config = config
+        self.model = BackboneStack(config)
+        if not config.tied_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._rotary: RotaryTable | None = None
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """States [M, E] after the final norm; x [M, E], positions restart in each segment of cu_seqlens [S + 1]."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
+            return packed_attention(query, key, value, lengths, reach.window)
+
+        states: Tensor = self.model(x, self._angles(packed_positions(cu_seqlens, x.shape[0])), attend)
+        return states
+
+    def init_cache(self, rows: int) -> KeyValueCache:
+        """An empty key/value cache for :meth:`step`."""
+        return KeyValueCache.empty(rows, self.model.norm.weight.device)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: KeyValueCache, rows: Tensor) -> Tensor:
+        """One more position of the cache's (distinct) rows ``rows`` [K]: x [K, E] → states [K, E]; cache is updated.
+
+        Equal to :meth:`forward` on those rows' whole sequences.
+        """
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
+            return cached_attention(query, key, value, cache=cache, layer=layer, rows=rows, window=reach.window)
+
+        states: Tensor = self.model(x, self._angles(cache.lengths[rows]), attend)
+        cache.lengths[rows] += 1
+        return states
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rotary is None:
+            # not in __init__, which transformers runs on the meta device
+            self._rotary = RotaryTable(self.backbone_config)
+        return self._rotary(positions)

@@ -1,0 +1,197 @@
+"""Attention of the backbone in plain torch: packed segments, a key/value cache for stepping, angles of positions.
+
+megatron's layers in training and the transformer of a Hugging Face export both call this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.model.rotary import inverse_frequencies, rotary_angles, rotation_magnitude
+
+
+class RotaryTable:
+    """Angles of positions: one set for the layers that attend to everything, one for those with a window."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        # no buffers: a bf16 cast must not round them
+        self._full = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.rope_scaling_kind
+        )
+        self._sliding = inverse_frequencies(config.head_dim, config.rope_theta)
+        self._has_sliding = bool(config.sliding_layers)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(angles [N, head_dim] of full layers, of sliding layers), fp32; the same where no layer slides."""
+        if self._full.device != positions.device:
+            self._full, self._sliding = self._full.to(positions.device), self._sliding.to(positions.device)
+        full = rotary_angles(positions, self._full)
+        return full, rotary_angles(positions, self._sliding) if self._has_sliding else full
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReach:
+    """What a layer attends to and how its rotation is scaled."""
+
+    window: int | None
+    """Positions, its own included; None attends to everything before."""
+    magnitude: float
+    """Of rotated queries and keys."""
+
+    @classmethod
+    def of(cls, config: BackboneConfig, layer: int) -> LayerReach:
+        """Of a layer counted from 0. Windowed layers turn at unscaled frequencies."""
+        if config.sliding_window is not None and layer in config.sliding_layers:
+            return cls(config.sliding_window, 1.0)
+        return cls(None, rotation_magnitude(config.rope_scaling, config.rope_scaling_kind))
+
+    def choose(self, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """The layer's own of :class:`RotaryTable`'s two sets."""
+        return angles[0 if self.window is None else 1]
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of R rows, each as long as it has stepped. Grows by doubling.
+
+    ``keys[layer]``, ``values[layer]``: [R, capacity, groups, head_dim]; ``lengths`` [R] int64.
+    """
+
+    lengths: Tensor
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> KeyValueCache:
+        """A cache of ``rows`` rows that have seen nothing."""
+        return cls(lengths=torch.zeros(rows, dtype=torch.int64, device=device))
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """A copy of some rows [K] int64 (a row may be taken several times)."""
+        return KeyValueCache(
+            lengths=self.lengths[rows],
+            keys={layer: k[rows] for layer, k in self.keys.items()},
+            values={layer: v[rows] for layer, v in self.values.items()},
+        )
+
+    def put(self, rows: Tensor, sub: KeyValueCache) -> None:
+        """Overwrite the rows [K] int64 with those of ``sub`` in order, in place."""
+        used = int(sub.lengths.max())
+        for own, other in ((self.keys, sub.keys), (self.values, sub.values)):
+            for layer, stored in other.items():
+                self._room(own, layer, stored, used)[rows, :used] = stored[:, :used]
+        self.lengths[rows] = sub.lengths
+
+    def _room(self, store: dict[int, Tensor], layer: int, new: Tensor, needed: int) -> Tensor:
+        """A layer's store [R, at least ``needed``, groups, head_dim]; ``new`` [.., groups, head_dim] gives the rest."""
+        old = store.get(layer)
+        if old is not None and old.shape[1] >= needed:
+            return old
+        capacity = max(32, 1 << (needed - 1).bit_length())
+        grown = new.new_zeros(self.lengths.shape[0], capacity, *new.shape[-2:])
+        if old is not None:
+            grown[:, : old.shape[1]] = old
+        store[layer] = grown
+        return grown
+
+    def append(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one new position [K, groups, head_dim] of each row in ``rows`` [K]; return those rows' caches."""
+        positions = self.lengths[rows]
+        needed = int(positions.max()) + 1
+        stored_keys = self._room(self.keys, layer, keys, needed)
+        stored_values = self._room(self.values, layer, values, needed)
+        stored_keys[rows, positions] = keys
+        stored_values[rows, positions] = values
+        return stored_keys[rows, :needed], stored_values[rows, :needed]
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention inside each of several segments, grouped queries included.
+
+    Args:
+        query: [N, heads, d], rotated.
+        key, value: [N, groups, d].
+        lengths: of the segments, N in all.
+        window: positions each attends to, its own included; None for all.
+        scale: of the products; default 1 / √d.
+
+    Returns:
+        [N, heads · d].
+    """
+    repeat = query.shape[1] // key.shape[1]
+    # [1, heads, N, d]
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    if repeat > 1:
+        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+    parts = [torch.split(x, list(lengths), dim=2) for x in (query, key, value)]
+    out = [_segment(q, k, v, window, scale) for q, k, v in zip(*parts, strict=True)]
+    joined = out[0] if len(out) == 1 else torch.cat(out, dim=2)
+    return joined[0].transpose(0, 1).reshape(joined.shape[2], -1)
+
+
+def _segment(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
+    """Causal attention within one segment, [1, heads, L, d] each."""
+    if window is not None and query.shape[2] > window:
+        return windowed_attention(query, key, value, window, scale)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cache: KeyValueCache,
+    layer: int,
+    rows: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One new position of each of the cache's rows ``rows`` [K] against what the row holds; writes keys and values.
+
+    query [K, heads, d], rotated; key and value [K, groups, d]; returns [K, heads · d]. The lengths stay: they move
+    on when all layers are through.
+    """
+    keys, values = cache.append(layer, rows, key, value)
+    places, now = torch.arange(keys.shape[1], device=keys.device), cache.lengths[rows][:, None]
+    visible = places <= now
+    if window is not None:
+        visible &= places > now - window
+    # grouped queries stand on the query axis of their group: no copy of keys and values
+    grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[2])
+    out = F.scaled_dot_product_attention(
+        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None, None, :], scale=scale
+    )
+    return out.reshape(out.shape[0], -1)
+
+
+def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None = None) -> Tensor:
+    """Causal attention to the last ``window`` positions, one's own included; [1, heads, L, d] each, memory L × window.
+
+    Queries go in blocks of ``window``, each against its own block of keys and the one before.
+    """
+    heads, length, width = query.shape[1:]
+    count = -(-length // window)
+    padding = count * window - length
+    query = F.pad(query, (0, 0, 0, padding)).view(heads, count, window, width).transpose(0, 1)
+    key, value = (
+        F.pad(x, (0, 0, window, padding)).unfold(2, 2 * window, window)[0].permute(1, 0, 3, 2) for x in (key, value)
+    )
+    own, other = torch.arange(window, device=query.device)[:, None], torch.arange(2 * window, device=query.device)
+    visible = ((other > own) & (other <= own + window)).repeat(count, 1, 1, 1)
+    visible[0, ..., :window] = False  # in front of the segment
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    return out.transpose(0, 1).reshape(1, heads, count * window, width)[:, :, :length]

@@ -1,0 +1,117 @@
+"""lm-evaluation-harness on an exported student: its log-likelihoods are the package's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megabyte_distill.inference.scoring import score_paths
+from tests.hf.exported import PATHS, Exported, native_greedy
+
+pytestmark = [
+    pytest.mark.usefixtures("world"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("lm_eval") is None,
+        reason="lm-evaluation-harness is not installed; pip install .[eval]",
+    ),
+]
+
+DOCUMENTS = [
+    {"question": "The quick brown", "choices": ["fox", "dog is", "né 猫"], "answer": 0},
+    {"question": "a", "choices": ["b", "<|bos|>"], "answer": 1},
+    {"question": "Once upon a time there was a", "choices": ["hill", "house"], "answer": 1},
+]
+TEXTS = ["The old house stood on a hill.", "né 猫", "x" * 70]
+CHOICE = """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+GENERATE = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["never said"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+ROLLING = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+
+
+def write_task(folder: Path, name: str, documents: list[dict[str, Any]], body: str) -> None:
+    """A task that reads a local file."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+    (folder / f"{name}.yaml").write_text(head + body)
+
+
+def evaluate(
+    exported: Exported, scratch: Path, tasks: str, more_arguments: str = ""
+) -> dict[str, list[dict[str, Any]]]:
+    """The harness's command line; the samples of each task in the order of its documents."""
+    variables = {
+        **os.environ, "HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", tasks, "--include_path", str(scratch),
+        "--model_args", f"pretrained={exported.folder},trust_remote_code=True{more_arguments}",
+        "--device", "cpu", "--batch_size", "2", "--output_path", str(scratch / "out"), "--log_samples",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=variables, cwd=scratch, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = {}
+    for task in tasks.split(","):
+        [file] = (scratch / "out").rglob(f"samples_{task}_*.jsonl")
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        samples[task] = sorted(lines, key=lambda line: int(line["doc_id"]))
+    return samples
+
+
+def filter_nats(exported: Exported, text: bytes) -> float:
+    """Code length of a text under the causal byte filter, as tools/evaluate.py reports it."""
+    if not text:
+        return 0.0
+    score = score_paths(exported.student, [torch.tensor(list(text))], paths=PATHS)
+    return float(score.filter_bits[0]) * math.log(2)
+
+
+def test_choices_and_generations(exported: Exported, tmp_path: Path) -> None:
+    write_task(tmp_path, "local_choice", DOCUMENTS, CHOICE)
+    write_task(tmp_path, "local_generate", DOCUMENTS, GENERATE)
+    samples = evaluate(exported, tmp_path, "local_choice,local_generate")
+    for document, sample in zip(DOCUMENTS, samples["local_choice"], strict=True):
+        context = document["question"].encode()
+        for choice, response in zip(document["choices"], sample["resps"], strict=True):
+            whole = context + b" " + choice.encode()
+            wanted = filter_nats(exported, context) - filter_nats(exported, whole)
+            assert float(response[0][0]) == pytest.approx(wanted, abs=1e-4)
+    for document, sample in zip(DOCUMENTS, samples["local_generate"], strict=True):
+        taken = bytes(native_greedy(exported.student, document["question"].encode(), 6))
+        assert sample["resps"][0][0] == taken.decode("utf-8", errors="replace")
+
+
+def test_rolling_log_likelihoods_of_whole_texts(exported: Exported, tmp_path: Path) -> None:
+    write_task(tmp_path, "local_rolling", [{"text": text} for text in TEXTS], ROLLING)
+    # the harness puts BOS in front of a rolling text itself
+    samples = evaluate(exported, tmp_path, "local_rolling", ",add_bos_token=False")
+    for text, sample in zip(TEXTS, samples["local_rolling"], strict=True):
+        [[response]] = sample["resps"]
+        found = response[0] if isinstance(response, list) else response
+        assert float(found) == pytest.approx(-filter_nats(exported, text.encode()), abs=1e-4)
