@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabyte_distill.conversion.mapping import Shape
+from megabyte_distill.conversion.tensor_checks import check_finite, converted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -116,7 +117,8 @@ def write_tensors(
     """Writes weights into a folder: model.safetensors, or shards with an index above ``max_shard_bytes``.
 
     ``layout`` names shapes and dtypes beforehand; ``tensors`` yields the tensors in the same order and is consumed one
-    at a time, each cast to its dtype, so memory stays near the largest.
+    at a time, each cast to its dtype, so memory stays near the largest. ValueError names one with a value that is not
+    finite, or not in its dtype.
     """
     shards = _shards(layout, max_shard_bytes)
     stream = iter(tensors)
@@ -170,5 +172,6 @@ def _write_shard(file: BinaryIO, shard: _Layout, tensors: Iterator[tuple[str, Te
     for expected, (shape, dtype) in shard.items():
         name, tensor = next(tensors)
         assert name == expected and tuple(tensor.shape) == shape, (name, tuple(tensor.shape), expected, shape)
-        plain = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        check_finite(tensor.detach(), name)
+        plain = converted(tensor.detach().cpu(), dtype, name).contiguous()
         file.write(plain.flatten().view(torch.uint8).numpy().data)
