@@ -35,7 +35,8 @@ class StoredParameters:
 
     def __init__(self, checkpoint: Path, module: nn.Module, *, prefix: str = "") -> None:
         """``module``: gives names, shapes and dtypes; it may be on the meta device. Only parameters whose names start
-        with ``prefix`` are there. CheckpointError names all of them that the checkpoint has not, or in another shape.
+        with ``prefix`` are there. CheckpointError names all of them that the checkpoint has not, or in another shape,
+        and tensors with that prefix which the module has not.
         """
         self._checkpoint = checkpoint
         self._entries: dict[str, ShardedTensor | ShardedTensorFactory] = {
@@ -49,6 +50,14 @@ class StoredParameters:
             metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored: Mapping[str, Any] = metadata.state_dict_metadata
+        wanted = {part.key for _, part in self._parts()}
+        surplus = [
+            key
+            for key, stored in self._stored.items()
+            if isinstance(stored, TensorStorageMetadata) and key.startswith(prefix) and key not in wanted
+        ]
+        if surplus:
+            raise CheckpointError(f"{checkpoint} does not fit the model, which has no {', '.join(surplus[:8])}")
 
     def read(self, name: str) -> Tensor:
         """One parameter in new memory; CheckpointError names it where the checkpoint is damaged."""
