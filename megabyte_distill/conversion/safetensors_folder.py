@@ -126,10 +126,13 @@ def write_tensors(
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        with open(folder / name, "wb") as file:
-            _write_shard(file, shard, stream)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(folder / name, "wb") as file:
+                _write_shard(file, shard, stream)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # of a file that is open, it does not say which
+            raise OSError(error.errno, error.strerror, str(folder / name)) from error
     leftover = next(stream, None)
     assert leftover is None, f"{leftover and leftover[0]} is not in the layout"
     if len(shards) > 1:

@@ -140,7 +140,10 @@ class _FilePerKey(FileSystemWriter):
         for number, items in enumerate(by_key.values()):
             prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
             part = dataclasses.replace(plan, items=items, storage_data=prefix)
-            results += super().write_data(part, planner).wait()
+            try:
+                results += super().write_data(part, planner).wait()
+            except RuntimeError as error:  # torch's, about its own format, once the file could not be written
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

@@ -120,4 +120,5 @@ def test_a_full_disk_leaves_nothing(llama: Path, tmp_path: Path, command: str) -
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    assert "File too large" in done.stderr and "out.incomplete" in done.stderr, done.stderr
     assert list(target.parent.iterdir()) == []

@@ -133,3 +133,15 @@ def test_an_error_while_reading_is_told_as_it_is_and_leaves_nothing(tmp_path: Pa
         save_checkpoint(tmp_path / "c", 0, TeacherHolder(skeleton), optimizer=None, loop={}, texts={}, writer=writer)
     assert type(caught.value.__cause__) is ValueError
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_an_interrupt_is_no_error_and_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: HfModel, name: str) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HfModel, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        import_teacher(llama, tmp_path / "ckpt")
+    assert list(tmp_path.iterdir()) == []
