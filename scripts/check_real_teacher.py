@@ -3,8 +3,8 @@
     python scripts/check_real_teacher.py --hf-model DIR
 
 DIR is a Hugging Face folder that `tools/convert_checkpoint.py import` takes. The conversion lies in the temporary
-folder (TMPDIR). Prints one JSON object. Exit code 0, or 2 with one line that begins with "error:" where something differs or
-cannot be converted.
+folder (TMPDIR). Prints one JSON object. Exit code 0, or 2 with one line that begins with "error:" where something
+differs or cannot be converted.
 """
 
 from __future__ import annotations
