@@ -11,6 +11,7 @@ Layout::
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.model.parallel_linears import byte_side_linears
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
@@ -85,11 +87,16 @@ def last_stage(root: Path) -> StageProgress:
     return found[-1]
 
 
-def build_student(config: ModelConfig, backbone: Backbone | None = None) -> Student:
-    """A student with fresh weights in megatron's layers (or around the given backbone)."""
+def build_student(
+    config: ModelConfig, backbone: Backbone | None = None, *, overrides: Mapping[str, object] | None = None
+) -> Student:
+    """A student with fresh weights in megatron's layers (or around the given backbone).
+
+    ``overrides``: fields of megatron's TransformerConfig.
+    """
     assert config.byte_side is not None
-    host = backbone or Backbone(config.backbone, transformer_config(config.backbone))
-    return Student(config.byte_side, host)
+    host = backbone or Backbone(config.backbone, transformer_config(config.backbone, **(overrides or {})))
+    return Student(config.byte_side, host, byte_side_linears())
 
 
 def load_student(root: Path, stage: str | None = None, *, iteration: int | None = None) -> LoadedStudent:

@@ -79,7 +79,7 @@ class BackboneConfig:
     """A teacher's transformer, family-neutral. Filled from a Hugging Face config by conversion."""
 
     family: str
-    """Name of the conversion table: llama, qwen2, qwen3, olmo2 or olmo3."""
+    """Name of the conversion table: llama, mistral, qwen2, qwen3, olmo2 or olmo3."""
     num_layers: int
     hidden_size: int
     """E."""

@@ -84,13 +84,21 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", unit="ranks", low=1)
     pipeline_model_parallel_size: int = option(1, "pipeline stages of the backbone", unit="ranks", low=1)
+    sequence_parallel: bool = option(
+        False, "cut the backbone's norms and residual stream over the tensor-parallel ranks, by chunks"
+    )
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over the data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass still runs")
     distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different rows; ValueError where the model-parallel sizes do not divide the world."""
-        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        model = self.model_parallel_size
         if world_size % model:
             raise ValueError(
                 f"{world_size} ranks cannot be cut into groups of --tensor-model-parallel-size "

@@ -10,7 +10,7 @@ from megabyte_distill.config.layers import SECTIONS
 from megabyte_distill.config.model import ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
 from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, StageConfig
-from megabyte_distill.config.training import Settings
+from megabyte_distill.config.training import ParallelConfig, Settings
 
 
 def problems_of(settings: Settings, *, world_size: int = 1) -> list[str]:
@@ -21,7 +21,7 @@ def problems_of(settings: Settings, *, world_size: int = 1) -> list[str]:
         *_model(settings),
         *_data(settings),
         *_checkpoint(settings),
-        *_parallel(settings),
+        *_parallel(settings, world_size),
         *_stages(settings, world_size),
     ]
 
@@ -148,22 +148,37 @@ def _checkpoint(settings: Settings) -> Iterator[str]:
         yield f"--fresh removes {checkpoint.save}, from which --load wants to read; give another --save"
 
 
-def _parallel(settings: Settings) -> Iterator[str]:
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        size = getattr(settings.parallel, name)
-        if size > 1:
-            kind = name.partition("_")[0]
+def _parallel(settings: Settings, world_size: int) -> Iterator[str]:
+    if settings.parallel.model_parallel_size < 1:
+        return  # named elsewhere
+    try:
+        settings.parallel.data_parallel_size(world_size)
+    except ValueError as error:
+        yield str(error)
+    tensor = settings.parallel.tensor_model_parallel_size
+    if settings.parallel.sequence_parallel and tensor == 1:
+        yield (
+            "--sequence-parallel cuts over tensor-parallel ranks: give --tensor-model-parallel-size above 1, or leave "
+            "it out"
+        )
+    for stage, config in settings.stages.items() if settings.parallel.sequence_parallel else ():
+        if config.chunk_bucket % tensor:
             yield (
-                f"--{name.replace('_', '-')} {size}: the student's tensor and pipeline parallelism is not built yet; "
-                f"leave {kind} parallelism at 1 and use data parallelism (torchrun --nproc-per-node N)"
+                f"stage {stage}: --sequence-parallel needs a --chunk-bucket that --tensor-model-parallel-size {tensor} "
+                f"divides, got {config.chunk_bucket}"
             )
+    size = settings.parallel.pipeline_model_parallel_size
+    if size > 1:
+        yield (
+            f"--pipeline-model-parallel-size {size}: the student's pipeline is not built yet; leave it at 1 and use "
+            "tensor and data parallelism (torchrun --nproc-per-node N --tensor-model-parallel-size T)"
+        )
 
 
 def _stages(settings: Settings, world_size: int) -> Iterator[str]:
-    # Model parallelism is 1 for now (see _parallel), so every rank sees its own rows.
     batch: dict[str, str | None] = {}
     for stage, config in settings.stages.items():
-        batch[stage] = _batch_problem(config, world_size)
+        batch[stage] = _batch_problem(config, settings.parallel, world_size)
         yield from _stage_contradictions(stage, config)
     found = {problem for problem in batch.values() if problem}
     if len(found) == 1 and all(batch.values()):
@@ -172,11 +187,12 @@ def _stages(settings: Settings, world_size: int) -> Iterator[str]:
         yield from (f"stage {stage}: {problem}" for stage, problem in batch.items() if problem)
 
 
-def _batch_problem(config: StageConfig, data_parallel_size: int) -> str | None:
-    if config.micro_batch_size < 1 or config.global_batch_size < 1:
-        return None
+def _batch_problem(config: StageConfig, parallel: ParallelConfig, world_size: int) -> str | None:
+    ranks = world_size // max(1, parallel.model_parallel_size)
+    if ranks < 1 or config.micro_batch_size < 1 or config.global_batch_size < 1:
+        return None  # named elsewhere
     try:
-        config.micro_batches(data_parallel_size)
+        config.micro_batches(ranks)
     except ValueError as error:
         return str(error)
     return None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from megabyte_distill.conversion.family import Family
 from megabyte_distill.conversion.hf_config import HfConfig
-from megabyte_distill.conversion.llama import LLAMA
+from megabyte_distill.conversion.llama import LLAMA, MISTRAL
+from megabyte_distill.conversion.olmo import OLMO2, OLMO3
+from megabyte_distill.conversion.qwen import QWEN2, QWEN3
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
-"""A new family: one file beside llama.py that makes a :class:`Family`, and its name here."""
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3)
+"""A new family: one file beside llama.py that makes a :class:`Family`, and its name here (docs/adding-a-family.md)."""
 
 
 def family_of_config(config: HfConfig) -> Family:
@@ -19,7 +21,7 @@ def family_of_config(config: HfConfig) -> Family:
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise ValueError(
         f"{config.where}: unknown architecture {architecture}; known are {known}. A family is added with one file "
-        "like megabyte_distill/conversion/llama.py and a line in families.py"
+        "like megabyte_distill/conversion/qwen.py and a line in families.py: docs/adding-a-family.md"
     )
 
 

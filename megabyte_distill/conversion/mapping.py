@@ -65,6 +65,30 @@ class Direct:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PerHead:
+    """A vector over all heads, [heads · head_dim], as a matrix [heads, head_dim], which is cut by heads."""
+
+    ours: str
+    name: str
+    heads: int
+    head_dim: int
+
+    @property
+    def shape(self) -> Shape:
+        return (self.heads, self.head_dim)
+
+    @property
+    def theirs(self) -> dict[str, Shape]:
+        return {self.name: (self.heads * self.head_dim,)}
+
+    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].reshape(self.shape)
+
+    def to_theirs(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.reshape(-1),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueryKeyValue:
     """Three projections in one, ordered by query group: that group's query heads, its key head, its value head.
 

@@ -23,7 +23,7 @@ class EmbeddingAlignment:
         self.weights = {LOSS: 1.0}
         assert teacher is not None
         self._teacher = teacher
-        self._variance = float(table_variance(teacher.embedding_table[: teacher.backbone_config.vocab_size]))
+        self._variance = float(table_variance(teacher.embedding_table, teacher.columns))
         relative = config.align_loss_scale is AlignLossScale.TABLE_VARIANCE
         self._scale = 1.0 / self._variance if relative else 1.0
         self._measures: Sums = {}

@@ -16,8 +16,8 @@ from megabyte_distill.data.text_mask import text_chunks, text_positions
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Gold, Parts
 from megabyte_distill.objectives.objective import Sums
-from megabyte_distill.objectives.token_ce import token_nll
 from megabyte_distill.objectives.token_kl import reverse_kl
+from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
 LOSS = "reverse kl"
 MEASURE = "bits per byte"
@@ -43,10 +43,10 @@ class JointDistillation:
         student: Backbone = bare.backbone
         with torch.no_grad():
             teacher = self._teacher
-            wanted = teacher.logits(teacher(teacher.embed(row.tokens), outputs.layout.cu_chunks))
-        logits = student.logits(outputs.hidden)
-        kl = reverse_kl(logits, wanted)
-        self._measures = {} if model.training else _bits_per_byte(logits, wanted, row)
+            wanted = teacher.own_logits(teacher(teacher.embed(row.tokens), outputs.layout.cu_chunks))
+        logits, columns = student.own_logits(outputs.hidden), student.columns
+        kl = reverse_kl(logits, wanted, columns)
+        self._measures = {} if model.training else _bits_per_byte(logits, wanted, columns, row)
         return {LOSS: kl[row.token_mask].sum()}
 
     def measures(self) -> Sums:
@@ -54,10 +54,15 @@ class JointDistillation:
         return self._measures
 
 
-def _bits_per_byte(student: Tensor, teacher: Tensor, row: PackedRow) -> Sums:
+@torch.no_grad()
+def _bits_per_byte(student: Tensor, teacher: Tensor, columns: VocabularyColumns, row: PackedRow) -> Sums:
     mask, size = text_chunks(row), int(text_positions(row).sum())
+
+    def nll(logits: Tensor) -> Tensor:
+        return -columns.of_labels(columns.log_softmax(logits.float()), row.token_labels)
+
     return {
-        name: (token_nll(logits, row.token_labels)[mask].double().sum() / math.log(2), size)
+        name: (nll(logits)[mask].double().sum() / math.log(2), size)
         for name, logits in ((MEASURE, student), ("teacher bits per byte", teacher))
     }
 

@@ -168,7 +168,7 @@ def evaluate_run(
     if paths and not student.is_official:
         figures = path_figures(student, teacher, openings(rows, path_bytes), paths=paths)
     documents = sums.ends + int(not _ends_document(rows[-1]))
-    variance = float(table_variance(teacher.embedding_table[: teacher.backbone_config.vocab_size]))
+    variance = float(table_variance(teacher.embedding_table, teacher.columns))
     has_unigram = unigram is not None
     report = _report(sums, variance=variance, documents=documents, has_unigram=has_unigram, paths=figures)
     return replace(report, is_bound=not student.is_official)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -14,13 +14,21 @@ from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import CachedRows, KeyValueCache, PackedSegments, RotaryTable
-from megabyte_distill.model.backbone_layers import layer_spec
+from megabyte_distill.model.backbone_layers import layer_spec, mark_parallel_parameters
 from megabyte_distill.model.rotary import packed_positions
+from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
 
 def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerConfig:
-    """megatron-core's TransformerConfig; ``overrides`` are its fields (dtype, parallel sizes, recompute)."""
+    """megatron-core's TransformerConfig; ``overrides`` are its fields (dtype, recompute).
+
+    Parallel sizes are those of the process groups.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     fields: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": pipeline,
+        "pipeline_dtype": torch.float32 if pipeline > 1 else None,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
@@ -33,8 +41,7 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": config.qkv_bias,
-        # has megatron add up over tensor-parallel ranks the gradients of norms that each of them holds whole
-        "qk_layernorm": config.qk_norm is QkNorm.HEAD,
+        "qk_layernorm": config.qk_norm is not QkNorm.NONE,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bias_activation_fusion": False,
@@ -57,19 +64,13 @@ class Backbone(MegatronModule):  # type: ignore[misc]
     megatron's [M, 1, E].
     """
 
-    def __init__(
-        self,
-        config: BackboneConfig,
-        transformer: TransformerConfig | None = None,
-        *,
-        pre_process: bool = True,
-        post_process: bool = True,
-    ) -> None:
-        """``pre_process``, ``post_process``: whether this is the first, the last pipeline stage."""
+    def __init__(self, config: BackboneConfig, transformer: TransformerConfig | None = None) -> None:
+        """Of this rank: its pipeline stage's layers, its part of each."""
         transformer = transformer or transformer_config(config)
         super().__init__(config=transformer)
         self.backbone_config = config
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process = pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = post_process = parallel_state.is_pipeline_last_stage()
         self.embedding: tensor_parallel.VocabParallelEmbedding | None = None
         if pre_process or (post_process and config.tied_embeddings):
             self.embedding = tensor_parallel.VocabParallelEmbedding(
@@ -79,12 +80,16 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         self.decoder = TransformerBlock(
             transformer, layer_spec(transformer, config), pre_process=pre_process, post_process=post_process
         )
+        # where the field is on, megatron adds up these norms' gradients over tensor-parallel ranks: right for norms
+        # that each rank holds whole, not for those that are cut
+        transformer.qk_layernorm = config.qk_norm is QkNorm.HEAD
         self.output_layer: tensor_parallel.ColumnParallelLinear | None = None
         if post_process and not config.tied_embeddings:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size, self.padded_vocab_size, config=transformer, init_method=transformer.init_method,
                 bias=False, gather_output=False,
             )  # fmt: skip
+        mark_parallel_parameters(self)
         self._rotary = RotaryTable(config)
 
     @property
@@ -105,9 +110,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
     @property
     def embedding_table(self) -> Tensor:
-        """This rank's rows of the token embedding, padding included, [rows, E]."""
+        """This rank's rows of the token embedding [columns.count, E]."""
         assert self.embedding is not None, "only the first pipeline stage embeds"
-        table: Tensor = self.embedding.weight
+        table: Tensor = self.embedding.weight[: self.columns.count]
         return table
 
     @property
@@ -125,28 +130,49 @@ class Backbone(MegatronModule):  # type: ignore[misc]
     def forward(self, x: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """States [M, E] after the final norm; x [M, E], positions restart in each segment of cu_seqlens [S + 1].
 
-        On a pipeline stage that is not the first, x is None; one that is not the last returns [M, 1, E].
+        On a pipeline stage that is not the first, x is None; one that is not the last returns [M, 1, E]. Under sequence
+        parallelism, M must be a multiple of the tensor-parallel ranks.
         """
         angles = self._rotary(packed_positions(cu_seqlens, int(cu_seqlens[-1]) if x is None else x.shape[0]))
-        hidden = self.decoder(
-            None if x is None else x.to(self.dtype)[:, None],
-            None,
-            packed_seq_params=PackedSegments.of(cu_seqlens, angles),
-        )
-        states: Tensor = hidden[:, 0] if self.post_process else hidden
-        return states
+        cuts = self.config.sequence_parallel
+        entering = None if x is None else x.to(self.dtype)[:, None]
+        if cuts and entering is not None:
+            entering = tensor_parallel.scatter_to_sequence_parallel_region(entering)
+        hidden: Tensor = self.decoder(entering, None, packed_seq_params=PackedSegments.of(cu_seqlens, angles))
+        if not self.post_process:
+            return hidden
+        if cuts:  # every rank goes on with all chunks alike, so that each has the whole gradient of its own part
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden[:, 0]
+
+    @property
+    def columns(self) -> VocabularyColumns:
+        """Which token ids :meth:`own_logits` are of."""
+        ranks, vocab_size = self.config.tensor_model_parallel_size, self.backbone_config.vocab_size
+        if ranks == 1:
+            return VocabularyColumns(0, vocab_size)
+        rows = self.padded_vocab_size // ranks
+        first = rows * parallel_state.get_tensor_model_parallel_rank()
+        group = parallel_state.get_tensor_model_parallel_group()
+        return VocabularyColumns(first, min(max(vocab_size - first, 0), rows), group)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """This rank's columns of the token logits [M, columns.count] of states [M, E], padding cut off."""
+        head = self.output_layer or self.embedding
+        assert head is not None, "only the last pipeline stage has a head"
+        if self.config.tensor_model_parallel_size > 1:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        return F.linear(hidden, head.weight)[:, : self.columns.count]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Token logits [M, W] of states [M, E] (padding rows of the table cut off), on every tensor-parallel rank."""
-        head = self.output_layer or self.embedding
-        assert head is not None, "only the last pipeline stage has a head"
-        is_cut = self.config.tensor_model_parallel_size > 1
-        if is_cut:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        logits = F.linear(hidden, head.weight)
-        if is_cut:
-            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-        return logits[:, : self.backbone_config.vocab_size]
+        ranks, vocab_size = self.config.tensor_model_parallel_size, self.backbone_config.vocab_size
+        own = self.own_logits(hidden)
+        if ranks == 1:
+            return own
+        own = F.pad(own, (0, self.padded_vocab_size // ranks - own.shape[1]))
+        logits: Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(own)
+        return logits[:, :vocab_size]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None

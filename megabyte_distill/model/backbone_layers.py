@@ -18,6 +18,12 @@ from torch import Tensor
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import SegmentAttention
 
+_CUT_ALONG = {
+    tensor_parallel.VocabParallelEmbedding: 0,
+    tensor_parallel.ColumnParallelLinear: 0,
+    tensor_parallel.RowParallelLinear: 1,
+}
+
 
 class BackboneRMSNorm(torch.nn.RMSNorm):
     """RMSNorm for the local spec that is allowed under sequence parallelism (megatron reads the attribute)."""
@@ -37,9 +43,12 @@ class HeadRMSNorm(torch.nn.RMSNorm):
 class FullRMSNorm(torch.nn.Module):
     """RMSNorm over all heads together, [S, B, heads of this rank, head_dim]; its weight is cut like the heads."""
 
-    def __init__(self, config: TransformerConfig, heads: int, head_dim: int, eps: float) -> None:
+    heads: str
+    """Field of TransformerConfig with their number."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
-        ranks = config.tensor_model_parallel_size
+        heads, head_dim, ranks = getattr(config, self.heads), hidden_size, config.tensor_model_parallel_size
         self.weight = torch.nn.Parameter(torch.ones(heads // ranks, head_dim))
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
         self._eps, self._features, self._is_cut = eps, heads * head_dim, ranks > 1
@@ -64,13 +73,16 @@ class FullRMSNorm(torch.nn.Module):
         return state
 
 
-def _full_norm(heads: str) -> Callable[..., FullRMSNorm]:
-    """Builds one for as many heads as the field ``heads`` of TransformerConfig says."""
+class FullQueryNorm(FullRMSNorm):
+    """Of queries."""
 
-    def build(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> FullRMSNorm:
-        return FullRMSNorm(config, getattr(config, heads), hidden_size, eps)
+    heads = "num_attention_heads"
 
-    return build
+
+class FullKeyNorm(FullRMSNorm):
+    """Of keys."""
+
+    heads = "num_query_groups"
 
 
 class PostNormLayer(TransformerLayer):  # type: ignore[misc]
@@ -96,6 +108,17 @@ def _adds_normed(norm: torch.nn.Module) -> Callable[..., Any]:
     return lambda training, fused: add
 
 
+def mark_parallel_parameters(module: torch.nn.Module) -> None:
+    """Says how each parameter is cut by tensor parallelism; megatron says it only of those it initialises."""
+    for part in module.modules():
+        for kind, dimension in _CUT_ALONG.items():
+            if isinstance(part, kind):
+                for name, parameter in part.named_parameters(recurse=False):
+                    if not hasattr(parameter, "tensor_model_parallel"):
+                        along = 0 if name == "bias" else dimension
+                        tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, along, 1)
+
+
 def layer_spec(config: TransformerConfig, backbone: BackboneConfig) -> TransformerBlockSubmodules:
     """The local spec with our norms and our packed core attention; the final norm is a field of the block's spec."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -108,5 +131,5 @@ def layer_spec(config: TransformerConfig, backbone: BackboneConfig) -> Transform
     if backbone.qk_norm is QkNorm.HEAD:
         attention.q_layernorm = attention.k_layernorm = HeadRMSNorm
     elif backbone.qk_norm is QkNorm.FULL:
-        attention.q_layernorm, attention.k_layernorm = _full_norm("num_attention_heads"), _full_norm("num_query_groups")
+        attention.q_layernorm, attention.k_layernorm = FullQueryNorm, FullKeyNorm
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=BackboneRMSNorm)

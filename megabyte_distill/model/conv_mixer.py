@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megabyte_distill.config.model import ByteSideConfig
 from megabyte_distill.kernels.ops import segment_conv, swiglu
@@ -37,14 +37,12 @@ class ConvMixerBlock(ByteMixerBlock):
         width, taps = config.byte_width, config.conv_kernel
         if not config.conv_dilations or min(config.conv_dilations) < 1:
             raise ValueError(f"conv_dilations = {config.conv_dilations}; give at least one dilation, all of them ≥ 1")
-        if width % linears.shards:
-            raise ValueError(f"byte_width = {width} cannot be split over {linears.shards} tensor-parallel ranks")
         self.dilation = config.conv_dilations[layer % len(config.conv_dilations)]
         self.norm = RMSNorm(width, config.norm_eps)
         self.value = linears.column(width, width)
         self.gate = linears.column(width, width)
         bound = 1.0 / math.sqrt(taps)
-        self.conv_weight = nn.Parameter(torch.empty(width // linears.shards, taps).uniform_(-bound, bound))
+        self.conv_weight = linears.cut(torch.empty(width, taps).uniform_(-bound, bound))
         self.out = linears.row(width, width)
         self.ffn_norm = RMSNorm(width, config.norm_eps)
         self.ffn = SwiGLU(width, config.conv_ffn_hidden_size, width, linears)

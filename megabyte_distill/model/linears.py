@@ -1,13 +1,14 @@
-"""Who makes the byte side's linear layers: a factory argument, so that tensor parallelism can put its own in.
+"""Who makes the byte side's parameters: a factory argument, so that tensor parallelism can put its own in.
 
-"column" splits outputs over ranks, "row" splits inputs and sums, "replicated" is whole on every rank.
+"column" splits outputs over ranks, "row" splits inputs and sums, "replicated" is whole on every rank. All draw the same
+numbers whatever the number of ranks.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class LinearFactory(Protocol):
@@ -26,6 +27,15 @@ class LinearFactory(Protocol):
     def replicated(self, inputs: int, outputs: int, bias: bool = False) -> nn.Module:
         """Layer [.., inputs] -> [.., outputs], the same on every rank."""
 
+    def cut(self, whole: Tensor) -> nn.Parameter:
+        """A parameter of which each rank has its part along axis 0."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x, the same on every rank, on its way into work that ranks share: its gradients are summed over them."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, in forward and in backward: what all ranks' results depend on."""
+
 
 class PlainLinears:
     """Everything on one rank: ``nn.Linear`` with PyTorch's default initialisation."""
@@ -43,3 +53,15 @@ class PlainLinears:
     def replicated(self, inputs: int, outputs: int, bias: bool = False) -> nn.Module:
         """An ``nn.Linear``."""
         return nn.Linear(inputs, outputs, bias=bias)
+
+    def cut(self, whole: Tensor) -> nn.Parameter:
+        """All of it."""
+        return nn.Parameter(whole)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """x."""
+        return x

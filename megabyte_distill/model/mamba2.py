@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megabyte_distill.config.model import ByteSideConfig
-from megabyte_distill.kernels.ops import accumulation_dtype, rms_norm, segment_conv, ssm_scan
+from megabyte_distill.kernels.ops import accumulation_dtype, segment_conv, ssm_scan
 from megabyte_distill.kernels.segments import Segments
 from megabyte_distill.model.byte_mixer import ByteMixerBlock
 from megabyte_distill.model.linears import LinearFactory
-from megabyte_distill.model.normalization import RMSNorm
+from megabyte_distill.model.normalization import RMSNorm, SharedRMSNorm
 from megabyte_distill.model.row_state import RowState
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -58,14 +58,14 @@ class Mamba2Block(ByteMixerBlock):
         self.c = linears.replicated(width, state)
         self.dt = linears.column(width, heads)
         self.out = linears.row(inner, width)
-        local_heads, local_inner = heads // linears.shards, inner // linears.shards
-        self.conv_x_weight, self.conv_x_bias = _conv_parameters(local_inner, taps)
-        self.conv_b_weight, self.conv_b_bias = _conv_parameters(state, taps)
-        self.conv_c_weight, self.conv_c_bias = _conv_parameters(state, taps)
-        self.dt_bias = nn.Parameter(_initial_dt_bias(local_heads))
-        self.a_log = nn.Parameter(torch.empty(local_heads).uniform_(_A_MIN, _A_MAX).log())
-        self.d_skip = nn.Parameter(torch.ones(local_heads))
-        self.gated_norm = RMSNorm(local_inner, config.norm_eps)
+        self.conv_x_weight, self.conv_x_bias = map(linears.cut, _conv_numbers(inner, taps))
+        self.conv_b_weight, self.conv_b_bias = map(nn.Parameter, _conv_numbers(state, taps))
+        self.conv_c_weight, self.conv_c_bias = map(nn.Parameter, _conv_numbers(state, taps))
+        self.dt_bias = linears.cut(_initial_dt_bias(heads))
+        self.a_log = linears.cut(torch.empty(heads).uniform_(_A_MIN, _A_MAX).log())
+        self.d_skip = linears.cut(torch.ones(heads))
+        self.gated_norm = SharedRMSNorm(inner, config.norm_eps, linears)
+        self._linears = linears
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """[P, D] -> [P, D]."""
@@ -73,6 +73,7 @@ class Mamba2Block(ByteMixerBlock):
         inputs = F.silu(segment_conv(self.x(normed), self.conv_x_weight, self.conv_x_bias, segments))
         b = F.silu(segment_conv(self.b(normed), self.conv_b_weight, self.conv_b_bias, segments))
         c = F.silu(segment_conv(self.c(normed), self.conv_c_weight, self.conv_c_bias, segments))
+        b, c = self._linears.enter(b), self._linears.enter(c)  # every rank's heads read all of them
         by_head = inputs.view(*inputs.shape[:-1], self.d_skip.shape[0], self.head_dim)
         y = ssm_scan(by_head, self._step_sizes(normed), self._decay_rates(), b, c, segments, self.scan_block)
         return x + self._finish(y, by_head, self.z(normed))
@@ -119,17 +120,14 @@ class Mamba2Block(ByteMixerBlock):
         """Skip, gate, norm over the whole inner width, projection; y [.., H, I / H] -> [.., D]."""
         y = torch.addcmul(y, by_head.to(y.dtype), self.d_skip.to(y.dtype)[:, None]).flatten(-2)
         gated = y * F.silu(z.to(y.dtype))
-        result: Tensor = self.out(rms_norm(gated, self.gated_norm.weight, self.gated_norm.eps))
+        result: Tensor = self.out(self.gated_norm(gated))
         return result
 
 
-def _conv_parameters(channels: int, taps: int) -> tuple[nn.Parameter, nn.Parameter]:
+def _conv_numbers(channels: int, taps: int) -> tuple[Tensor, Tensor]:
     """Weight [channels, taps] and bias [channels], drawn as PyTorch draws a depthwise convolution's."""
     bound = 1.0 / math.sqrt(taps)
-    return (
-        nn.Parameter(torch.empty(channels, taps).uniform_(-bound, bound)),
-        nn.Parameter(torch.empty(channels).uniform_(-bound, bound)),
-    )
+    return torch.empty(channels, taps).uniform_(-bound, bound), torch.empty(channels).uniform_(-bound, bound)
 
 
 def _initial_dt_bias(heads: int) -> Tensor:

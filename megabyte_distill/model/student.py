@@ -19,6 +19,7 @@ from megabyte_distill.model.byte_decoder import ByteDecoder, DechunkState, dechu
 from megabyte_distill.model.byte_encoder import ByteEncoder
 from megabyte_distill.model.byte_stack import StackState
 from megabyte_distill.model.chunking import ChunkLayout, chunk_layout, pool_chunks
+from megabyte_distill.model.linears import LinearFactory
 from megabyte_distill.model.router import Router, decide
 
 
@@ -108,14 +109,15 @@ class StudentState:
 class Student(nn.Module):
     """A distribution over (byte, boundary bit) sequences around a given backbone."""
 
-    def __init__(self, config: ByteSideConfig, backbone: nn.Module) -> None:
+    def __init__(self, config: ByteSideConfig, backbone: nn.Module, linears: LinearFactory | None = None) -> None:
+        """``linears`` makes the byte side's parameters (default: whole ones)."""
         super().__init__()
         self.byte_side_config = config
         # not "decoder": megatron's schedules take a module of that name for a transformer block
-        self.byte_encoder = ByteEncoder(config)
-        self.router = Router(config)
+        self.byte_encoder = ByteEncoder(config, linears)
+        self.router = Router(config, linears)
         self.backbone = backbone
-        self.byte_decoder = ByteDecoder(config)
+        self.byte_decoder = ByteDecoder(config, linears)
         self.config = getattr(backbone, "config", None)
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megabyte_distill.parallel.vocabulary import VocabularyColumns
+
 
 def alignment_squared_error(r: Tensor, target: Tensor) -> Tensor:
     """Mean over E of the squared difference, fp32 [N]; r and target [N, E]."""
@@ -12,9 +14,14 @@ def alignment_squared_error(r: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def table_variance(table: Tensor) -> Tensor:
+def table_variance(table: Tensor, columns: VocabularyColumns | None = None) -> Tensor:
     """Variance of an embedding table [W, E] around its mean row, averaged over E; fp32 scalar.
 
     The error of a constant guess: an alignment error over it is the share of the table that is not yet explained.
+    With ``columns``, the table is this rank's rows alone.
     """
-    return table.float().var(dim=0, unbiased=False).mean()
+    if columns is None or columns.group is None:
+        return table.float().var(dim=0, unbiased=False).mean()
+    rows = columns.total(torch.tensor(float(table.shape[0]), device=table.device))
+    mean = columns.total(table.float().sum(0)) / rows
+    return (columns.total((table.float() - mean).square().sum(0)) / rows).mean()

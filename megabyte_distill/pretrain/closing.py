@@ -55,15 +55,18 @@ class StageRow:
 def closing_report(settings: Settings, prepared: Prepared, world: World) -> None:
     """Measure, write and print the summary where all stages are complete and ``summary_bytes`` asks for one.
 
-    All ranks load (checkpoints are read collectively); then the main rank measures and the others leave.
+    All ranks load (checkpoints are read collectively); then the ranks that share the first copy of the model measure,
+    the main one writes, and the others leave.
     """
     if not settings.run.summary_bytes or settings.data.mock_data or not _finished(prepared.root):
         return
     students = load_students(prepared.root)
     teacher = load_run_teacher(prepared.root, prepared.teacher).backbone
+    if world.data_parallel_rank != 0:
+        return
+    _take_the_others_cores(world)
+    summary = _measure(settings, prepared, students, teacher, world)
     if world.is_main:
-        _take_the_others_cores(world)
-        summary = _measure(settings, prepared, students, teacher)
         path = prepared.root / SUMMARY_FILE
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -72,8 +75,8 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
 
 
 def _take_the_others_cores(world: World) -> None:
-    """Ranks on one CPU have a thread each; the others leave now."""
-    if world.size > 1 and world.device.type == "cpu":
+    """Ranks on one CPU have a thread each; where all but one leave now, that one takes theirs."""
+    if world.size > 1 and world.data_parallel_size == world.size and world.device.type == "cpu":
         torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
 
 
@@ -98,10 +101,13 @@ def _finished(root: Path) -> bool:
     return all(p.is_complete for p in progress) and any(p.stage in GENERATES_FROM for p in progress)
 
 
-def _measure(settings: Settings, prepared: Prepared, students: RunStudents, teacher: Backbone) -> dict[str, Any]:
+def _measure(
+    settings: Settings, prepared: Prepared, students: RunStudents, teacher: Backbone, world: World
+) -> dict[str, Any]:
     root, loaded = prepared.root, students.last
     (training, _), (held_out, _) = data_sets(settings, prepared)
-    say(f" measuring on held-out text ({settings.run.summary_bytes:,} bytes) …")
+    if world.is_main:
+        say(f" measuring on held-out text ({settings.run.summary_bytes:,} bytes) …")
     config = settings.stages.get(loaded.stage) or next(iter(settings.stages.values()))
     rows = held_out_rows(
         held_out,
@@ -120,9 +126,11 @@ def _measure(settings: Settings, prepared: Prepared, students: RunStudents, teac
     )
     stages = _stage_rows(root)
     plots = [root / "losses.png", root / "boundaries.png"]
-    plot_losses(root / METRICS_FILE, plots[0])
-    plot_boundaries(mark_sentence(loaded.student, rows[0]), plots[1])
-    return _summary(evaluation, stages, _sample(loaded.student), plots)
+    marked, sample = mark_sentence(loaded.student, rows[0]), _sample(loaded.student)
+    if world.is_main:
+        plot_losses(root / METRICS_FILE, plots[0])
+        plot_boundaries(marked, plots[1])
+    return _summary(evaluation, stages, sample, plots)
 
 
 def _sample(student: Student) -> str | None:

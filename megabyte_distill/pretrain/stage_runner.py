@@ -96,7 +96,8 @@ class StageRunner:
         dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
-        student = build_student(self.prepared.model_config)
+        overrides = {"sequence_parallel": self.settings.parallel.sequence_parallel}
+        student = build_student(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
             load_checkpoint(own.checkpoint, student)
@@ -114,7 +115,7 @@ class StageRunner:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = student.backbone  # type: ignore[assignment]
         elif need is not TeacherNeed.NONE:
-            teacher = load_teacher(self.prepared.teacher, dtype=dtype).backbone.to(self.world.device)
+            teacher = load_teacher(self.prepared.teacher, dtype=dtype, overrides=overrides).backbone
             teacher.requires_grad_(False).eval()
         return student, teacher
 

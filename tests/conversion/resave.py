@@ -15,21 +15,13 @@ from megabyte_distill.parallel.process_groups import world
 
 def main(source: str, target: str, tensor: str, pipeline: str) -> None:
     with world(tensor_parallel=int(tensor), pipeline_parallel=int(pipeline)):
-        from megatron.core import parallel_state
-
         from megabyte_distill.conversion.teacher_folder import TeacherHolder, find_teacher, save_teacher, stored_dtype
         from megabyte_distill.model.backbone import Backbone, transformer_config
         from megabyte_distill.training.checkpoint import load_checkpoint
 
         stored = find_teacher(Path(source))
-        dtype = stored_dtype(stored.checkpoint)
-        sizes = {"tensor_model_parallel_size": int(tensor), "pipeline_model_parallel_size": int(pipeline)}
-        backbone = Backbone(
-            stored.config,
-            transformer_config(stored.config, perform_initialization=False, pipeline_dtype=dtype, **sizes),
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        ).to(dtype)
+        transformer = transformer_config(stored.config, perform_initialization=False)
+        backbone = Backbone(stored.config, transformer).to(stored_dtype(stored.checkpoint))
         for parameter in backbone.parameters():
             torch.nn.init.constant_(parameter, float("nan"))
         load_checkpoint(stored.checkpoint, TeacherHolder(backbone))

@@ -10,7 +10,7 @@ import transformers
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.families import family_named, family_of_config
 from megabyte_distill.conversion.hf_config import HfConfig
-from megabyte_distill.conversion.llama import read_config, write_config
+from megabyte_distill.conversion.llama import LLAMA
 
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 REQUIRED = {
@@ -20,7 +20,7 @@ REQUIRED = {
 
 
 def read(**fields: Any) -> BackboneConfig:
-    return read_config(HfConfig({**REQUIRED, **fields}, "config.json"))
+    return LLAMA.read_config(HfConfig({**REQUIRED, **fields}, "config.json"))
 
 
 @pytest.mark.parametrize("scaling", [None, SCALING])
@@ -31,12 +31,12 @@ def test_written_fields_read_back_equal(scaling: dict[str, float] | None, tied: 
         head_dim=16, vocab_size=200, norm_eps=1e-4, rope_theta=5e5, rope_scaling=scaling, tied_embeddings=tied,
         max_position_embeddings=512,
     )  # fmt: skip
-    fields = write_config(config)
-    assert read_config(HfConfig(fields, "config.json")) == config
+    fields = LLAMA.write_config(config)
+    assert LLAMA.read_config(HfConfig(fields, "config.json")) == config
     theirs = transformers.LlamaConfig(**fields)
     assert theirs.rope_parameters["rope_theta"] == 5e5
     assert theirs.rope_parameters["rope_type"] == ("llama3" if scaling else "default")
-    assert read_config(HfConfig(theirs.to_dict(), "config.json")) == config
+    assert LLAMA.read_config(HfConfig(theirs.to_dict(), "config.json")) == config
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_absent_fields_mean_what_transformers_takes_them_for() -> None:
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"sliding_window": 128, "max_position_embeddings": 512}, "sliding_window = 128"),
         ({"quantization_config": {"bits": 4}}, "unquantised"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type is 'longrope'"),
         ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 2e4}, "expected one value"),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},

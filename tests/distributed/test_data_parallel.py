@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def alone(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def assert_close(run: Path, alone: Path) -> None:
+def assert_close(run: Path, alone: Path, stages: Sequence[str] = STAGES) -> None:
     ours, theirs = metrics(run), metrics(alone)
     assert ours.keys() == theirs.keys()
     far = {
@@ -31,7 +32,7 @@ def assert_close(run: Path, alone: Path) -> None:
         if not math.isclose(ours[key], theirs[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     }
     assert not far, far
-    for stage in STAGES:
+    for stage in stages:
         before, after = weights(alone, stage), weights(run, stage)
         distance = max(float((before[name] - after[name]).abs().max()) for name in before)
         assert distance < 1e-4, (stage, distance)

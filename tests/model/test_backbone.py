@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabyte_distill.conversion.llama import table, write_config
+from megabyte_distill.conversion.llama import LLAMA
 from megabyte_distill.model.attention import KeyValueCache
 from megabyte_distill.model.backbone import Backbone
 from tests.tiny_student import BACKBONE, VOCAB_SIZE, assert_same, gradients, tiny_backbone
@@ -118,13 +118,13 @@ def test_a_cast_to_bf16_leaves_the_angles_alone() -> None:
 def test_gradients_equal_those_of_transformers(tied: bool) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference for Llama; pip install .[hf]")
     backbone = tiny_backbone(tied_embeddings=tied, rope_scaling=LLAMA3)
-    fields = write_config(backbone.backbone_config)
+    fields = LLAMA.write_config(backbone.backbone_config)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields, attn_implementation="eager"))
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
     theirs_by_name = dict(theirs.named_parameters())
     # conversion only moves numbers about, so it carries gradients as well as weights
-    mapping = table(backbone.backbone_config, backbone.padded_vocab_size)
+    mapping = LLAMA.table(backbone.backbone_config, backbone.padded_vocab_size)
     ours_by_name = dict(backbone.named_parameters())
     with torch.no_grad():
         for name, value in mapping.to_ours(lambda name: theirs_by_name[name].detach()):

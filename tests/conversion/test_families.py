@@ -1,0 +1,162 @@
+"""Every family against transformers: configuration, logits, gradients, alone and cut by tensors and pipeline stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from megabyte_distill.conversion.compare import roundtrip
+from megabyte_distill.conversion.families import family_named, family_of_config
+from megabyte_distill.conversion.hf_config import HfConfig
+from megabyte_distill.conversion.hf_import import import_teacher
+from megabyte_distill.conversion.model_config import read_model_config
+from megabyte_distill.conversion.teacher_folder import load_teacher
+from megabyte_distill.parallel.process_groups import World
+from tests.conversion.conftest import write_tokenizer
+from tests.conversion.family_cases import CASES, LENGTHS, SHAPE, their_answers, theirs, tokens
+from tests.pretrain.job import run_command, torchrun
+
+WORKER = Path(__file__).with_name("parallel_backbones.py")
+TOLERANCE = 1e-5
+"""fp32 with logits of up to about 5 and gradients of up to about 1: what another order of additions leaves."""
+Distances = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def cases(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder a case: hf/, answers.pt and the imported megatron/."""
+    root = tmp_path_factory.mktemp("families")
+    for name in CASES:
+        their_answers(name, root / name)
+        write_tokenizer(root / name / "hf")
+        import_teacher(root / name / "hf", root / name / "megatron")
+    return root
+
+
+@pytest.fixture(scope="module")
+def measured(cases: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int, int], Distances]]:
+    """The distances of all cases at a tensor and a pipeline parallel size; ranks are started once for each."""
+    output = tmp_path_factory.mktemp("distances")
+
+    def measure(tensor: int, pipeline: int) -> Distances:
+        found = output / f"{tensor}-{pipeline}.json"
+        if not found.exists():
+            words = [str(WORKER), str(cases), str(tensor), str(pipeline), str(found)]
+            done = run_command(torchrun(*words, processes=tensor * pipeline), timeout=280)
+            assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(found.read_text())
+
+    yield measure
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_gradients_equal_those_of_transformers(
+    measured: Callable[[int, int], Distances], name: str, tensor: int, pipeline: int
+) -> None:
+    found = measured(tensor, pipeline)[name]
+    assert set(found) == ({"logits", "gradients"} if pipeline == 1 else {"logits"})
+    assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_fields_are_read_and_written(cases: Path, name: str) -> None:
+    prefix, _ = CASES[name]
+    read = read_model_config(cases / name / "megatron").backbone
+    family = family_named(read.family)
+    written = family.write_config(read)
+    assert family.read_config(HfConfig(written, "config.json")) == read
+    # what transformers makes of our fields is what it made of its own
+    again = getattr(transformers, f"{prefix}Config")(**written).to_dict()
+    assert family.read_config(HfConfig(again, "config.json")) == read
+    assert family_of_config(HfConfig.read(cases / name / "hf")) is family
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_roundtrip_is_bit_identical_and_transformers_reads_the_export(
+    world: World, cases: Path, tmp_path: Path, name: str
+) -> None:
+    from megabyte_distill.conversion.hf_export import export_teacher
+
+    assert roundtrip(cases / name / "hf") > 0
+    (cases / name / "megatron" / "tokenizer" / "config.json").unlink(missing_ok=True)  # so that ours is written
+    export_teacher(cases / name / "megatron", tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert type(model) is type(theirs(name))
+    with torch.no_grad():
+        got = torch.cat([model(ids[None]).logits[0] for ids in tokens().split(LENGTHS)])
+    assert torch.equal(got, torch.load(cases / name / "answers.pt")["logits"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stepping_equals_reading_at_once(world: World, cases: Path, name: str) -> None:
+    backbone = load_teacher(cases / name / "megatron").backbone
+    ids = tokens()[: LENGTHS[0]]
+    with torch.no_grad():
+        at_once = backbone(backbone.embed(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
+        cache = backbone.init_cache(1)
+        row = torch.tensor([0])
+        stepped = torch.cat([backbone.step(backbone.embed(ids[i : i + 1]), cache, row) for i in range(len(ids))])
+    torch.testing.assert_close(stepped, at_once, rtol=0, atol=1e-4)
+
+
+def config_of(architecture: str, **fields: Any) -> HfConfig:
+    return HfConfig({"architectures": [f"{architecture}ForCausalLM"], **SHAPE, **fields}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (config_of("Qwen3", attention_bias=True), "attention_bias = True"),
+        (config_of("Qwen2", num_key_value_heads=None), "num_key_value_heads is missing"),
+        (config_of("Qwen2", use_sliding_window=True, max_window_layers="all"), "max_window_layers is 'all'"),
+        (
+            config_of(
+                "Qwen2", use_sliding_window=True, max_window_layers=1, rope_scaling={"type": "yarn", "factor": 2}
+            ),
+            "sliding window together with RoPE scaling",
+        ),
+        (config_of("Olmo3", layer_types=["full_attention"]), "expected 4 times"),
+        (config_of("Olmo3", rope_parameters={"rope_type": "yarn", "factor": 2}), "neither full_attention nor"),
+        (
+            config_of(
+                "Olmo3",
+                rope_parameters={
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+                },
+            ),
+            "expected no scaling and the rope_theta",
+        ),
+        (config_of("Qwen2", rope_scaling={"type": "yarn", "factor": 2, "mscale": 1.0}), "mscale = 1.0"),
+        (config_of("Olmo2", attention_bias=True), "attention_bias = True"),
+    ],
+)
+def test_what_a_family_cannot_reproduce_is_refused(config: HfConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        family_of_config(config).read_config(config)
+
+
+def test_olmo3s_old_spelling_scales_the_full_layers_alone() -> None:
+    """As transformers 4 wrote it."""
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+    fields = {"rope_theta": 5e5, "rope_scaling": scaling, "sliding_window": 16}
+    config = config_of("Olmo3", **fields)
+    read = family_of_config(config).read_config(config)
+    assert read.sliding_layers == (0, 1, 2) and read.rope_scaling is not None and read.rope_scaling["factor"] == 8.0
+    theirs_of = transformers.Olmo3Config(**{**SHAPE, **fields, "rope_scaling": dict(scaling)})
+    assert theirs_of.rope_parameters["sliding_attention"]["rope_type"] == "default"
+    assert family_of_config(config).read_config(HfConfig(theirs_of.to_dict(), "config.json")) == read
+
+
+def test_a_mistral_without_the_field_has_a_window() -> None:
+    read = family_of_config(config_of("Mistral")).read_config
+    assert read(config_of("Mistral", max_position_embeddings=8192)).sliding_window == 4096
+    assert read(config_of("Mistral", max_position_embeddings=8192, sliding_window=None)).sliding_window is None
+    assert read(config_of("Mistral")).sliding_layers == ()

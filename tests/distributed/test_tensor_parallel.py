@@ -1,0 +1,66 @@
+"""Tensor parallelism: the curriculum on two ranks that share each layer gives the losses and weights of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_data_parallel import FLAGS, assert_close
+from tests.pretrain.job import SCRIPT, Job, run_command, torchrun
+
+TENSOR = ("--tensor-model-parallel-size", "2")
+SIZES = ("--micro-batch-size", "2")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--byte-mixer", "mamba2", "--mamba-head-dim", "16"),
+        ("--2a.byte-targets", "exact", "--2b.boundary-source", "router", "--dechunk-mode", "causal"),
+        ("--sequence-parallel", "--2b.boundary-source", "router"),
+    ],
+)
+def test_two_ranks_that_share_layers_give_the_losses_of_one(job: Job, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert job.run(alone, *FLAGS, *SIZES, *(flag for flag in flags if flag != "--sequence-parallel")) == 0
+    done = run_command(torchrun(str(SCRIPT), *job.flags(run, *FLAGS, *SIZES, *flags, *TENSOR), processes=2))
+    assert done.returncode == 0, done.stderr
+    assert_close(run, alone)
+
+
+def test_the_summary_is_that_of_one_process(job: Job, tmp_path: Path) -> None:
+    summaries = []
+    for name, words, processes in (("two", TENSOR, 2), ("one", (), 1)):
+        flags = job.flags(tmp_path / name, *FLAGS, *words, "--summary-bytes", "1500", "--stages", "2a")
+        done = run_command(torchrun(str(SCRIPT), *flags, processes=processes), timeout=120)
+        assert done.returncode == 0, done.stderr
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    assert summaries[0]["student_bits_per_byte"] == pytest.approx(summaries[1]["student_bits_per_byte"], abs=1e-4)
+    assert summaries[0]["alignment_mse_relative"] == pytest.approx(summaries[1]["alignment_mse_relative"], abs=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(job: Job, tmp_path: Path) -> None:
+    """Weights and optimizer are read whole, whatever wrote them."""
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    stage = ("--stages", "2b", *FLAGS, *SIZES)
+    assert job.run(straight, *stage) == 0
+    first = job.flags(changed, *stage, "--exit-interval", "2", *TENSOR)
+    done = run_command(torchrun(str(SCRIPT), *first, processes=2))
+    assert done.returncode == 0, done.stderr
+    assert job.run(changed, *stage) == 0
+    assert_close(changed, straight, ["2b"])
+
+
+def test_sizes_that_do_not_divide_are_refused(job: Job, tmp_path: Path) -> None:
+    flags = job.flags(tmp_path / "run", "--encoder-ffn-hidden-size", "33", *TENSOR)
+    done = run_command(torchrun(str(SCRIPT), *flags, processes=2))
+    assert done.returncode != 0
+    assert "a width of 33 in the byte side cannot be split over --tensor-model-parallel-size 2" in done.stderr
+
+
+def test_ranks_that_cannot_be_cut_are_refused(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.run(tmp_path / "run", *TENSOR) == 2
+    assert "1 ranks cannot be cut into groups of --tensor-model-parallel-size 2" in capsys.readouterr().err
