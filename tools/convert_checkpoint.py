@@ -25,7 +25,8 @@ from megabyte_distill.tool import run_tool
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = ("float32", "bfloat16")
+_TRAINED_DTYPES = ("float32", "bfloat16")
+_EXPORTED_DTYPES = (*_TRAINED_DTYPES, "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,20 +42,28 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--megatron-path", type=Path, required=True, metavar="CKPT", help="checkpoint folder")
         return sub
 
-    def writes(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--torch-dtype", choices=_DTYPES, help="dtype of the weights (default: as stored)")
+    def writes(sub: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
+        sub.add_argument("--torch-dtype", choices=dtypes, help="dtype of the weights (default: as stored)")
         sub.add_argument("--overwrite", action="store_true", help="replace an earlier output")
 
-    writes(command("import", "Hugging Face folder to teacher checkpoint", hf_model=True, megatron_path=True))
+    imports = command("import", "Hugging Face folder to teacher checkpoint", hf_model=True, megatron_path=True)
+    for name, metavar, what in (("--tp", "T", "tensor"), ("--pp", "P", "pipeline")):
+        text = f"check that the model can be cut into {what}-parallel size {metavar} (the checkpoint loads at any size)"
+        imports.add_argument(name, type=int, default=1, metavar=metavar, help=text)
+    writes(imports, _TRAINED_DTYPES)
     export = command("export", "student or teacher to Hugging Face folder", hf_model=False, megatron_path=True)
     export.add_argument("--teacher", action="store_true", help="write the backbone alone, as a token model")
     export.add_argument("--paths", type=int, metavar="K", help="bit histories of the exported byte model (4)")
     export.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
-    writes(export)
+    writes(export, _EXPORTED_DTYPES)
     compare = command("compare", "largest logit difference against transformers", hf_model=True, megatron_path=True)
-    compare.add_argument("--text", help="text to compare on (default: a short English sentence)")
-    compare.add_argument("--json", action="store_true", help="print one JSON object")
-    command("roundtrip", "import, export and compare every tensor's bits", hf_model=True, megatron_path=False)
+    texts = compare.add_mutually_exclusive_group()
+    texts.add_argument("--text", help="text to compare on (default: a short English sentence)")
+    texts.add_argument("--text-file", type=Path, metavar="FILE", help="UTF-8 file with the text to compare on")
+    compare.add_argument("--per-position", action="store_true", help="print a line per position")
+    compare.add_argument("--json", action="store_true", help="print one JSON object, positions included")
+    text = "import, export and compare every tensor's bits, in the temporary folder (TMPDIR: room for the model twice)"
+    command("roundtrip", text, hf_model=True, megatron_path=False)
     return parser
 
 
@@ -81,7 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             from megabyte_distill.conversion.compare import roundtrip
 
-            print(f"{roundtrip(arguments.hf_model)} tensors are bit-identical after import and export")
+            tensors = roundtrip(arguments.hf_model, progress=sys.stderr.isatty())
+            print(f"{tensors} tensors are bit-identical after import and export")
 
 
 def _import(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
@@ -91,6 +101,8 @@ def _import(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
         arguments.hf_model,
         arguments.megatron_path,
         dtype=dtype,
+        tensor_parallel=arguments.tp,
+        pipeline_parallel=arguments.pp,
         overwrite=arguments.overwrite,
         progress=sys.stderr.isatty(),
     )
@@ -107,7 +119,13 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
     if arguments.teacher:
         if arguments.paths is not None:
             raise ValueError("--paths belongs to a student's byte model; leave it out or leave out --teacher")
-        export_teacher(arguments.megatron_path, arguments.hf_path, dtype=dtype, overwrite=arguments.overwrite)
+        export_teacher(
+            arguments.megatron_path,
+            arguments.hf_path,
+            dtype=dtype,
+            overwrite=arguments.overwrite,
+            progress=sys.stderr.isatty(),
+        )
         print(f"wrote {arguments.hf_path}")
         return
     run, stage = split_stage(arguments.megatron_path)
@@ -128,14 +146,21 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from megabyte_distill.conversion.compare import DEFAULT_TEXT, compare_logits
 
-    result = compare_logits(arguments.hf_model, arguments.megatron_path, arguments.text or DEFAULT_TEXT)
+    text = arguments.text or DEFAULT_TEXT
+    if arguments.text_file is not None:
+        text = arguments.text_file.read_text(encoding="utf-8")
+    result = compare_logits(arguments.hf_model, arguments.megatron_path, text)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(result)))
-    else:
-        print(
-            f"largest logit difference {result.max_abs_logit_difference:.3e} over {result.tokens} positions "
-            f"(largest logit {result.max_abs_logit:.2f})"
-        )
+        return
+    if arguments.per_position:
+        for position, one in enumerate(result.per_position):
+            print(f"{position:>5}  {one.max_abs_logit_difference:.3e}  {one.text!r}")
+    where = f"position {result.largest_at} {result.per_position[result.largest_at].text!r}"
+    print(
+        f"largest logit difference {result.max_abs_logit_difference:.3e} over {result.tokens} positions, at {where} "
+        f"(largest logit {result.max_abs_logit:.2f})"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

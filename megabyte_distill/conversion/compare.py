@@ -11,16 +11,28 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.conversion.hf_config import HfConfig
-from megabyte_distill.conversion.hf_export import export_backbone
+from megabyte_distill.conversion.hf_export import export_teacher
 from megabyte_distill.conversion.hf_import import HfModel, import_teacher
 from megabyte_distill.conversion.safetensors_folder import SafetensorsFolder
 from megabyte_distill.conversion.student_folder import is_student
 from megabyte_distill.conversion.teacher_folder import find_root, load_teacher
+from megabyte_distill.conversion.tensor_checks import same_bits
 from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
 from megabyte_distill.data import tokenizers
+from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone
 
 DEFAULT_TEXT = "The quick brown fox jumps over the lazy dog, and nobody in the old town asks it why."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionDifference:
+    """How far two models' logits are apart at one position."""
+
+    token_id: int
+    text: str
+    """Of the token, "<start>" for the start token; replacement characters where its bytes alone are no UTF-8."""
+    max_abs_logit_difference: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +43,9 @@ class Comparison:
     max_abs_logit: float
     tokens: int
     """Positions compared, the start token included."""
+    largest_at: int
+    """The position with the largest difference, counted from 0."""
+    per_position: list[PositionDifference]
 
 
 def compare_logits(hf_model: Path, megatron_path: Path, text: str = DEFAULT_TEXT) -> Comparison:
@@ -52,11 +67,23 @@ def compare_logits(hf_model: Path, megatron_path: Path, text: str = DEFAULT_TEXT
         raise ValueError(
             f"{hf_model} has {theirs.shape[-1]} tokens, {megatron_path} {ours.shape[-1]}; these are different models"
         )
+    differences = (ours - theirs).abs().amax(-1)
     return Comparison(
-        max_abs_logit_difference=float((ours - theirs).abs().max()),
+        max_abs_logit_difference=float(differences.max()),
         max_abs_logit=float(theirs.abs().max()),
         tokens=len(tokens),
+        largest_at=int(differences.argmax()),
+        per_position=[
+            PositionDifference(token_id=token, text=_shown(teacher.token_bytes, token), max_abs_logit_difference=value)
+            for token, value in zip(tokens.tolist(), differences.tolist(), strict=True)
+        ],
     )
+
+
+def _shown(table: TokenBytes, token: int) -> str:
+    if token == table.start_id:
+        return "<start>"
+    return table[token].decode("utf-8", errors="replace")
 
 
 def backbone_logits(backbone: Backbone, tokens: Tensor) -> Tensor:
@@ -66,10 +93,11 @@ def backbone_logits(backbone: Backbone, tokens: Tensor) -> Tensor:
     return backbone.logits(backbone(backbone.embed(tokens), cu_seqlens))
 
 
-def roundtrip(hf_model: Path) -> int:
+def roundtrip(hf_model: Path, *, progress: bool = False) -> int:
     """Imports and exports a folder in a temporary place and compares every tensor's bits; returns how many there are.
 
-    ValueError names the tensors that differ.
+    Memory stays within a few times the largest tensor; the temporary place (TMPDIR) needs room for the model twice, at
+    four bytes a weight where it holds several dtypes or float16. ValueError names the tensors that differ.
     """
     model = HfModel.open(hf_model)
     stored = {name: info.dtype for name, info in model.weights.tensors.items()}
@@ -77,20 +105,13 @@ def roundtrip(hf_model: Path) -> int:
     wide = torch.float32 if torch.float16 in stored.values() else model.stored_dtype
     with tempfile.TemporaryDirectory(prefix="megabyte-distill-") as scratch:
         checkpoint, exported = Path(scratch) / "megatron", Path(scratch) / "hf"
-        import_teacher(hf_model, checkpoint, dtype=wide)
-        backbone = load_teacher(checkpoint).backbone
-        export_backbone(backbone, exported, checkpoint / TOKENIZER_FOLDER, dtypes=stored)
+        import_teacher(hf_model, checkpoint, dtype=wide, progress=progress)
+        export_teacher(checkpoint, exported, dtypes=stored, progress=progress)
         back = SafetensorsFolder(exported)
-        differing = [name for name in back.tensors if not _same_bits(model.weights.read(name), back.read(name))]
+        differing = [name for name in back.tensors if not same_bits(model.weights.read(name), back.read(name))]
         if differing:
             raise ValueError(f"{hf_model}: {len(differing)} tensor(s) differ after the round trip: {differing[:8]}")
         return len(back.tensors)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
 
 
 def _transformers_model(folder: Path) -> Any:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.families import family_named, family_of_config
 from megabyte_distill.conversion.hf_config import CONFIG_FILE, HfConfig
+from megabyte_distill.conversion.mapping import ParameterTable
 from megabyte_distill.conversion.new_folder import check_replaceable, new_folder
 from megabyte_distill.conversion.safetensors_folder import write_tensors
-from megabyte_distill.conversion.teacher_folder import find_root, load_teacher
-from megabyte_distill.conversion.tokenizer_files import GENERATION_FILE, TOKENIZER_FOLDER, copy_files, token_table
+from megabyte_distill.conversion.streamed_load import StoredParameters
+from megabyte_distill.conversion.streamed_save import backbone_skeleton
+from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, TeacherHolder, find_teacher, stored_dtype
+from megabyte_distill.conversion.tokenizer_files import GENERATION_FILE, copy_files, token_table
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone
 
@@ -24,48 +29,83 @@ _DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 def export_backbone(
-    backbone: Backbone,
-    hf_path: Path,
-    tokenizer: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-    overwrite: bool = False,
+    backbone: Backbone, hf_path: Path, tokenizer: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> None:
     """Writes ``hf_path``: config.json, model.safetensors, generation_config.json and the tokenizer's files.
 
     ``tokenizer``: folder with the tokenizer (tokenizer.json or another kind); a config.json in it that describes this
-    very backbone is kept as it is. ``dtype``: of the weights (default: the backbone's); ``dtypes``: of single
-    tensors by Hugging Face name. ValueError where the folder exists without ``overwrite`` or the tokenizer does not
-    fit. Needs the whole backbone in this process (tensor and pipeline parallel size 1).
+    very backbone is kept as it is. ``dtype``: of the weights (default: the backbone's). ValueError where the folder
+    exists without ``overwrite``, the tokenizer does not fit, or a weight is not finite (in ``dtype``). Needs the whole
+    backbone in this process (tensor and pipeline parallel size 1).
     """
     config = backbone.backbone_config
-    table = family_named(config.family).table(config, backbone.padded_vocab_size)
     ours = dict(backbone.named_parameters())
-    table.check_ours({name: tuple(tensor.shape) for name, tensor in ours.items()}, "the backbone")
+    table = _checked_table(backbone)
     tokens = token_table(tokenizer, config.vocab_size)
-    chosen = dtype or backbone.dtype
-    single = dtypes or {}
-    layout = {name: (shape, single.get(name, chosen)) for name, shape in table.theirs().items()}
+    layout = dict.fromkeys(table.theirs(), dtype or backbone.dtype)
     with new_folder(hf_path, overwrite=overwrite, marker=CONFIG_FILE) as folder:
-        copy_files(tokenizer, folder)
-        write_json(folder / CONFIG_FILE, hf_config_of(config, tokens, chosen, tokenizer))
-        if not (folder / GENERATION_FILE).exists():
-            write_json(folder / GENERATION_FILE, _special_ids(tokens))
-        write_tensors(folder, layout, table.to_theirs(lambda name: ours[name]))
+        _write_small_files(folder, config, tokens, dtype or backbone.dtype, tokenizer)
+        _write_weights(folder, table, layout, lambda name: ours[name])
 
 
 def export_teacher(
-    megatron_path: Path, hf_path: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    megatron_path: Path,
+    hf_path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> None:
     """Writes the backbone of a converted teacher, or of a run's stage (RUN/1b), as a Hugging Face folder.
 
-    ``dtype``: of the weights (default: as stored). ValueError as :func:`export_backbone` and :func:`load_teacher`.
+    ``dtype``: of the weights (default: as stored); ``dtypes``: of single tensors, by Hugging Face name. Parameters are
+    read one after the other, so memory stays within a few times the largest. ValueError as :func:`export_backbone`, and
+    where the checkpoint does not fit its model_config.json or a part of it cannot be read.
     """
     check_replaceable(hf_path, overwrite=overwrite, marker=CONFIG_FILE)
-    teacher = load_teacher(megatron_path)
-    source = find_root(megatron_path) / TOKENIZER_FOLDER
-    export_backbone(teacher.backbone, hf_path, source, dtype=dtype, overwrite=overwrite)
+    checkpoint, config, tokens, tokenizer = find_teacher(megatron_path)
+    skeleton = backbone_skeleton(config, stored_dtype(checkpoint))
+    table = _checked_table(skeleton)
+    stored = StoredParameters(checkpoint, TeacherHolder(skeleton), prefix=BACKBONE_PREFIX)
+    chosen = dtype or skeleton.dtype
+    layout = {**dict.fromkeys(table.theirs(), chosen), **(dtypes or {})}
+    total = sum(parameter.nbytes for parameter in skeleton.parameters())
+    with (
+        tqdm(desc="export", total=total, unit="B", unit_scale=True, disable=not progress) as bar,
+        new_folder(hf_path, overwrite=overwrite, marker=CONFIG_FILE) as folder,
+    ):
+
+        def read_with_progress(name: str) -> Tensor:
+            parameter = stored.read(BACKBONE_PREFIX + name)
+            bar.update(parameter.nbytes)
+            return parameter
+
+        _write_small_files(folder, config, tokens, chosen, tokenizer)
+        _write_weights(folder, table, layout, read_with_progress)
+
+
+def _checked_table(backbone: Backbone) -> ParameterTable:
+    config = backbone.backbone_config
+    table = family_named(config.family).table(config, backbone.padded_vocab_size)
+    table.check_ours({name: tuple(tensor.shape) for name, tensor in backbone.named_parameters()}, "the backbone")
+    return table
+
+
+def _write_weights(
+    folder: Path, table: ParameterTable, dtypes: Mapping[str, torch.dtype], read: Callable[[str], Tensor]
+) -> None:
+    layout = {name: (shape, dtypes[name]) for name, shape in table.theirs().items()}
+    write_tensors(folder, layout, table.to_theirs(read))
+
+
+def _write_small_files(
+    folder: Path, config: BackboneConfig, tokens: TokenBytes, dtype: torch.dtype, tokenizer: Path
+) -> None:
+    copy_files(tokenizer, folder)
+    write_json(folder / CONFIG_FILE, hf_config_of(config, tokens, dtype, tokenizer))
+    if not (folder / GENERATION_FILE).exists():
+        write_json(folder / GENERATION_FILE, _special_ids(tokens))
 
 
 def hf_config_of(

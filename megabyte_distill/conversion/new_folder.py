@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megabyte_distill.training.checkpoint import fsync, fsync_tree
+
 _PARTIAL = ".incomplete"
 _REPLACED = ".replaced"
 
@@ -16,6 +18,7 @@ _REPLACED = ".replaced"
 def new_folder(final: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """Yields an empty folder to fill, which becomes ``final`` when the block ends and vanishes when it raises.
 
+    The disk holds all of it before it gets that name.
     ValueError where ``final`` exists without ``overwrite``, or holds anything but no file ``marker``: overwriting
     replaces earlier output, never somebody's other folder.
     """
@@ -28,6 +31,7 @@ def new_folder(final: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        fsync_tree(partial)
         if final.exists():
             os.replace(final, replaced)
         os.replace(partial, final)
@@ -36,6 +40,7 @@ def new_folder(final: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
         if replaced.exists() and not final.exists():
             os.replace(replaced, final)
         raise
+    fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabyte_distill.conversion.mapping import Shape
+from megabyte_distill.conversion.tensor_checks import check_finite, converted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -119,7 +120,8 @@ def write_tensors(
     """Writes weights into a folder: model.safetensors, or shards with an index above ``max_shard_bytes``.
 
     ``layout`` names shapes and dtypes beforehand; ``tensors`` yields the tensors in the same order and is consumed one
-    at a time, each cast to its dtype, so memory stays near the largest.
+    at a time, each cast to its dtype, so memory stays near the largest. ValueError names one with a value that is not
+    finite, or not in its dtype.
     """
     shards = _shards(layout, max_shard_bytes)
     stream = iter(tensors)
@@ -127,10 +129,13 @@ def write_tensors(
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        with open(folder / name, "wb") as file:
-            _write_shard(file, shard, stream)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(folder / name, "wb") as file:
+                _write_shard(file, shard, stream)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # of a file that is open, it does not say which
+            raise OSError(error.errno, error.strerror, str(folder / name)) from error
     leftover = next(stream, None)
     assert leftover is None, f"{leftover and leftover[0]} is not in the layout"
     if len(shards) > 1:
@@ -173,5 +178,6 @@ def _write_shard(file: BinaryIO, shard: _Layout, tensors: Iterator[tuple[str, Te
     for expected, (shape, dtype) in shard.items():
         name, tensor = next(tensors)
         assert name == expected and tuple(tensor.shape) == shape, (name, tuple(tensor.shape), expected, shape)
-        plain = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        check_finite(tensor.detach(), name)
+        plain = converted(tensor.detach().cpu(), dtype, name).contiguous()
         file.write(plain.flatten().view(torch.uint8).numpy().data)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
@@ -59,16 +60,34 @@ class Teacher(NamedTuple):
     token_bytes: TokenBytes
 
 
-def save_teacher(folder: Path, backbone: Backbone, token_bytes: TokenBytes, tokenizer_source: Path) -> None:
+class StoredTeacher(NamedTuple):
+    """What :func:`find_teacher` returns: everything but the weights."""
+
+    checkpoint: Path
+    """The iter_* folder with the weights."""
+    config: BackboneConfig
+    token_bytes: TokenBytes
+    tokenizer: Path
+    """Folder with the tokenizer's files."""
+
+
+def save_teacher(
+    folder: Path,
+    backbone: Backbone,
+    token_bytes: TokenBytes,
+    tokenizer_source: Path,
+    *,
+    writer: TorchDistSaveShardedStrategy | None = None,
+) -> None:
     """Writes the layout above into ``folder``, weights in the backbone's dtype.
 
-    Collective: every rank calls it, rank 0 writes the small files.
+    ``writer``: as in ``save_checkpoint``. Collective: every rank calls it, rank 0 writes the small files.
     """
     if torch.distributed.get_rank() == 0:
         write_tokenizer(folder, token_bytes, tokenizer_source)
         write_model_config(folder, ModelConfig(backbone=backbone.backbone_config))
     loop = {"stage": _STAGE_NAME, "iteration": 0}
-    save_checkpoint(folder, 0, TeacherHolder(backbone), optimizer=None, loop=loop, texts={})
+    save_checkpoint(folder, 0, TeacherHolder(backbone), optimizer=None, loop=loop, texts={}, writer=writer)
 
 
 def write_tokenizer(root: Path, token_bytes: TokenBytes, source: Path) -> None:
@@ -88,6 +107,15 @@ def find_root(folder: Path) -> Path:
     return folder
 
 
+def find_teacher(folder: Path) -> StoredTeacher:
+    """What a converted folder, or a run's stage (RUN/1b), holds. ValueError where it is no such checkpoint."""
+    root = find_root(folder)
+    config = read_model_config(root).backbone
+    checkpoint = _checkpoint_of(folder)
+    tokenizer = root / TOKENIZER_FOLDER
+    return StoredTeacher(checkpoint, config, token_table(tokenizer, config.vocab_size), tokenizer)
+
+
 def load_teacher(
     folder: Path, *, dtype: torch.dtype | None = None, overrides: Mapping[str, object] | None = None
 ) -> Teacher:
@@ -97,10 +125,7 @@ def load_teacher(
     (``parallel.process_groups.world``). ValueError where the folder is no such checkpoint or does not fit its own
     model_config.json.
     """
-    root = find_root(folder)
-    config = read_model_config(root).backbone
-    checkpoint = _checkpoint_of(folder)
-    tokens = token_table(root / TOKENIZER_FOLDER, config.vocab_size)
+    checkpoint, config, tokens, _ = find_teacher(folder)
     # every parameter is overwritten, and a missing one is an error
     fields = {"perform_initialization": False, **(overrides or {})}
     transformer: TransformerConfig = transformer_config(config, **fields)

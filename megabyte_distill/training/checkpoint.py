@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
@@ -82,7 +83,8 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Has the disk hold a file, or the names in a folder, before it returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,9 +92,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fsync_tree(folder: Path) -> None:
-    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
-        _fsync(path)
+def fsync_tree(folder: Path) -> None:
+    """Has the disk hold everything below ``folder``, names included, before it returns."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
 
 
 def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
@@ -148,11 +151,13 @@ def save_checkpoint(
     optimizer: Any | None,
     loop: Mapping[str, Any],
     texts: Mapping[str, str],
+    writer: TorchDistSaveShardedStrategy | None = None,
 ) -> Path:
     """Write ``folder/iter_N`` from all ranks; on return it is complete and the tracker names it.
 
-    ``loop``: JSON-able state of the loop; ``texts``: further small files by name (run_config.yaml). A failure on any
-    rank (a full disk) raises CheckpointError on every rank, removes what was written and leaves earlier checkpoints.
+    ``loop``: JSON-able state of the loop; ``texts``: further small files by name (run_config.yaml); ``writer``: writes
+    the tensors (default: megatron's own, from memory). A failure on any rank (a full disk) raises CheckpointError on
+    every rank, removes what was written and leaves earlier checkpoints.
     """
     final = iteration_folder(folder, iteration)
     partial = final.with_name(final.name + _INCOMPLETE)
@@ -173,12 +178,12 @@ def save_checkpoint(
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=_OPTIMIZER_FORMAT)
         with tied_to_this_process():
-            dist_checkpointing.save(state, str(partial))
+            dist_checkpointing.save(state, str(partial), sharded_strategy=writer)
         if main:
             _write_atomically(partial / STATE_FILE, json.dumps(dict(loop), indent=1))
             for name, text in texts.items():
                 _write_atomically(partial / name, text)
-            _fsync_tree(partial)
+            fsync_tree(partial)
     except _ANY_FAILURE as caught:  # every kind must reach the other ranks, or they wait for ever
         error = caught
     try:
@@ -191,7 +196,7 @@ def save_checkpoint(
         if main:
             _put_in_place(partial, final)
             _write_atomically(folder / TRACKER, f"{iteration}\n")
-            _fsync(folder)
+            fsync(folder)
     except OSError as caught:
         error = caught
     _barrier_with_failures(error, f"finishing {final}")
@@ -216,28 +221,34 @@ def read_loop_state(checkpoint: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
+def readable(checkpoint: Path, name: str = "") -> Iterator[None]:
+    """Raises CheckpointError for whatever goes wrong while the checkpoint (its parameter ``name``) is read."""
     try:
         yield
     except _ANY_FAILURE as error:  # megatron, torch and the file system each raise their own kind
+        what = f"{name} of {checkpoint}" if name else f"{checkpoint}"
         raise CheckpointError(
-            f"{checkpoint} cannot be loaded ({_reason(error)}): it is damaged, or made with "
+            f"{what} cannot be loaded ({_reason(error)}): it is damaged, or made with "
             f"other settings than its run_config.yaml says. To go on from an earlier one, write its number into "
             f"{checkpoint.parent / TRACKER}"
         ) from error
 
 
-def _check_shapes(wanted: dict[str, Any], checkpoint: Path) -> None:
-    with _readable(checkpoint):
+def check_shapes(wanted: Iterable[tuple[str, Any]], checkpoint: Path, *, padded: bool = True) -> None:
+    """CheckpointError that names every tensor of a sharded state which the checkpoint has not, or in another shape.
+
+    ``padded``: whether tensors that megatron pads may have another shape in the checkpoint.
+    """
+    with readable(checkpoint):
         stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     problems = []
-    for name, tensor in wanted.items():
+    for name, tensor in wanted:
         if not isinstance(tensor, ShardedTensor):
             continue
         found = stored.get(tensor.key)
         if found is None:
             problems.append(f"{name}: not in the checkpoint")
-        elif tuple(found.global_shape) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+        elif tuple(found.global_shape) != tuple(tensor.global_shape) and not (padded and tensor.allow_shape_mismatch):
             problems.append(
                 f"{name}: {tuple(found.global_shape)} in the checkpoint, {tuple(tensor.global_shape)} in the model"
             )
@@ -255,8 +266,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "") -> 
     Shapes are checked before anything is changed; CheckpointError names every tensor that does not fit.
     """
     weights = {name: t for name, t in sharded_state_dict(model).items() if name.startswith(prefix)}
-    _check_shapes(weights, checkpoint)
-    with _readable(checkpoint):
+    check_shapes(weights.items(), checkpoint)
+    with readable(checkpoint):
         loaded = dist_checkpointing.load({"model": weights}, str(checkpoint))
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     assert not unexpected, unexpected
@@ -277,7 +288,7 @@ def load_training_state(checkpoint: Path, model: nn.Module, optimizer: Any | Non
         )
     if not wanted:
         return
-    with _readable(checkpoint):
+    with readable(checkpoint):
         loaded = dist_checkpointing.load(wanted, str(checkpoint))
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])

@@ -13,8 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megabyte_distill.conversion.compare import backbone_logits, compare_logits
+from megabyte_distill.conversion.compare import backbone_logits, compare_logits, roundtrip
 from megabyte_distill.conversion.hf_import import HfModel, import_teacher, read_backbone
+from megabyte_distill.conversion.safetensors_folder import write_tensors
 from megabyte_distill.conversion.teacher_folder import load_teacher
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -117,6 +118,24 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _shard(folder: Path) -> list[Path]:
+    """The same weights in several files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    write_tensors(folder, layout, tensors.items(), max_shard_bytes=60_000)
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def _truncate_a_shard(folder: Path) -> None:
+    path = _shard(folder)[1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _remove_a_shard(folder: Path) -> None:
+    _shard(folder)[1].unlink()
+
+
 _Q = "model.layers.1.self_attn.q_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (_edit_weights(lambda t: t.pop(_Q)), rf"missing: {_Q} \[96, 48\]"),
@@ -126,6 +145,25 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"{_Q} has shape \[48, 48\], expected \[96, 48\]",
     ),
     "not-a-number": (_edit_weights(lambda t: t[_Q][0].fill_(torch.nan)), f"{_Q} holds 48 NaN or infinite"),
+    "infinite": (
+        _edit_weights(lambda t: t["model.norm.weight"][3:5].fill_(-torch.inf)),
+        "model.safetensors: model.norm.weight holds 2 NaN or infinite",
+    ),
+    "truncated-shard": (_truncate_a_shard, r"model-00002-of-\d+.safetensors: not a complete safetensors file"),
+    "absent-shard": (_remove_a_shard, r"index.json names files that are not there: model-00002-of-"),
+    "more-layers": (_edit_config(num_hidden_layers=5), r"missing: model\.layers\.4\.input_layernorm\.weight \[48\]"),
+    "other-heads": (
+        _edit_config(num_attention_heads=4),
+        rf"{_Q} has shape \[96, 48\], expected \[64, 48\]",
+    ),
+    "other-groups": (
+        _edit_config(num_key_value_heads=3),
+        r"layers.0.self_attn.k_proj.weight has shape \[32, 48\], expected \[48, 48\]",
+    ),
+    "untied-without-head": (
+        _edit_weights(lambda t: t.pop("lm_head.weight")),
+        r"missing: lm_head.weight \[200, 48\]",
+    ),
     "truncated": (_truncate, "model.safetensors: not a complete safetensors file"),
     "fewer-layers": (_edit_config(num_hidden_layers=3), r"not expected: model\.layers\.3\."),
     "other-vocabulary": (
@@ -135,7 +173,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vocabulary-below-tokenizer": (_edit_config(vocab_size=100), "the tokenizer has 130 ids"),
     "tied-with-another-head": (
         _edit_config(tie_word_embeddings=True),
-        "lm_head.weight differs from model.embed_tokens",
+        r"model.safetensors: lm_head.weight differs from model.embed_tokens.weight, but \S+config.json says",
     ),
     "unknown-architecture": (_edit_config(architectures=["FooLM"]), "unknown architecture FooLM; known are Llama"),
     "no-config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
@@ -167,3 +205,47 @@ def test_a_tied_head_stored_again_and_old_frequencies_are_accepted(
     _edit_weights(add)(folder)
     import_teacher(folder, tmp_path / "ckpt")
     assert load_teacher(tmp_path / "ckpt").backbone.output_layer is None
+
+
+def test_several_dtypes_in_one_folder_are_imported_exactly(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(llama, folder)
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to(kinds[i % 3]) for i, (name, tensor) in enumerate(tensors.items())})
+
+    _edit_weights(narrow)(folder)
+    assert roundtrip(folder) == 39
+    import_teacher(folder, tmp_path / "ckpt")
+    assert load_teacher(tmp_path / "ckpt").backbone.dtype is torch.float32
+
+
+def test_a_value_beyond_the_asked_dtype_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(llama, folder)
+    _edit_weights(lambda tensors: tensors[_Q][0, :2].fill_(3.4e38))(folder)
+    with pytest.raises(ValueError, match=rf"{_Q}.*: 2 value\(s\) are beyond what bfloat16 can hold"):
+        import_teacher(folder, tmp_path / "ckpt", dtype=torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_compare_tells_each_position(llama: Path, tmp_path: Path) -> None:
+    import_teacher(llama, tmp_path / "ckpt")
+    _edit_rows = load_file(llama / "model.safetensors")
+    other = tmp_path / "hf"
+    shutil.copytree(llama, other)
+    tokenizer = load_teacher(tmp_path / "ckpt").token_bytes
+    result = compare_logits(llama, tmp_path / "ckpt", "the old town")
+    assert len(result.per_position) == result.tokens > 3
+    assert result.per_position[0].text == "<start>" and result.per_position[0].token_id == tokenizer.start_id
+    assert "".join(one.text for one in result.per_position[1:]) == "the old town"
+    # another embedding for the second token: nothing before it may differ
+    changed = result.per_position[2].token_id
+    assert changed not in [one.token_id for one in result.per_position[:2]]
+    _edit_rows["model.embed_tokens.weight"][changed] += 1.0
+    save_file(_edit_rows, other / "model.safetensors")
+    result = compare_logits(other, tmp_path / "ckpt", "the old town")
+    differences = [one.max_abs_logit_difference for one in result.per_position]
+    assert max(differences[:2]) < 1e-5 < 1e-2 < differences[2]
+    assert differences[result.largest_at] == max(differences) == result.max_abs_logit_difference

@@ -106,7 +106,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_rest(
 
     target = {
         "weights": (module.dist_checkpointing, "save"),
-        "small files": (module, "_fsync_tree"),
+        "small files": (module, "fsync_tree"),
         "rename": (module, "_put_in_place"),
     }[place]
     with monkeypatch.context() as patched:
