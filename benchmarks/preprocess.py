@@ -55,9 +55,13 @@ _state: dict[str, object] = {}
 
 
 def ours(source: Path, folder: Path, workers: int, **settings: object) -> None:
-    """This tool, from the file to the published data set."""
-    options = PreprocessOptions(overwrite=True, workers=workers)
+    """This tool, from the file to the published data set; the last run's is removed beforehand."""
+    for old in folder.glob("ours*"):
+        old.unlink()
+    started = time.perf_counter()
+    options = PreprocessOptions(workers=workers)
     preprocess([source], output_prefix=folder / "ours", job=EncodeJob(**settings), options=options)  # type: ignore[arg-type]
+    _state["seconds"] = time.perf_counter() - started
 
 
 def _start_megatron_worker(tokenizer: str) -> None:
@@ -283,7 +287,9 @@ def bytes_only(source: Path, texts: list[str], folder: Path, workers: int, repea
         repeats + 2,
     )
     print("bytes alone, txt.zst", flush=True)
-    found |= ratios({"ours": lambda: ours(text, folder, 1, **none), "zstd_wc": lambda: zstd_wc(text)}, repeats + 2)
+    found |= ratios(
+        {"ours": lambda: ours(text, folder, workers, **none), "zstd_wc": lambda: zstd_wc(text)}, repeats + 2
+    )
     return {f"bytes_only_to_{name}": value for name, value in found.items()}
 
 
