@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.conversion.decoder_table import decoder_table
 from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.mapping import ParameterTable
 
@@ -23,5 +24,5 @@ class Family:
     """ValueError for every setting the backbone would not reproduce."""
     write_config: Callable[[BackboneConfig], dict[str, Any]]
     """All fields of a config.json that ``read_config`` reads, and ``model_type``."""
-    table: Callable[[BackboneConfig, int], ParameterTable]
+    table: Callable[[BackboneConfig, int], ParameterTable] = decoder_table
     """Of a configuration and the number of rows its backbone's embedding table is padded to."""

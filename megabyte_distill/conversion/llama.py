@@ -6,7 +6,6 @@ from typing import Any
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.decoder_config import read_decoder, write_decoder
-from megabyte_distill.conversion.decoder_table import decoder_table
 from megabyte_distill.conversion.family import Family
 from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.rope_fields import rope_fields
@@ -51,12 +50,10 @@ LLAMA = Family(
     architectures=("LlamaForCausalLM",),
     read_config=_read_llama,
     write_config=_write_llama,
-    table=decoder_table,
 )
 MISTRAL = Family(
     name="mistral",
     architectures=("MistralForCausalLM",),
     read_config=_read_mistral,
     write_config=_write_mistral,
-    table=decoder_table,
 )

@@ -13,7 +13,6 @@ from megabyte_distill.conversion.decoder_config import (
     sliding_layers,
     write_decoder,
 )
-from megabyte_distill.conversion.decoder_table import decoder_table
 from megabyte_distill.conversion.family import Family
 from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.rope_fields import read_rope, rope_fields
@@ -87,12 +86,10 @@ OLMO2 = Family(
     architectures=("Olmo2ForCausalLM",),
     read_config=_read_olmo2,
     write_config=_write_olmo2,
-    table=decoder_table,
 )
 OLMO3 = Family(
     name="olmo3",
     architectures=("Olmo3ForCausalLM",),
     read_config=_read_olmo3,
     write_config=_write_olmo3,
-    table=decoder_table,
 )

@@ -6,7 +6,6 @@ from typing import Any
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.conversion.decoder_config import layer_types, read_decoder, sliding_layers, write_decoder
-from megabyte_distill.conversion.decoder_table import decoder_table
 from megabyte_distill.conversion.family import Family
 from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.rope_fields import rope_fields
@@ -57,12 +56,10 @@ QWEN2 = Family(
     architectures=("Qwen2ForCausalLM",),
     read_config=_read_qwen2,
     write_config=_write,
-    table=decoder_table,
 )
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     read_config=_read_qwen3,
     write_config=_write,
-    table=decoder_table,
 )
