@@ -142,6 +142,8 @@ def _checkpoint(settings: Settings) -> Iterator[str]:
     checkpoint = settings.checkpoint
     if checkpoint.load is None and checkpoint.ckpt_step is not None:
         yield "--ckpt-step needs --load, whose checkpoint it is about"
+    if checkpoint.save_retain_interval and not checkpoint.keep_last_checkpoints:
+        yield "--save-retain-interval is about --keep-last-checkpoints N, without which all are kept; give both"
     if settings.run.fresh and checkpoint.save is None:
         yield "--fresh needs --save, the folder to start over"
     if settings.run.fresh and checkpoint.load is not None and checkpoint.load == checkpoint.save:

@@ -145,6 +145,8 @@ class StageRunner:
             texts={RUN_CONFIG_NAME: run_config_text(settings)},
             extra_state=self._identity(stage.name),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
+            keep_last_checkpoints=settings.checkpoint.keep_last_checkpoints,
+            save_retain_interval=settings.checkpoint.save_retain_interval,
         )
 
     def _identity(self, name: str) -> dict[str, Any]:

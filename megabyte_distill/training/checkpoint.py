@@ -203,6 +203,27 @@ def save_checkpoint(
     return final
 
 
+def remove_old_checkpoints(folder: Path, *, keep_last: int, retain_interval: int = 0) -> list[Path]:
+    """Removes checkpoints up to the latest but the newest ``keep_last`` and those at a multiple of ``retain_interval``.
+
+    Returns what was removed. Each first loses the name that makes it complete, so that a crash leaves none half there.
+    """
+    latest = latest_iteration(folder)
+    numbers = [path.name.removeprefix("iter_") for path in folder.glob("iter_*")]
+    there = sorted(
+        int(number) for number in numbers if number.isdigit() and latest is not None and int(number) <= latest
+    )
+    old = [n for n in there[:-keep_last] if not (retain_interval and n % retain_interval == 0)]
+    removed = []
+    for iteration in old:
+        path = iteration_folder(folder, iteration)
+        leaving = path.with_name(f"{path.name}.old{_INCOMPLETE}")
+        os.replace(path, leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
 def _put_in_place(partial: Path, final: Path) -> None:
     if final.exists():  # a save that never reached the tracker
         replaced = final.with_name(f"{final.name}.replaced{_INCOMPLETE}")

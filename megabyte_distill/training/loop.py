@@ -18,7 +18,12 @@ from megabyte_distill.config.training import RunConfig
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.training.checkpoint import load_training_state, read_loop_state, save_checkpoint
+from megabyte_distill.training.checkpoint import (
+    load_training_state,
+    read_loop_state,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
 from megabyte_distill.training.signals import StopRequest
@@ -118,6 +123,9 @@ class Loop:
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Written into each checkpoint's state: hashes of what it was made from."""
     valid_rows: Callable[[], list[list[PackedRow]]] = list
+    keep_last_checkpoints: int = 0
+    """0 keeps all."""
+    save_retain_interval: int = 0
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
 
@@ -293,4 +301,8 @@ class Loop:
         )
         if self.world.is_main:
             say(f" saved {path}")
+            if self.keep_last_checkpoints:
+                remove_old_checkpoints(
+                    self.folder, keep_last=self.keep_last_checkpoints, retain_interval=self.save_retain_interval
+                )
         return path

@@ -29,6 +29,7 @@ MOCK = "--mock-data "
         (MOCK + "--fresh", "--fresh needs --save"),
         (MOCK + "--fresh --load r --save r", "--fresh removes r, from which --load wants to read"),
         (MOCK + "--tensor-model-parallel-size 2", "1 ranks cannot be cut into groups"),
+        (MOCK + "--save-retain-interval 5", "is about --keep-last-checkpoints"),
         (MOCK + "--sequence-parallel", "cuts over tensor-parallel ranks"),
         (MOCK + "--pipeline-model-parallel-size 4", "the student's pipeline is not built yet"),
         (MOCK + "--stages 1a,9z", "unknown stage '9z'"),

@@ -92,3 +92,11 @@ def test_a_setting_changed_in_the_middle_of_a_stage_is_said(
     assert job.run(run, "--stages", "1a", "--exit-interval", "2") == 0
     assert job.run(run, "--stages", "1a", "--lr", "1e-4") == 0
     assert "changed since that checkpoint: 1a.lr" in capsys.readouterr().out
+
+
+def test_a_run_that_keeps_its_last_checkpoint_alone_goes_on_from_it(job: Job, finished: Path, run: Path) -> None:
+    flags = ("--keep-last-checkpoints", "1")
+    assert job.run(run, *flags, "--exit-interval", "3") == 0
+    assert job.run(run, *flags) == 0
+    assert_same_run(run, finished)
+    assert [path.name for stage in STAGES for path in (run / stage).glob("iter_*")] == ["iter_0000004"] * len(STAGES)

@@ -20,6 +20,7 @@ from megabyte_distill.training.checkpoint import (
     latest_iteration,
     load_checkpoint,
     read_loop_state,
+    remove_old_checkpoints,
     save_checkpoint,
 )
 
@@ -135,3 +136,19 @@ def test_saving_starts_no_lasting_process(world: World, tmp_path: Path) -> None:
     save(tmp_path, 1, model())
     names = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert not [name for name in names if "spawn_main" in name], names
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "retain_interval", "kept"), [(1, 0, [4]), (2, 0, [3, 4]), (1, 2, [2, 4]), (9, 0, [1, 2, 3, 4])]
+)
+def test_old_checkpoints_go_and_the_others_stay(
+    world: World, tmp_path: Path, keep_last: int, retain_interval: int, kept: list[int]
+) -> None:
+    for iteration in (1, 2, 3, 4):
+        save(tmp_path, iteration, model())
+    (tmp_path / "iter_0000009").mkdir()  # beyond the latest: somebody went back, and it is not ours to judge
+    removed = remove_old_checkpoints(tmp_path, keep_last=keep_last, retain_interval=retain_interval)
+    assert [path.name for path in removed] == [f"iter_{n:07d}" for n in (1, 2, 3, 4) if n not in kept]
+    there = sorted(path.name for path in tmp_path.glob("iter_*"))
+    assert there == [f"iter_{n:07d}" for n in (*kept, 9)]
+    assert latest_iteration(tmp_path) == 4 and find_checkpoint(tmp_path).name == "iter_0000004"
