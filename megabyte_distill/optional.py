@@ -1,4 +1,4 @@
-"""The only file that imports packages a user may not have: Transformer Engine, apex, mamba_ssm, wandb.
+"""The only file that imports Transformer Engine, apex, mamba_ssm and wandb, which a user may not have.
 
 An installed package without its native libraries raises other things than ImportError (Transformer Engine without CUDA
 raises RuntimeError), so all of those mean "not usable here".

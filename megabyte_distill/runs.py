@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from megabyte_distill.config.stage import STAGE_ORDER
-from megabyte_distill.conversion.model_config import ModelConfig, read_model_config
+from megabyte_distill.conversion.model_config import TEACHER_FILE, ModelConfig, is_run, read_model_config
 from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -28,7 +28,6 @@ from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
 
-TEACHER_FILE = "teacher.json"
 GENERATES_FROM = ("2a", "2b")
 """Stages after which the decoder speaks."""
 
@@ -74,15 +73,11 @@ def stage_progress(root: Path, stage: str) -> StageProgress | None:
     )
 
 
-def is_run(folder: Path) -> bool:
-    """True for the root of a run (not for a converted teacher)."""
-    return (folder / TEACHER_FILE).exists()
-
-
 def split_stage(folder: Path) -> tuple[Path, str | None]:
     """(run, stage) of RUN/<stage>; (folder, None) of anything else."""
-    above = folder.resolve().parent
-    return (above, folder.resolve().name) if folder.name in STAGE_ORDER and is_run(above) else (folder, None)
+    resolved = folder.resolve()
+    is_stage = resolved.name in STAGE_ORDER and is_run(resolved.parent)
+    return (resolved.parent, resolved.name) if is_stage else (folder, None)
 
 
 def last_stage(root: Path) -> StageProgress:

@@ -82,7 +82,9 @@ def _preprocess_parser() -> argparse.ArgumentParser:
     output.add_argument("--log-interval", type=int, default=1000, metavar="DOCUMENTS",
                         help="documents between progress lines where there is no terminal (1000)")  # fmt: skip
     work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=int, default=1, help="processes that tokenize (1)")
+    work.add_argument(
+        "--workers", type=int, default=1, help="processes that tokenize, or threads that parse without tokenizer (1)"
+    )
     work.add_argument("--partitions", type=int, default=1, help="cut the input files into this many runs, each "
                       "complete or absent, merged at the end (1)")  # fmt: skip
     work.add_argument("--partition-index", type=int, help="write this partition alone, from 0; merge them later")

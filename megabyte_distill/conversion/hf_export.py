@@ -15,7 +15,7 @@ from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.families import family_named, family_of_config
 from megabyte_distill.conversion.hf_config import CONFIG_FILE, HfConfig
 from megabyte_distill.conversion.mapping import ParameterTable
-from megabyte_distill.conversion.new_folder import check_replaceable, new_folder
+from megabyte_distill.conversion.new_folder import EXPORT_MARKER, check_replaceable, new_folder
 from megabyte_distill.conversion.safetensors_folder import write_tensors
 from megabyte_distill.conversion.streamed_load import StoredParameters
 from megabyte_distill.conversion.streamed_save import backbone_skeleton
@@ -43,7 +43,7 @@ def export_backbone(
     table = _checked_table(backbone)
     tokens = token_table(tokenizer, config.vocab_size)
     layout = dict.fromkeys(table.theirs(), dtype or backbone.dtype)
-    with new_folder(hf_path, overwrite=overwrite, marker=CONFIG_FILE) as folder:
+    with new_folder(hf_path, overwrite=overwrite, marker=EXPORT_MARKER) as folder:
         _write_small_files(folder, config, tokens, dtype or backbone.dtype, tokenizer)
         _write_weights(folder, table, layout, lambda name: ours[name])
 
@@ -63,7 +63,7 @@ def export_teacher(
     read one after the other, so memory stays within a few times the largest. ValueError as :func:`export_backbone`, and
     where the checkpoint does not fit its model_config.json or a part of it cannot be read.
     """
-    check_replaceable(hf_path, overwrite=overwrite, marker=CONFIG_FILE)
+    check_replaceable(hf_path, overwrite=overwrite, marker=EXPORT_MARKER)
     checkpoint, config, tokens, tokenizer = find_teacher(megatron_path)
     skeleton = backbone_skeleton(config, stored_dtype(checkpoint))
     table = _checked_table(skeleton)
@@ -73,7 +73,7 @@ def export_teacher(
     total = sum(parameter.nbytes for parameter in skeleton.parameters())
     with (
         tqdm(desc="export", total=total, unit="B", unit_scale=True, disable=not progress) as bar,
-        new_folder(hf_path, overwrite=overwrite, marker=CONFIG_FILE) as folder,
+        new_folder(hf_path, overwrite=overwrite, marker=EXPORT_MARKER) as folder,
     ):
 
         def read_with_progress(name: str) -> Tensor:

@@ -12,6 +12,7 @@ from megabyte_distill.conversion.rope_fields import rope_fields
 
 _MISTRAL_WINDOW = 4096
 """Of a config.json without the field; null means none."""
+_MISTRAL_CONTEXT = 131_072
 
 
 def _read_llama(config: HfConfig) -> BackboneConfig:
@@ -33,12 +34,14 @@ def _write_llama(config: BackboneConfig) -> dict[str, Any]:
 
 def _read_mistral(config: HfConfig) -> BackboneConfig:
     config.refuse("attention_bias", (False,), "the projections of this family have no bias")
+    config.integer("num_key_value_heads")  # absent, transformers takes 8, which nobody means
+    context = config.integer("max_position_embeddings", _MISTRAL_CONTEXT)
     window: dict[str, Any] = {}
     if config.fields.get("sliding_window", _MISTRAL_WINDOW) is not None:
-        size, context = config.integer("sliding_window", _MISTRAL_WINDOW), config.integer("max_position_embeddings")
+        size = config.integer("sliding_window", _MISTRAL_WINDOW)
         if size < context:
             window = {"sliding_window": size, "sliding_layers": tuple(range(config.integer("num_hidden_layers")))}
-    return read_decoder(config, "mistral", **window)
+    return read_decoder(config, "mistral", max_position_embeddings=context, **window)
 
 
 def _write_mistral(config: BackboneConfig) -> dict[str, Any]:

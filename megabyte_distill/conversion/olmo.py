@@ -17,7 +17,7 @@ from megabyte_distill.conversion.family import Family
 from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.rope_fields import read_rope, rope_fields
 
-_THETA = 500_000.0
+_OLMO3_THETA = 500_000.0
 _EPS = 1e-5
 _WINDOW = 4096
 
@@ -28,7 +28,7 @@ def _features(config: HfConfig) -> dict[str, Any]:
 
 
 def _read_olmo2(config: HfConfig) -> BackboneConfig:
-    return read_decoder(config, "olmo2", **_features(config), **read_rope(config, default_theta=_THETA))
+    return read_decoder(config, "olmo2", **_features(config))
 
 
 def _read_olmo3(config: HfConfig) -> BackboneConfig:
@@ -42,20 +42,21 @@ def _olmo3_rope(config: HfConfig) -> dict[str, Any]:
     """The rotation of the full layers; that of the sliding ones must be the same without scaling."""
     parameters = config.section("rope_parameters")
     if parameters is None:
-        return read_rope(config, default_theta=_THETA)
+        return read_rope(config, default_theta=_OLMO3_THETA)
     sections = {kind: parameters.section(kind) for kind in (FULL, SLIDING)}
     if all(section is None for section in sections.values()):
         raise ValueError(
             f"{parameters.where}: has neither {FULL} nor {SLIDING}, and transformers' versions read that differently; "
             "expected one object for each"
         )
-    read = {
-        kind: read_rope(HfConfig({"rope_parameters": dict(section.fields)}, section.where), default_theta=_THETA)
-        for kind, section in sections.items()
-        if section is not None
-    }
-    full = read.get(FULL, {"rope_theta": _THETA, "rope_scaling": None})
-    slides = read.get(SLIDING, {"rope_theta": _THETA, "rope_scaling": None})
+    full, slides = (
+        read_rope(
+            HfConfig({**above, "rope_parameters": None if section is None else dict(section.fields)}, config.where),
+            default_theta=_OLMO3_THETA,
+        )
+        # the old spelling beside the new one is about the full layers
+        for section, above in ((sections[FULL], config.fields), (sections[SLIDING], {}))
+    )
     if slides["rope_scaling"] is not None or slides["rope_theta"] != full["rope_theta"]:
         raise ValueError(
             f"{parameters.where}: {SLIDING} has {slides}; expected no scaling and the rope_theta of {FULL}, "

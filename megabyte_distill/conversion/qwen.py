@@ -12,6 +12,11 @@ from megabyte_distill.conversion.rope_fields import rope_fields
 
 _LAYERS_WITHOUT_WINDOW = 28
 _WINDOW = 4096
+_CONTEXT = 32_768
+
+
+def _context(config: HfConfig) -> dict[str, Any]:
+    return {"max_position_embeddings": config.integer("max_position_embeddings", _CONTEXT)}
 
 
 def _window(config: HfConfig) -> dict[str, Any]:
@@ -27,13 +32,14 @@ def _window(config: HfConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(config: HfConfig) -> BackboneConfig:
-    return read_decoder(config, "qwen2", qkv_bias=True, **_window(config))
+    return read_decoder(config, "qwen2", qkv_bias=True, **_context(config), **_window(config))
 
 
 def _read_qwen3(config: HfConfig) -> BackboneConfig:
     config.refuse("attention_bias", (False,), "the projections of this family have no bias")
     head_dim = config.integer("head_dim", 128)
-    return read_decoder(config, "qwen3", qk_norm=QkNorm.HEAD, head_dim=head_dim, **_window(config))
+    features = {**_context(config), **_window(config)}
+    return read_decoder(config, "qwen3", qk_norm=QkNorm.HEAD, head_dim=head_dim, **features)
 
 
 def _write(config: BackboneConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megabyte_distill.conversion.flat_sources import flat_sources
 from megabyte_distill.conversion.hf_config import CONFIG_FILE
 from megabyte_distill.conversion.hf_export import hf_config_of, write_json
 from megabyte_distill.conversion.model_config import ModelConfig
-from megabyte_distill.conversion.new_folder import check_replaceable, new_folder
+from megabyte_distill.conversion.new_folder import EXPORT_MARKER, check_replaceable, new_folder
 from megabyte_distill.conversion.safetensors_folder import write_tensors
 from megabyte_distill.conversion.student_folder import (
     BACKBONE_TOKENIZER,
@@ -52,7 +52,7 @@ def export_student(
     Raises:
         ValueError: for a student in official dechunk mode, fewer than one path, an output that exists.
     """
-    check_replaceable(hf_path, overwrite=overwrite, marker=CONFIG_FILE)
+    check_replaceable(hf_path, overwrite=overwrite, marker=EXPORT_MARKER)
     if student.is_official:
         raise ValueError(
             "a student with --dechunk-mode official reads one byte ahead, so it cannot be stepped and is no causal "
@@ -64,7 +64,7 @@ def export_student(
         config.backbone, token_table(tokenizer, config.backbone.vocab_size), dtype, tokenizer
     )
     shapes, tensors = _tensors(student)
-    with new_folder(hf_path, overwrite=overwrite, marker=CONFIG_FILE) as folder:
+    with new_folder(hf_path, overwrite=overwrite, marker=EXPORT_MARKER) as folder:
         for name, text in flat_sources().items():
             (folder / name).write_text(text, encoding="utf-8")
         copy_files(tokenizer, folder / BACKBONE_TOKENIZER)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 _MOST_BYTES = 1 << 30
 """At a time: Arrow counts in 32 bits here."""
-_NEWLINE, _OPENING, _CLOSING = b"\n{}"
+_NEWLINE, _RETURN, _OPENING, _CLOSING = b"\n\r{}"
 
 
 def is_utf8(text: bytes) -> bool:
@@ -72,6 +72,7 @@ def _lines_in_brackets(lines: bytes) -> int | None:
     firsts, lasts = np.append(0, newlines + 1), np.append(newlines - 1, text.size - 1)
     if not text.size or lasts.min() < 0 or firsts.max() >= text.size:
         return None
+    lasts = np.maximum(np.where(text[lasts] == _RETURN, lasts - 1, lasts), 0)
     in_brackets = (text[firsts] == _OPENING) & (text[lasts] == _CLOSING)
     return firsts.size if in_brackets.all() else None
 

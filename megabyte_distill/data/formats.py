@@ -41,6 +41,12 @@ _MAX_ITEM = 2**31 - 1
 _BLOCK = 1 << 20
 _COPY_BYTES = 8 << 20
 _SYNC_BYTES = 32 << 20
+
+
+def _sync_data(descriptor: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(descriptor)  # not every system has the former
+
+
 PARTIAL_SUFFIX = ".partial"
 """Appended to the name of a file that is still being written."""
 
@@ -122,7 +128,7 @@ class IndexedWriter:
         if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             self._await_sync()
             self._unsynced = 0
-            self._syncing = self._syncer.submit(os.fdatasync, self._stream.fileno())
+            self._syncing = self._syncer.submit(_sync_data, self._stream.fileno())
 
     def _await_sync(self) -> None:
         """Raises what went wrong beside the writing."""

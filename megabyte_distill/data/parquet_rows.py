@@ -31,9 +31,10 @@ def parquet_rows(
     try:
         with pyarrow.parquet.ParquetFile(file.path, buffer_size=BLOCK_BYTES) as table:
             names = table.schema_arrow.names
-            missing = [key for key in keys if key not in names]
-            if missing:
-                raise ValueError(f"{file.name}: no column {missing[0]!r}; it has {', '.join(map(repr, names))}")
+            for key in keys:
+                if (count := names.count(key)) != 1:
+                    found = f"{count} columns" if count else "no column"
+                    raise ValueError(f"{file.name}: {found} {key!r}; it has {', '.join(map(repr, names))}")
             yield from _rows(table, file, plain, keys)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file.name}: cannot be read as parquet ({error}): damaged or truncated") from error
@@ -64,12 +65,17 @@ def _rows(
         behind += compressed
 
 
+def _is_not(kind: Any) -> bool:
+    """Of a kind that the installed pyarrow does not know yet."""
+    return False
+
+
 def _text_column(part: Any, key: str, file: InputFile) -> list[bytes | None]:
     column = part.column(key)
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    kinds = ("is_string", "is_large_string", "is_binary", "is_large_binary")
-    if not any(getattr(pyarrow.types, kind)(column.type) for kind in kinds):
+    kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    if not any(getattr(pyarrow.types, f"is_{kind}", _is_not)(column.type) for kind in kinds):
         raise ValueError(f"{file.name}: column {key!r} is {column.type}, expected text")
     texts: list[bytes | None] = column.cast(pyarrow.large_binary()).to_pylist()
     return texts

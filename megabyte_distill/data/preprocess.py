@@ -42,7 +42,7 @@ from megabyte_distill.data.readers import RawBatch, ReadProgress, read_batches
 from megabyte_distill.data.skipped import Skipped
 from megabyte_distill.data.tokenizers import DocumentTokenizer, TokenizerKind
 
-_LIBRARIES = ("numpy", "tokenizers", "sentencepiece", "tiktoken", "orjson")
+_LIBRARIES = ("numpy", "tokenizers", "sentencepiece", "tiktoken", "orjson", "pyarrow", "zstandard")
 _BATCHES_IN_FLIGHT = 3
 """A worker: enough to keep it busy, few enough to keep memory flat."""
 

@@ -16,7 +16,8 @@ _END_FRAME = zstandard.ZstdCompressor(write_checksum=True).compress(_END)
 class ZstdFrames:
     """The content of frames one after the other.
 
-    A frame of ours is put behind the last one: it comes out as the last only where all others are whole.
+    A frame of ours is put behind the last one: it comes out as the last only where all others are whole. Its first byte
+    comes alone: libzstd, given a whole frame at once while a cut header waits, decodes that and forgets the header.
     """
 
     def __init__(self, plain: io.BufferedReader[Any]) -> None:
@@ -52,12 +53,12 @@ class _WithEnd:
     def __init__(self, plain: io.BufferedReader[Any]) -> None:
         self._plain = plain
         self.is_empty, self.is_ended = True, False
+        self._end = [_END_FRAME[:1], _END_FRAME[1:]]
 
     def read(self, size: int) -> bytes:
-        if self.is_ended:
-            return b""
-        if source := self._plain.read(size):
-            self.is_empty = False
-            return source
-        self.is_ended = True
-        return _END_FRAME
+        if not self.is_ended:
+            if source := self._plain.read(size):
+                self.is_empty = False
+                return source
+            self.is_ended = True
+        return self._end.pop(0) if self._end else b""

@@ -46,5 +46,6 @@ def score_unigram(nll_of_token: Tensor, row: PackedRow) -> RowScore:
 def score_constant_embedding(teacher: Backbone, row: PackedRow) -> RowScore:
     """The teacher with every embedding replaced by the mean of its table: it knows positions and nothing else."""
     with torch.no_grad():
-        mean = teacher.embedding_table.mean(0)
-        return score_tokens(teacher, row, mean.expand(row.tokens.shape[0], -1))
+        table = teacher.embedding_table
+        mean = teacher.columns.total(table.float().sum(0)) / teacher.backbone_config.vocab_size
+        return score_tokens(teacher, row, mean.to(table.dtype).expand(row.tokens.shape[0], -1))

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from megabyte_distill.alphabet import BYTE_VOCAB
+from megabyte_distill.alphabet import BYTE_VOCAB, PAD_BYTE
 from megabyte_distill.config.fields import from_fields
 from megabyte_distill.config.model import BackboneConfig, ByteSideConfig
 from megabyte_distill.hf.byte_filter import ByteFilter
@@ -139,7 +139,7 @@ class MegabyteForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if state.byte_filter.rows != input_ids.shape[0]:
             raise ValueError(f"the cache has {state.byte_filter.rows} rows, input_ids {input_ids.shape[0]}")
         logits = state.read(input_ids, mask)
-        loss = None if labels is None else _loss(logits, labels, mask)
+        loss = None if labels is None else _loss(logits, labels, mask & (input_ids != PAD_BYTE))
         returned = state if use_cache else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits[:, -logits_to_keep:], **{_CACHE_FIELD: returned})
         return output.to_tuple() if return_dict is False else output

@@ -43,15 +43,15 @@ class BackboneAttention(nn.Module):
             self.q_norm = nn.RMSNorm(width if per_head else heads * width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(width if per_head else groups * width, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """[N, E] → [N, E]; angles as RotaryTable gives them."""
+    def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[N, E] → [N, E]; rotations as RotaryTable gives them."""
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.norm_kind is QkNorm.FULL:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (y.view(y.shape[0], -1, self.head_dim) for y in (query, key, value))
         if self.norm_kind is QkNorm.HEAD:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = (rotate(y, self.reach.choose(angles), self.reach.magnitude) for y in (query, key))
+        query, key = (rotate(y, self.reach.choose(rotations)) for y in (query, key))
         result: Tensor = self.o_proj(attend(query, key, value, self.layer, self.reach))
         return result
 
@@ -85,12 +85,12 @@ class BackboneLayer(nn.Module):
         else:
             self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[N, E] → [N, E]."""
         if self.post_norm:
-            x = x + self.post_attention_layernorm(self.self_attn(x, angles, attend))
+            x = x + self.post_attention_layernorm(self.self_attn(x, rotations, attend))
             return x + self.post_feedforward_layernorm(self.mlp(x))  # type: ignore[no-any-return]
-        x = x + self.self_attn(self.input_layernorm(x), angles, attend)
+        x = x + self.self_attn(self.input_layernorm(x), rotations, attend)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -103,11 +103,11 @@ class BackboneStack(nn.Module):
         self.layers = nn.ModuleList(BackboneLayer(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[N, E] in the weights' dtype → states [N, E] after the final norm."""
         x = x.to(self.norm.weight.dtype)
         for layer in self.layers:
-            x = layer(x, angles, attend)
+            x = layer(x, rotations, attend)
         result: Tensor = self.norm(x)
         return result
 
@@ -130,7 +130,7 @@ class TorchBackbone(nn.Module):
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
             return packed_attention(query, key, value, lengths, reach.window)
 
-        states: Tensor = self.model(x, self._angles(packed_positions(cu_seqlens, x.shape[0])), attend)
+        states: Tensor = self.model(x, self._rotations(packed_positions(cu_seqlens, x.shape[0])), attend)
         return states
 
     def init_cache(self, rows: int) -> KeyValueCache:
@@ -147,11 +147,11 @@ class TorchBackbone(nn.Module):
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
             return cached_attention(query, key, value, cache=cache, layer=layer, rows=rows, window=reach.window)
 
-        states: Tensor = self.model(x, self._angles(cache.lengths[rows]), attend)
+        states: Tensor = self.model(x, self._rotations(cache.lengths[rows]), attend)
         cache.lengths[rows] += 1
         return states
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._rotary is None:
             # not in __init__, which transformers runs on the meta device
             self._rotary = RotaryTable(self.backbone_config)

@@ -1,7 +1,7 @@
 """Core attention of megatron's layers: packed segments in training, a key/value cache in stepping.
 
 megatron's attention hands ``packed_seq_params`` through to its core attention untouched unless the format is "thd".
-Both carriers below say "sbhd", and bring the rotary angles of their positions: this module rotates, since layers with
+Both carriers below say "sbhd", and bring the rotations of their positions: this module rotates, since layers with
 a sliding window may turn at other frequencies than the rest, and it alone knows what a segment or a cache is. It works
 for every layer type that keeps megatron's SelfAttention. The mathematics is in ``packed_attention``.
 """
@@ -43,13 +43,13 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     qkv_format: str = "sbhd"
     lengths: list[int] = field(default_factory=list)
     """Segment lengths on the host, one copy for all layers."""
-    angles: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
+    rotations: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
     """Of :class:`RotaryTable`."""
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, angles: tuple[Tensor, Tensor]) -> PackedSegments:
+    def of(cls, cu_seqlens: Tensor, rotations: tuple[Tensor, Tensor]) -> PackedSegments:
         """Of cumulative lengths [S + 1]."""
-        return cls(lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), angles=angles)
+        return cls(lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), rotations=rotations)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class CachedRows(PackedSeqParams):  # type: ignore[misc]
     qkv_format: str = "sbhd"
     cache: KeyValueCache | None = None
     rows: Tensor | None = None
-    angles: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
+    rotations: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
 
 
 class SegmentAttention(MegatronModule):  # type: ignore[misc]
@@ -94,8 +94,8 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
         """[N, 1, heads, d], [N, 1, groups, d] twice → [N, 1, heads · d]; N packed positions, or K rows of a cache."""
         assert isinstance(packed_seq_params, (PackedSegments, CachedRows))
         window, scale = self.reach.window, self.softmax_scale
-        angles = self.reach.choose(packed_seq_params.angles)
-        query, key = (rotate(x[:, 0], angles, self.reach.magnitude) for x in (query, key))
+        rotations = self.reach.choose(packed_seq_params.rotations)
+        query, key = (rotate(x[:, 0], rotations) for x in (query, key))
         if isinstance(packed_seq_params, PackedSegments):
             out = packed_attention(query, key, value[:, 0], packed_seq_params.lengths, window, scale)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
     def __init__(self, config: BackboneConfig, transformer: TransformerConfig | None = None) -> None:
         """Of this rank: its pipeline stage's layers, its part of each."""
-        transformer = transformer or transformer_config(config)
+        transformer = copy.copy(transformer or transformer_config(config))  # its own: one field changes below
         super().__init__(config=transformer)
         self.backbone_config = config
         self.pre_process = pre_process = parallel_state.is_pipeline_first_stage()
@@ -133,12 +134,12 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         On a pipeline stage that is not the first, x is None; one that is not the last returns [M, 1, E]. Under sequence
         parallelism, M must be a multiple of the tensor-parallel ranks.
         """
-        angles = self._rotary(packed_positions(cu_seqlens, int(cu_seqlens[-1]) if x is None else x.shape[0]))
+        rotations = self._rotary(packed_positions(cu_seqlens, int(cu_seqlens[-1]) if x is None else x.shape[0]))
         cuts = self.config.sequence_parallel
         entering = None if x is None else x.to(self.dtype)[:, None]
         if cuts and entering is not None:
             entering = tensor_parallel.scatter_to_sequence_parallel_region(entering)
-        hidden: Tensor = self.decoder(entering, None, packed_seq_params=PackedSegments.of(cu_seqlens, angles))
+        hidden: Tensor = self.decoder(entering, None, packed_seq_params=PackedSegments.of(cu_seqlens, rotations))
         if not self.post_process:
             return hidden
         if cuts:  # every rank goes on with all chunks alike, so that each has the whole gradient of its own part
@@ -194,9 +195,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
         Equal to :meth:`forward` on those rows' whole sequences.
         """
-        angles = self._rotary(cache.lengths[rows])
+        rotations = self._rotary(cache.lengths[rows])
         hidden: Tensor = self.decoder(
-            x.to(self.dtype)[:, None], None, packed_seq_params=CachedRows(cache=cache, rows=rows, angles=angles)
+            x.to(self.dtype)[:, None], None, packed_seq_params=CachedRows(cache=cache, rows=rows, rotations=rotations)
         )
         cache.lengths[rows] += 1
         return hidden[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,11 @@ class FullRMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         heads, head_dim, ranks = getattr(config, self.heads), hidden_size, config.tensor_model_parallel_size
+        if heads % ranks:
+            raise ValueError(
+                f"a norm over all {heads} heads of queries or keys together cannot be cut over "
+                f"--tensor-model-parallel-size {ranks}; choose a size that divides them"
+            )
         self.weight = torch.nn.Parameter(torch.ones(heads // ranks, head_dim))
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
         self._eps, self._features, self._is_cut = eps, heads * head_dim, ranks > 1
@@ -92,20 +98,23 @@ class PostNormLayer(TransformerLayer):  # type: ignore[misc]
         super().__init__(config, *arguments, **options)
         self.post_attention_norm = BackboneRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.post_mlp_norm = BackboneRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.self_attn_bda = _adds_normed(self.post_attention_norm)
-        self.mlp_bda = _adds_normed(self.post_mlp_norm)
+        # stand-ins for megatron's bias-dropout-add; bound methods, so that a copy of the layer has its own norms
+        self.self_attn_bda, self.mlp_bda = self._add_attention, self._add_mlp
+
+    def _add_attention(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        return functools.partial(_add_normed, self.post_attention_norm)
+
+    def _add_mlp(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        return functools.partial(_add_normed, self.post_mlp_norm)
 
 
-def _adds_normed(norm: torch.nn.Module) -> Callable[..., Any]:
-    """A stand-in for megatron's bias-dropout-add; there is neither bias nor dropout."""
-
-    def add(branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float) -> Tensor:
-        branch, bias = branch_with_bias
-        assert bias is None and probability == 0.0
-        summed: Tensor = residual + norm(branch)
-        return summed
-
-    return lambda training, fused: add
+def _add_normed(
+    norm: torch.nn.Module, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float
+) -> Tensor:
+    branch, bias = branch_with_bias
+    assert bias is None and probability == 0.0  # there is neither bias nor dropout
+    summed: Tensor = residual + norm(branch)
+    return summed
 
 
 def mark_parallel_parameters(module: torch.nn.Module) -> None:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig
-from megabyte_distill.model.rotary import inverse_frequencies, rotary_angles, rotation_magnitude
+from megabyte_distill.model.rotary import inverse_frequencies, rotary_angles, rotation_magnitude, turns
 
 
 class RotaryTable:
-    """Angles of positions: one set for the layers that attend to everything, one for those with a window."""
+    """Rotations of positions: one set for the layers that attend to everything, one for those with a window."""
 
     def __init__(self, config: BackboneConfig) -> None:
         # no buffers: a bf16 cast must not round them
@@ -26,34 +26,34 @@ class RotaryTable:
         )
         self._sliding = inverse_frequencies(config.head_dim, config.rope_theta)
         self._has_sliding = bool(config.sliding_layers)
+        self._magnitude = rotation_magnitude(config.rope_scaling, config.rope_scaling_kind)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(angles [N, head_dim] of full layers, of sliding layers), fp32; the same where no layer slides."""
+        """(turns [2, N, head_dim] of full layers, of sliding layers), fp32; the same where no layer slides.
+
+        Layers with a window turn at unscaled frequencies.
+        """
         if self._full.device != positions.device:
             self._full, self._sliding = self._full.to(positions.device), self._sliding.to(positions.device)
-        full = rotary_angles(positions, self._full)
-        return full, rotary_angles(positions, self._sliding) if self._has_sliding else full
+        full = turns(rotary_angles(positions, self._full), self._magnitude)
+        return full, turns(rotary_angles(positions, self._sliding)) if self._has_sliding else full
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReach:
-    """What a layer attends to and how its rotation is scaled."""
+    """What a layer attends to."""
 
     window: int | None
     """Positions, its own included; None attends to everything before."""
-    magnitude: float
-    """Of rotated queries and keys."""
 
     @classmethod
     def of(cls, config: BackboneConfig, layer: int) -> LayerReach:
-        """Of a layer counted from 0. Windowed layers turn at unscaled frequencies."""
-        if config.sliding_window is not None and layer in config.sliding_layers:
-            return cls(config.sliding_window, 1.0)
-        return cls(None, rotation_magnitude(config.rope_scaling, config.rope_scaling_kind))
+        """Of a layer counted from 0."""
+        return cls(config.sliding_window if layer in config.sliding_layers else None)
 
-    def choose(self, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def choose(self, rotations: tuple[Tensor, Tensor]) -> Tensor:
         """The layer's own of :class:`RotaryTable`'s two sets."""
-        return angles[0 if self.window is None else 1]
+        return rotations[0 if self.window is None else 1]
 
 
 @dataclass

@@ -68,13 +68,18 @@ def rotary_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat((angles, angles), dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor, magnitude: float = 1.0) -> Tensor:
-    """Rotates heads x [N, …, head_dim] by angles [N, head_dim], in fp32; the result has x's dtype."""
-    angles = angles.view(angles.shape[0], *[1] * (x.dim() - 2), angles.shape[1])
+def turns(angles: Tensor, magnitude: float = 1.0) -> Tensor:
+    """Cosines and sines [2, N, head_dim] fp32 of angles [N, head_dim], times ``magnitude``; for :func:`rotate`."""
+    return torch.stack((angles.cos(), angles.sin())) * magnitude
+
+
+def rotate(x: Tensor, by: Tensor) -> Tensor:
+    """Rotates heads x [N, …, head_dim] by :func:`turns` [2, N, head_dim], in fp32; the result has x's dtype."""
+    cosines, sines = by.view(2, by.shape[1], *[1] * (x.dim() - 2), by.shape[2])
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
-    turned = wide * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
-    return (turned * magnitude).to(x.dtype)
+    turned: Tensor = wide * cosines + torch.cat((-second, first), dim=-1) * sines
+    return turned.to(x.dtype)
 
 
 def packed_positions(cu_seqlens: Tensor, length: int) -> Tensor:

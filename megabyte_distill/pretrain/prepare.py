@@ -12,7 +12,9 @@ from megabyte_distill.config.blend import DEFAULT_SPLIT
 from megabyte_distill.config.fields import to_fields
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
+    TEACHER_FILE,
     ModelConfig,
+    is_run,
     read_model_config,
     write_model_config,
 )
@@ -23,7 +25,7 @@ from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.parallel.process_groups import World, on_main_rank
-from megabyte_distill.runs import TEACHER_FILE, is_run, stage_progress, teacher_path
+from megabyte_distill.runs import stage_progress, teacher_path
 from megabyte_distill.training.checkpoint import find_checkpoint
 
 WRITTEN_BY_RUNS = (

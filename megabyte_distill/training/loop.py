@@ -17,7 +17,7 @@ from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.config.training import RunConfig
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
-from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.training.checkpoint import (
     load_training_state,
     read_loop_state,
@@ -301,8 +301,9 @@ class Loop:
         )
         if self.world.is_main:
             say(f" saved {path}")
-            if self.keep_last_checkpoints:
-                remove_old_checkpoints(
-                    self.folder, keep_last=self.keep_last_checkpoints, retain_interval=self.save_retain_interval
-                )
+        if self.keep_last_checkpoints:
+            keep, retain = self.keep_last_checkpoints, self.save_retain_interval
+            on_main_rank(
+                self.world, lambda: remove_old_checkpoints(self.folder, keep_last=keep, retain_interval=retain)
+            )
         return path

@@ -155,6 +155,32 @@ def test_olmo3s_old_spelling_scales_the_full_layers_alone() -> None:
     assert family_of_config(config).read_config(HfConfig(theirs_of.to_dict(), "config.json")) == read
 
 
+REQUIRED = {
+    "hidden_size": 72, "intermediate_size": 92, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 131,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Olmo3"])
+def test_absent_fields_mean_what_transformers_takes_them_for(prefix: str) -> None:
+    config = HfConfig({"architectures": [f"{prefix}ForCausalLM"], **REQUIRED}, "config.json")
+    family = family_of_config(config)
+    theirs_of = getattr(transformers, f"{prefix}Config")(**REQUIRED).to_dict()
+    assert theirs_of["rope_parameters"] and "rms_norm_eps" in theirs_of
+    assert family.read_config(config) == family.read_config(HfConfig({**config.fields, **theirs_of}, "config.json"))
+
+
+def test_olmo3s_old_fields_may_not_contradict_the_new_ones() -> None:
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    both = config_of(
+        "Olmo3",
+        rope_parameters={"full_attention": plain, "sliding_attention": plain},
+        rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+    )
+    with pytest.raises(ValueError, match="contradict each other"):
+        family_of_config(both).read_config(both)
+
+
 def test_a_mistral_without_the_field_has_a_window() -> None:
     read = family_of_config(config_of("Mistral")).read_config
     assert read(config_of("Mistral", max_position_embeddings=8192)).sliding_window == 4096

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megabyte_distill.conversion.model_config import TEACHER_FILE
 from megabyte_distill.conversion.new_folder import new_folder
 
 
@@ -57,3 +58,48 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out", overwrite=False, marker="mark") as folder:
         (folder / "mark").touch()
     assert (tmp_path / "out" / "mark").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    """It has a converted teacher's files, and the work of weeks beside them."""
+    run = tmp_path / "run"
+    fill(run, "one")
+    (run / TEACHER_FILE).write_text("{}")
+    with pytest.raises(ValueError, match="is the folder of a run"):
+        fill(run, "two", overwrite=True)
+    assert (run / "mark").read_text() == "one"
+
+
+def test_what_a_crash_between_two_renames_left_comes_back(tmp_path: Path) -> None:
+    final, replaced = tmp_path / "out", tmp_path / "out.replaced"
+    fill(final, "one")
+    final.rename(replaced)
+    (tmp_path / "out.incomplete").mkdir()
+    with pytest.raises(ValueError, match="give --overwrite"):
+        fill(final, "two")
+    assert (final / "mark").read_text() == "one" and not replaced.exists()
+
+
+@pytest.mark.parametrize("ending", [".replaced", ".incomplete"])
+def test_somebody_elses_folder_beside_it_stays(tmp_path: Path, ending: str) -> None:
+    other = tmp_path / f"out{ending}"
+    other.mkdir()
+    (other / "thesis.txt").touch()
+    if ending == ".replaced":
+        fill(tmp_path / "elsewhere", "x")
+        (tmp_path / "elsewhere").rename(tmp_path / "out")
+    with pytest.raises(ValueError, match="move it"):
+        fill(tmp_path / "out", "one", overwrite=True)
+    assert (other / "thesis.txt").exists()
+
+
+def test_a_link_keeps_pointing_to_the_output(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    fill(tmp_path / "disk" / "out", "one")
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "disk" / "out")
+    for text in ("two", "three"):
+        with new_folder(link, overwrite=True, marker="mark") as folder:
+            (folder / "mark").write_text(text)
+        assert link.is_symlink() and (link / "mark").read_text() == text
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]

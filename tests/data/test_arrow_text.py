@@ -43,6 +43,10 @@ STRANGE = (
     b'{"text":"a",}',
     b'{"text":"a"}\r',
     b'\xef\xbb\xbf{"text":"a"}',
+    b'{"text":"a","n":Inf}',
+    b'{"text":"a","n":-NaN}',
+    b'{"text":"a","n":' + b"[" * 2000 + b"]" * 2000 + b"}",
+    b'{"text":"a","n":Infinit}',
 )
 
 
@@ -94,6 +98,11 @@ def test_any_texts_come_back(texts: list[str], ascii_only: bool) -> None:
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=ascii_only) for text in texts).encode()
     assert in_bulk(lines) == texts
+
+
+def test_windows_line_ends_are_read_in_bulk() -> None:
+    lines = b"\r\n".join(ROW) + b"\r\n"
+    assert in_bulk(lines) == line_by_line(lines) != None  # noqa: E711
 
 
 def test_objects_over_several_lines_are_no_lines() -> None:

@@ -29,6 +29,7 @@ from megabyte_distill.data.inputs import InputFormat, TextDocuments, find_inputs
 from megabyte_distill.data.read_ahead import read_ahead
 from megabyte_distill.data.readers import RawBatch, ReadProgress, read_batches
 from megabyte_distill.data.tokenizers import TokenizerKind
+from megabyte_distill.data.zstd_frames import ZstdFrames
 from tests.data.preprocessing import preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +127,26 @@ def test_an_archive_of_nothing_is_read_and_an_empty_file_is_none(tmp_path: Path,
     source.write_bytes(b"")
     with pytest.raises(ValueError, match=r"cannot be read to its end \(empty, expected a \w+ stream\)"):
         stored(tmp_path, source)
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize("knows_size", [False, True])
+@pytest.mark.parametrize("text", [b"", b"a\n", os.urandom(200).hex().encode()])
+def test_a_zstd_file_cut_anywhere_is_an_error(tmp_path: Path, text: bytes, knows_size: bool, checksum: bool) -> None:
+    compressor = zstandard.ZstdCompressor(write_checksum=checksum, write_content_size=knows_size)
+    frame = compressor.compress(text)
+    for whole in (b"", frame, frame + frame):
+        for length in range(0 if not whole else 1, len(frame)):
+            file = io.BufferedReader(io.BytesIO(whole + frame[:length]))  # type: ignore[type-var]
+            with pytest.raises((EOFError, zstandard.ZstdError)):
+                content = ZstdFrames(file)
+                while content.read(1 << 16):
+                    pass
+        file = io.BufferedReader(io.BytesIO(whole + frame))  # type: ignore[type-var]
+        content, got = ZstdFrames(file), b""
+        while piece := content.read(7):
+            got += piece
+        assert got == text * (1 + len(whole) // len(frame))
 
 
 @pytest.mark.parametrize("ending", ARCHIVES)
@@ -235,6 +256,10 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None], "n": [1, 2]}), source)
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: 'text' is null"):
         stored(tmp_path, source)
+    double = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(double, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet: 2 columns 'text'; it has"):
+        stored(tmp_path, tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: no column 'body'; it has 'text', 'n'"):
         stored(tmp_path, source, json_keys=("body",))
     with pytest.raises(ValueError, match=r"a\.parquet: column 'n' is int64, expected text"):

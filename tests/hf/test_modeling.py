@@ -119,6 +119,7 @@ def test_loss_is_the_mean_over_bytes_of_text(exported: Exported, model: Any) -> 
         input_ids, mask = padded(TEXTS, side)
         output = model(input_ids, attention_mask=mask, labels=input_ids)
         torch.testing.assert_close(output.loss.double(), torch.stack(nats).mean(), rtol=5e-6, atol=1e-5)
+        assert torch.equal(model(input_ids, labels=input_ids).loss, output.loss)  # PAD speaks for itself
     loss, logits = model(input_ids, attention_mask=mask, labels=input_ids, return_dict=False)
     assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
     last = model(input_ids, attention_mask=mask, logits_to_keep=2).logits
