@@ -147,8 +147,8 @@ def require_speaking(loaded: LoadedStudent) -> None:
     """ValueError where the decoder was not trained yet."""
     if loaded.stage not in GENERATES_FROM:
         raise ValueError(
-            f"the run's last complete stage is {loaded.stage}: its decoder is untrained and cannot generate; "
-            f"run stage {GENERATES_FROM[0]} first (--stages 2a,2b)"
+            f"after stage {loaded.stage} the decoder is untrained and cannot generate; take a stage of "
+            f"{' or '.join(GENERATES_FROM)}, and train it first where the run has none (--stages 2a,2b)"
         )
 
 

@@ -13,10 +13,11 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.tool import run_tool
 
 if TYPE_CHECKING:
@@ -75,15 +76,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _stream(student: Student, prompt: bytes, settings: GenerationSettings) -> None:
-    from megabyte_distill.inference.generation import stream
+    from megabyte_distill.inference.generation import Generation, complete_characters
 
-    continuation = stream(student, prompt, settings)
+    running = Generation(student, [prompt], settings)
     # a character that the prompt leaves open is shown with its end
     print(prompt.decode("utf-8", errors="ignore"), end="", flush=True)
     started, size = time.perf_counter(), 0
-    for text in continuation:
+
+    def counted() -> Iterator[int]:
+        nonlocal size
+        for step in running:
+            if step.byte_ids[0] != BOS_BYTE:
+                size += 1
+                yield step.byte_ids[0]
+
+    for text in complete_characters(counted(), prompt):
         print(text, end="", flush=True)
-        size += len(text.encode())
     print(flush=True)
     _report(size, time.perf_counter() - started)
 

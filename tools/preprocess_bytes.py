@@ -57,7 +57,7 @@ def _preprocess_parser() -> argparse.ArgumentParser:
                       help="what a .txt file is: one document, or one a line (file)")  # fmt: skip
     text.add_argument("--on-invalid", type=OnInvalid, choices=list(OnInvalid), default=OnInvalid.ERROR,
                       help="records that cannot be read: stop, leave them out, or put U+FFFD where bytes are no UTF-8 "
-                      "(error)")  # fmt: skip
+                      "and leave out the rest (error)")  # fmt: skip
     text.add_argument("--strict", action="store_true", help="stop at a document that its tokens do not rebuild, "
                       "instead of leaving it out")  # fmt: skip
     tokenizer = parser.add_argument_group("tokenizer")

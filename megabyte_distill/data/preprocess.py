@@ -101,7 +101,7 @@ def preprocess(
     else:
         stored = run.partitioned(assign(files, options.partitions))
     by_key = dict(zip(job.json_keys, stored, strict=True))
-    return PreprocessSummary.of(by_key, encoder=encoder, seconds=time.monotonic() - started)
+    return PreprocessSummary.of(by_key, seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,12 +26,10 @@ class PreprocessSummary:
     skipped: dict[str, int] = field(default_factory=dict)
     """Reason → records, once each however many keys there are."""
     skipped_at: dict[str, list[str]] = field(default_factory=dict)
-    encoder: str = ""
-    """Which tokenizer code ran, and why."""
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, stored: Mapping[str, StoredPaths], *, encoder: str, seconds: float) -> PreprocessSummary:
+    def of(cls, stored: Mapping[str, StoredPaths], *, seconds: float) -> PreprocessSummary:
         """From the manifests of the data sets, by key."""
         manifests = [Manifest.load(paths.manifest) for paths in stored.values()]
         reasons = {reason for manifest in manifests for reason in manifest.skipped}
@@ -49,7 +47,6 @@ class PreprocessSummary:
             skipped_at={
                 reason: max((m.skipped_at.get(reason, []) for m in manifests), key=len) for reason in sorted(reasons)
             },
-            encoder=encoder,
             seconds=seconds,
         )
 
@@ -58,7 +55,6 @@ class PreprocessSummary:
         per_token = f", bytes per token {self.bytes / self.tokens:.3f}" if self.tokens else ""
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
         lines = [
-            f"tokenizer: {self.encoder}",
             f"documents {self.documents}, bytes {self.bytes}, tokens {self.tokens}{per_token}",
             f"changed by normalisation {self.normalized_documents}, skipped: {skipped}",
         ]

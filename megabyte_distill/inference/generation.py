@@ -75,7 +75,9 @@ class Generation:
     """
 
     def __init__(self, student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings) -> None:
-        """ValueError for no prompts, for bytes 254 and 255 in one, and for a student in official mode."""
+        """ValueError for no prompts, a bare text, bytes 254 and 255 in one, and a student in official mode."""
+        if isinstance(prompts, str | bytes):
+            raise ValueError("prompts is one text, whose letters would be read as prompts; put it into a list")
         if not prompts:
             raise ValueError("no prompts; expected at least one, which may be empty")
         names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]

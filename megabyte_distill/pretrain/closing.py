@@ -107,7 +107,7 @@ def _measure(
     root, loaded = prepared.root, students.last
     (training, _), (held_out, _) = data_sets(settings, prepared)
     if world.is_main:
-        say(f" measuring on held-out text ({settings.run.summary_bytes:,} bytes) …")
+        say(f" measuring on held-out text (up to {settings.run.summary_bytes:,} bytes) …")
     config = settings.stages.get(loaded.stage) or next(iter(settings.stages.values()))
     rows = held_out_rows(
         held_out,

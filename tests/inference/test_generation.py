@@ -122,6 +122,8 @@ def test_the_bad_prompt_of_several_is_named(student: Student) -> None:
         generate(student, ["fine", b"\xfe"])
     with pytest.raises(ValueError, match="no prompts"):
         generate(student, [])
+    with pytest.raises(ValueError, match="prompts is one text"):
+        generate(student, "one text")
 
 
 def test_streamed_text_is_the_generated_text(student: Student) -> None:

@@ -38,7 +38,7 @@ def test_mistakes_are_one_error_line(
             ([*run, "--data-path", job.held_out, "--max-bytes", "0"], "max_bytes is 0"),
             ([*run, "--data-path", job.held_out, "--seq-length", "1"], "--seq-length 1"),
             ([*run, "--data-path", job.held_out, "--teacher", str(tmp_path / "none")], "give --teacher"),
-            ([*run, "--data-path", job.held_out, "--stage", "1b"], "its decoder is untrained"),
+            ([*run, "--data-path", job.held_out, "--stage", "1b"], "the decoder is untrained"),
             (["--load", str(tmp_path), "--data-path", job.held_out], "is not a run"),
         ):
             assert main(command) == 2
