@@ -146,10 +146,12 @@ def train(args: argparse.Namespace, tokenizer: Path, stems: dict[str, Path]) -> 
     torch.set_num_threads(args.threads)
     with world(seed=args.seed) as ranks:
         from megabyte_distill.conversion.hf_export import export_backbone
+        from megabyte_distill.conversion.new_folder import EXPORT_MARKER, check_replaceable
         from megabyte_distill.model.backbone import Backbone
         from megabyte_distill.training.logging import say
         from megabyte_distill.training.loop import StopReason
 
+        check_replaceable(args.hf_path, overwrite=True, marker=EXPORT_MARKER)  # not at the end of the training
         torch.manual_seed(args.seed)
         model = Backbone(backbone_config(args)).to(ranks.device)
         say(f"teacher of {sum(p.numel() for p in model.parameters()):,} parameters, torch threads: {args.threads}")
