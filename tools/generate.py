@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.tool import run_tool
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _stream(student: Student, prompt: bytes, settings: GenerationSettings) -> None:
-    from megabyte_distill.inference.generation import Generation, complete_characters
+    from megabyte_distill.inference.generation import Generation, complete_characters, new_bytes
 
     running = Generation(student, [prompt], settings)
     # a character that the prompt leaves open is shown with its end
@@ -85,10 +84,9 @@ def _stream(student: Student, prompt: bytes, settings: GenerationSettings) -> No
 
     def counted() -> Iterator[int]:
         nonlocal size
-        for step in running:
-            if step.byte_ids[0] != BOS_BYTE:
-                size += 1
-                yield step.byte_ids[0]
+        for byte in new_bytes(running):
+            size += 1
+            yield byte
 
     for text in complete_characters(counted(), prompt):
         print(text, end="", flush=True)

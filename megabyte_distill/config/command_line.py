@@ -147,9 +147,7 @@ def _fit_micro_batches(settings: Settings, read: ReadFlags, world_size: int) -> 
 
     The global batch grows to a multiple of the ranks, the micro-batch shrinks until it divides a rank's share.
     """
-    ranks = world_size // max(
-        1, settings.parallel.model_parallel_size
-    )  # a size of 0 is reported with everything else that is wrong
+    ranks = settings.parallel.whole_copies(world_size)
 
     def fit(stage: str, config: StageConfig) -> StageConfig:
         given = {*read.common, *read.stages.get(stage, {})}

@@ -100,6 +100,10 @@ class ParallelConfig:
         """Ranks that share one model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
+    def whole_copies(self, world_size: int) -> int:
+        """Copies of the model for which there are ranks; a size of 0, an error named elsewhere, counts as 1."""
+        return world_size // max(1, self.model_parallel_size)
+
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different rows; ValueError where the model-parallel sizes do not divide the world."""
         model = self.model_parallel_size

@@ -190,7 +190,7 @@ def _stages(settings: Settings, world_size: int) -> Iterator[str]:
 
 
 def _batch_problem(config: StageConfig, parallel: ParallelConfig, world_size: int) -> str | None:
-    ranks = world_size // max(1, parallel.model_parallel_size)
+    ranks = parallel.whole_copies(world_size)
     if ranks < 1 or config.micro_batch_size < 1 or config.global_batch_size < 1:
         return None  # named elsewhere
     try:

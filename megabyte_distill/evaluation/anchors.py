@@ -14,6 +14,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.inference.scoring import RowScore, score_tokens, token_row_score
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.objectives.alignment import mean_row
 
 
 def token_counts(datasets: Sequence[ByteTokenDataset]) -> NDArray[np.int64]:
@@ -47,5 +48,5 @@ def score_constant_embedding(teacher: Backbone, row: PackedRow) -> RowScore:
     """The teacher with every embedding replaced by the mean of its table: it knows positions and nothing else."""
     with torch.no_grad():
         table = teacher.embedding_table
-        mean = teacher.columns.total(table.float().sum(0)) / teacher.backbone_config.vocab_size
+        mean = mean_row(table, teacher.columns)
         return score_tokens(teacher, row, mean.to(table.dtype).expand(row.tokens.shape[0], -1))

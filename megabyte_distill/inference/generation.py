@@ -177,8 +177,12 @@ def complete_characters(new_bytes: Iterator[int], begun: bytes = b"") -> Iterato
         yield rest
 
 
+def new_bytes(running: Generation) -> Iterator[int]:
+    """The bytes that continue the one prompt of a generation, as they come."""
+    return (step.byte_ids[0] for step in running if step.byte_ids[0] != BOS_BYTE)
+
+
 def stream(student: Student, prompt: str | bytes, settings: GenerationSettings | None = None) -> Iterator[str]:
     """The continuation of one prompt, character by character (:func:`complete_characters`). Errors come at the call."""
     running = Generation(student, [prompt], settings or GenerationSettings())
-    new = (step.byte_ids[0] for step in running if step.byte_ids[0] != BOS_BYTE)
-    return complete_characters(new, running.prompts[0])
+    return complete_characters(new_bytes(running), running.prompts[0])

@@ -19,21 +19,10 @@ from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.model.packed_attention import (
     KeyValueCache,
     LayerReach,
-    RotaryTable,
     cached_attention,
     packed_attention,
-    windowed_attention,
 )
 from megabyte_distill.model.rotary import rotate
-
-__all__ = [
-    "CachedRows",
-    "KeyValueCache",
-    "PackedSegments",
-    "RotaryTable",
-    "SegmentAttention",
-    "windowed_attention",
-]
 
 
 @dataclass

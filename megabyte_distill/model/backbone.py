@@ -14,8 +14,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
-from megabyte_distill.model.attention import CachedRows, KeyValueCache, PackedSegments, RotaryTable
+from megabyte_distill.model.attention import CachedRows, PackedSegments
 from megabyte_distill.model.backbone_layers import layer_spec, mark_parallel_parameters
+from megabyte_distill.model.packed_attention import KeyValueCache, RotaryTable
 from megabyte_distill.model.rotary import packed_positions
 from megabyte_distill.parallel.vocabulary import VocabularyColumns
 

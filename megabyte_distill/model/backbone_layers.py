@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import SegmentAttention
+from megabyte_distill.model.parallel_linears import total_over_ranks
 
 _CUT_ALONG = {
     tensor_parallel.VocabParallelEmbedding: 0,
@@ -63,9 +64,7 @@ class FullRMSNorm(torch.nn.Module):
         wide = x.float()
         squares = wide.square().sum((-2, -1), keepdim=True)
         if self._is_cut:
-            # each rank's output depends on the whole sum, each rank's part goes into it: summed in both directions
-            squares = tensor_parallel.reduce_from_tensor_model_parallel_region(squares)
-            squares = tensor_parallel.copy_to_tensor_model_parallel_region(squares)
+            squares = total_over_ranks(squares)
         normed = (wide * torch.rsqrt(squares / self._features + self._eps)).type_as(x)
         return normed * self.weight
 

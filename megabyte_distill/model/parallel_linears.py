@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from megabyte_distill.model.linears import LinearFactory, PlainLinears
 
 
+def total_over_ranks(x: Tensor) -> Tensor:
+    """An all-reduce in both directions (megatron's own has an identity backward).
+
+    Each rank's results depend on the whole sum, and each rank's part goes into it.
+    """
+    total: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(x)
+    total = tensor_parallel.copy_to_tensor_model_parallel_region(total)
+    return total
+
+
 class _Column(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
     """Without the bias that megatron's returns beside the result."""
 
@@ -74,9 +84,8 @@ class TensorParallelLinears:
         return entered
 
     def total(self, x: Tensor) -> Tensor:
-        """An all-reduce in both directions (megatron's own has an identity backward)."""
-        total: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(x)
-        return self.enter(total)
+        """:func:`total_over_ranks`."""
+        return total_over_ranks(x)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -14,6 +14,13 @@ def alignment_squared_error(r: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def mean_row(table: Tensor, columns: VocabularyColumns) -> Tensor:
+    """The mean [E] fp32 over the whole embedding table, of this rank's rows of it."""
+    rows = columns.total(torch.tensor(float(table.shape[0]), device=table.device))
+    return columns.total(table.float().sum(0)) / rows
+
+
+@torch.no_grad()
 def table_variance(table: Tensor, columns: VocabularyColumns | None = None) -> Tensor:
     """Variance of an embedding table [W, E] around its mean row, averaged over E; fp32 scalar.
 
@@ -22,6 +29,4 @@ def table_variance(table: Tensor, columns: VocabularyColumns | None = None) -> T
     """
     if columns is None or columns.group is None:
         return table.float().var(dim=0, unbiased=False).mean()
-    rows = columns.total(torch.tensor(float(table.shape[0]), device=table.device))
-    mean = columns.total(table.float().sum(0)) / rows
-    return (columns.total((table.float() - mean).square().sum(0)) / rows).mean()
+    return mean_row((table.float() - mean_row(table, columns)).square(), columns).mean()

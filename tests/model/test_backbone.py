@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.conversion.llama import LLAMA
-from megabyte_distill.model.attention import KeyValueCache
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.packed_attention import KeyValueCache
 from tests.tiny_student import BACKBONE, VOCAB_SIZE, assert_same, gradients, tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("world")
