@@ -96,7 +96,8 @@ def build_student(
     ``overrides``: fields of megatron's TransformerConfig.
     """
     assert config.byte_side is not None
-    host = backbone or Backbone(config.backbone, transformer_config(config.backbone, **(overrides or {})))
+    with torch.random.fork_rng(devices=[]):  # how many layers are drawn here says nothing about the byte side
+        host = backbone or Backbone(config.backbone, transformer_config(config.backbone, **(overrides or {})))
     return Student(config.byte_side, host, byte_side_linears())
 
 

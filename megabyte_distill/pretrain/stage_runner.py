@@ -96,7 +96,7 @@ class StageRunner:
         dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
-        overrides = {"sequence_parallel": self.settings.parallel.sequence_parallel}
+        overrides = {"sequence_parallel": self.settings.parallel.sequence_parallel, "pipeline_dtype": dtype}
         student = build_student(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
