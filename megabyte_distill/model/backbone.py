@@ -104,8 +104,8 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table: W rounded up so that every tensor-parallel size up to 128 divides it."""
-        return -(-self.backbone_config.vocab_size // 128) * 128
+        """Rows of the embedding table over all tensor-parallel ranks."""
+        return self.backbone_config.padded_vocab_size
 
     def set_input_tensor(self, tensor: Any) -> None:
         """Megatron's schedules call it; what a later stage works on is an argument of :meth:`forward`."""

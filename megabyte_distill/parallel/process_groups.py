@@ -112,25 +112,18 @@ def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int
         megatron_tp.model_parallel_cuda_manual_seed(seed)
 
 
-@contextlib.contextmanager
-def regrouped(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1) -> Iterator[World]:
-    """The ranks that are up, cut in another way; afterwards as before. Models of one cut know nothing of another."""
+def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1) -> World:
+    """Cut the ranks that are up in another way. Models of the old cut cannot be used any more; collective."""
     from megatron.core import parallel_state
 
-    before = (
+    now = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    if before == (tensor_parallel, pipeline_parallel):
-        yield current_world()
-        return
-    parallel_state.destroy_model_parallel()
-    try:
-        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
-        yield current_world()
-    finally:
+    if now != (tensor_parallel, pipeline_parallel):
         parallel_state.destroy_model_parallel()
-        _init_model_parallel(*before, seed)
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
+    return current_world()
 
 
 def current_world() -> World:
