@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,10 +44,16 @@ STATE_FILE = "loop_state.json"
 _INCOMPLETE = ".incomplete"
 _LISTED = "files are listed"
 """Entry of the loop state: such a checkpoint has a manifest, and without it is damaged. Older ones have none."""
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Of the distributed optimizer's state; its default cannot be saved any more."""
 _ANY_FAILURE = (Exception, CheckpointException)
 """torch's CheckpointException is not an Exception."""
+
+
+class OptimizerState(Protocol):
+    """What has a state that is saved beside the weights: optimizer.TrainerModel."""
+
+    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool) -> Any: ...
+
+    def load_state_dict(self, loaded: Any) -> None: ...
 
 
 class CheckpointError(ValueError):
@@ -229,7 +235,7 @@ def begin_save(
     iteration: int,
     model: nn.Module,
     *,
-    optimizer: Any | None,
+    optimizer: OptimizerState | None,
     loop: Mapping[str, Any],
     texts: Mapping[str, str],
     writer: CheckpointWriter | None = None,
@@ -257,7 +263,7 @@ def begin_save(
         weights = sharded_state_dict(model)
         state: dict[str, Any] = {"model": weights, "rng": torch.get_rng_state()}
         if optimizer is not None:
-            state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=_OPTIMIZER_FORMAT)
+            state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False)
         dist_checkpointing.save(state, str(save.partial), sharded_strategy=save.writer)
     except _ANY_FAILURE as caught:
         error = caught
@@ -271,7 +277,7 @@ def save_checkpoint(
     iteration: int,
     model: nn.Module,
     *,
-    optimizer: Any | None,
+    optimizer: OptimizerState | None,
     loop: Mapping[str, Any],
     texts: Mapping[str, str],
     writer: CheckpointWriter | None = None,
@@ -416,16 +422,16 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "", ver
     return read_loop_state(checkpoint)
 
 
-def load_training_state(checkpoint: Path, model: nn.Module, optimizer: Any | None, *, with_rng: bool) -> None:
+def load_training_state(
+    checkpoint: Path, model: nn.Module, optimizer: OptimizerState | None, *, with_rng: bool
+) -> None:
     """Load what a checkpoint holds beside ``model``'s weights, which are loaded already.
 
     ``optimizer``: the one built on the model, or None to leave it fresh; ``with_rng``: the generator's state too.
     """
     wanted: dict[str, Any] = {"rng": torch.get_rng_state()} if with_rng else {}
     if optimizer is not None:
-        wanted["optimizer"] = optimizer.sharded_state_dict(
-            sharded_state_dict(model), is_loading=True, metadata=_OPTIMIZER_FORMAT
-        )
+        wanted["optimizer"] = optimizer.sharded_state_dict(sharded_state_dict(model), is_loading=True)
     if not wanted:
         return
     with readable(checkpoint):

@@ -127,9 +127,8 @@ class Loop:
         """
         if with_optimizer:
             self._check_optimizer(checkpoint)
-        optimizer = self.trained.optimizer if with_optimizer else None
-        with self.trained.own_settings():
-            load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        optimizer = self.trained if with_optimizer else None
+        load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
         state = read_loop_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self._window = _Window.from_state(state["window"]) if "window" in state else _Window()
@@ -144,12 +143,6 @@ class Loop:
             raise ValueError(
                 f"{checkpoint} was saved {words[0]} {flag}, this run is started {words[1]} it, and the two save other "
                 f"states; start it {words[0]} {flag}, or begin with a fresh optimizer: --no-load-optim"
-            )
-        if self.trained.reloads_inexactly:
-            raise ValueError(
-                f"stage {self.stage} cannot go on from {checkpoint}: the state that {flag} saves does not load exactly "
-                "where the optimizer is torch's AdamW. Begin with a fresh optimizer (--no-load-optim), install "
-                f"Transformer Engine or NVIDIA apex, or train the stage again without {flag} (remove its folder)"
             )
 
     def run(self) -> StopReason:
@@ -302,4 +295,4 @@ class Loop:
             "distributed_optimizer": self.trained.is_distributed,
             **self.extra_state,
         }
-        self.saver.save(self.progress.iteration, self.trained.module, self.trained.optimizer, loop)
+        self.saver.save(self.progress.iteration, self.trained.module, self.trained, loop)

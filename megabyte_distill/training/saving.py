@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from megabyte_distill.parallel.process_groups import World, on_main_rank
-from megabyte_distill.training.checkpoint import PendingSave, begin_save, remove_old_checkpoints
+from megabyte_distill.training.checkpoint import OptimizerState, PendingSave, begin_save, remove_old_checkpoints
 from megabyte_distill.training.checkpoint_writer import CheckpointWriter
 from megabyte_distill.training.logging import say
 
@@ -34,7 +34,7 @@ class Saver:
         """Whether this rank's part of a save is not on disk yet."""
         return self._pending is not None and not self._pending.is_done()
 
-    def save(self, iteration: int, model: nn.Module, optimizer: Any, loop: Mapping[str, Any]) -> None:
+    def save(self, iteration: int, model: nn.Module, optimizer: OptimizerState, loop: Mapping[str, Any]) -> None:
         """Begin a checkpoint, after the one under way is complete; without ``background`` it is complete on return."""
         self.finish()
         self._pending = begin_save(
