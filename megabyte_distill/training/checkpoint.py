@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -29,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megabyte_distill.training import rng
 from megabyte_distill.training.checkpoint_writer import CheckpointWriter, Written
 from megabyte_distill.training.manifest import (
     MANIFEST_FILE,
@@ -261,7 +261,7 @@ def begin_save(
     _barrier_with_failures(error, f"creating {save.partial}")
     try:
         weights = sharded_state_dict(model)
-        state: dict[str, Any] = {"model": weights, "rng": torch.get_rng_state()}
+        state: dict[str, Any] = {"model": weights, rng.KEY: rng.sharded_rng_state()}
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False)
         dist_checkpointing.save(state, str(save.partial), sharded_strategy=save.writer)
@@ -424,19 +424,18 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "", ver
 
 def load_training_state(
     checkpoint: Path, model: nn.Module, optimizer: OptimizerState | None, *, with_rng: bool
-) -> None:
+) -> str | None:
     """Load what a checkpoint holds beside ``model``'s weights, which are loaded already.
 
-    ``optimizer``: the one built on the model, or None to leave it fresh; ``with_rng``: the generator's state too.
+    ``optimizer``: the one built on the model, or None to leave it fresh; ``with_rng``: the generators' states too.
+    Returns what of the latter could not be taken up exactly.
     """
-    wanted: dict[str, Any] = {"rng": torch.get_rng_state()} if with_rng else {}
     if optimizer is not None:
-        wanted["optimizer"] = optimizer.sharded_state_dict(sharded_state_dict(model), is_loading=True)
-    if not wanted:
-        return
-    with readable(checkpoint):
-        loaded = dist_checkpointing.load(wanted, str(checkpoint))
-    if optimizer is not None:
+        wanted = optimizer.sharded_state_dict(sharded_state_dict(model), is_loading=True)
+        with readable(checkpoint):
+            loaded = dist_checkpointing.load({"optimizer": wanted}, str(checkpoint))
         optimizer.load_state_dict(loaded["optimizer"])
-    if with_rng and "rng" in loaded:
-        torch.set_rng_state(loaded["rng"])
+    if not with_rng:
+        return None
+    with readable(checkpoint):
+        return rng.load_rng_state(checkpoint)

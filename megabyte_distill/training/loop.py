@@ -128,7 +128,9 @@ class Loop:
         if with_optimizer:
             self._check_optimizer(checkpoint)
         optimizer = self.trained if with_optimizer else None
-        load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        inexact = load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        if inexact and self.world.is_main:
+            say(f" warning: {inexact}")
         state = read_loop_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self._window = _Window.from_state(state["window"]) if "window" in state else _Window()
