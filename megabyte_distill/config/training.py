@@ -78,6 +78,10 @@ class CheckpointConfig:
     save_retain_interval: int = option(
         0, "updates between checkpoints that are kept beside the newest ones; 0 keeps none", unit="updates", low=0
     )
+    async_save: bool = option(False, "write checkpoints beside the training, from a copy in host memory")
+    verify_checkpoint: bool = option(
+        True, "before loading a checkpoint compare the hash of every file; off compares sizes only"
+    )
     no_load_optim: bool = option(False, "go on with a fresh optimizer instead of the checkpoint's")
     no_load_rng: bool = option(False, "go on without the checkpoint's random number state")
 

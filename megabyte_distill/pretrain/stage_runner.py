@@ -24,6 +24,7 @@ from megabyte_distill.training.logging import MetricWriter, say
 from megabyte_distill.training.loop import Loop, StopReason
 from megabyte_distill.training.optimizer import wrap_for_training
 from megabyte_distill.training.rows import HeldOutRows, MicroBatches
+from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 
 
@@ -94,17 +95,18 @@ class StageRunner:
 
     def _models(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> tuple[Student, Backbone | None]:
         dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
+        verify = self.settings.checkpoint.verify_checkpoint
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
         overrides = {"sequence_parallel": self.settings.parallel.sequence_parallel, "pipeline_dtype": dtype}
         student = build_student(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
-            load_checkpoint(own.checkpoint, student)
+            load_checkpoint(own.checkpoint, student, verify=verify)
         else:
             ckpt_step = self.settings.checkpoint.ckpt_step
             checkpoint, what = starting_point(self.prepared, stage.name, ckpt_step)
-            load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "")
+            load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "", verify=verify)
             self._say(f" stage {stage.name} ({stage.title}) starts from {what}: {checkpoint}")
         student.to(device=self.world.device, dtype=dtype)
         set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
@@ -115,7 +117,7 @@ class StageRunner:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = student.backbone  # type: ignore[assignment]
         elif need is not TeacherNeed.NONE:
-            teacher = load_teacher(self.prepared.teacher, dtype=dtype, overrides=overrides).backbone
+            teacher = load_teacher(self.prepared.teacher, dtype=dtype, overrides=overrides, verify=verify).backbone
             teacher.requires_grad_(False).eval()
         return student, teacher
 
@@ -138,15 +140,19 @@ class StageRunner:
             config=config,
             run_config=settings.run,
             world=world,
-            folder=self.prepared.root / stage.name,
+            saver=Saver(
+                folder=self.prepared.root / stage.name,
+                world=world,
+                background=settings.checkpoint.async_save,
+                keep_last_checkpoints=settings.checkpoint.keep_last_checkpoints,
+                save_retain_interval=settings.checkpoint.save_retain_interval,
+                texts={RUN_CONFIG_NAME: run_config_text(settings)},
+            ),
             writer=self.writer,
             stop=self.stop,
             deadline=self.deadline,
-            texts={RUN_CONFIG_NAME: run_config_text(settings)},
             extra_state=self._identity(stage.name),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
-            keep_last_checkpoints=settings.checkpoint.keep_last_checkpoints,
-            save_retain_interval=settings.checkpoint.save_retain_interval,
         )
 
     def _identity(self, name: str) -> dict[str, Any]:

@@ -17,15 +17,11 @@ from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.config.training import RunConfig
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
-from megabyte_distill.parallel.process_groups import World, on_main_rank
-from megabyte_distill.training.checkpoint import (
-    load_training_state,
-    read_loop_state,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.training.checkpoint import load_training_state, read_loop_state
 from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
+from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.step import StepReport, evaluate, train_step
 
@@ -113,19 +109,14 @@ class Loop:
     config: StageConfig
     run_config: RunConfig
     world: World
-    folder: Path
+    saver: Saver
     writer: MetricWriter
     stop: StopRequest
     deadline: float = math.inf
     """time.monotonic() at which --exit-duration-in-mins is over."""
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """Small files for each checkpoint: run_config.yaml."""
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Written into each checkpoint's state: hashes of what it was made from."""
     valid_rows: Callable[[], list[list[PackedRow]]] = list
-    keep_last_checkpoints: int = 0
-    """0 keeps all."""
-    save_retain_interval: int = 0
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
 
@@ -136,9 +127,10 @@ class Loop:
         """
         if with_optimizer:
             self._check_optimizer(checkpoint)
-        optimizer = self.trained.optimizer if with_optimizer else None
-        with self.trained.own_settings():
-            load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        optimizer = self.trained if with_optimizer else None
+        inexact = load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        if inexact and self.world.is_main:
+            say(f" warning: {inexact}")
         state = read_loop_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self._window = _Window.from_state(state["window"]) if "window" in state else _Window()
@@ -154,24 +146,34 @@ class Loop:
                 f"{checkpoint} was saved {words[0]} {flag}, this run is started {words[1]} it, and the two save other "
                 f"states; start it {words[0]} {flag}, or begin with a fresh optimizer: --no-load-optim"
             )
-        if self.trained.reloads_inexactly:
-            raise ValueError(
-                f"stage {self.stage} cannot go on from {checkpoint}: the state that {flag} saves does not load exactly "
-                "where the optimizer is torch's AdamW. Begin with a fresh optimizer (--no-load-optim), install "
-                f"Transformer Engine or NVIDIA apex, or train the stage again without {flag} (remove its folder)"
-            )
 
     def run(self) -> StopReason:
-        """Train; on return the state is saved, whatever the reason."""
+        """Train; on return the state is saved, whatever the reason.
+
+        Where training fails on all ranks alike, a save that is under way is finished first. A failure of one rank alone
+        leaves it unfinished, and the checkpoint before is the latest.
+        """
         self.trained.module.train()
         window = self._window
         if not window.updates:
             window.started = time.perf_counter()
+        try:
+            reason = self._updates(window)
+        except Exception as failure:
+            if self.world.size == 1 or isinstance(failure, TrainingFailure):
+                self.saver.finish()
+            raise
+        self.saver.finish()
+        return reason
+
+    def _updates(self, window: _Window) -> StopReason:
         while self.progress.iteration < self.config.train_iters:
             report = self._update(window)
             self._log(window, report)
             self._evaluate_if_due()
-            reason = self._reason_to_stop()
+            reason, all_written = self._agree()
+            if all_written:
+                self.saver.finish()
             if reason is not None:
                 self.save()
                 return reason
@@ -249,21 +251,25 @@ class Loop:
             say(f" validation at stage {self.stage} iteration {iteration} | {shown} |")
             self.writer.write(self.stage, iteration, {f"validation {name}": value for name, value in means.items()})
 
-    def _reason_to_stop(self) -> StopReason | None:
-        """All ranks agree: where any rank has a reason, the gravest one is everybody's."""
+    def _agree(self) -> tuple[StopReason | None, bool]:
+        """(why to stop, whether every rank has written its part of a save under way), the same on all ranks.
+
+        Where any rank has a reason, the gravest one is everybody's.
+        """
         interval = self.run_config.exit_interval
         reason = 0
         if self.stop:
-            reason = 1
+            reason = 3
         elif time.monotonic() > self.deadline:
             reason = 2
         elif interval and self.progress.iteration % interval == 0:
-            reason = 3
+            reason = 1
+        is_writing = self.saver.is_writing()
         if self.world.size > 1:
-            answer = torch.tensor([reason], device=self.world.device)
+            answer = torch.tensor([reason, int(is_writing)], device=self.world.device)
             dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-            reason = int(answer.item())
-        return (None, StopReason.SIGNAL, StopReason.DURATION, StopReason.INTERVAL)[reason]
+            reason, is_writing = int(answer[0]), bool(answer[1])
+        return (None, StopReason.INTERVAL, StopReason.DURATION, StopReason.SIGNAL)[reason], not is_writing
 
     def _check_weights(self) -> None:
         """TrainingFailure where a weight is not finite, which a finite loss and gradient do not rule out."""
@@ -280,8 +286,8 @@ class Loop:
                 f"saved; its batch: {self.rows.describe_last()}. The last checkpoint is from before; lower --lr"
             )
 
-    def save(self) -> Path:
-        """Write this iteration's checkpoint."""
+    def save(self) -> None:
+        """Write this iteration's checkpoint, or begin to."""
         self._check_weights()
         loop = {
             "stage": self.stage,
@@ -292,19 +298,4 @@ class Loop:
             "distributed_optimizer": self.trained.is_distributed,
             **self.extra_state,
         }
-        path = save_checkpoint(
-            self.folder,
-            self.progress.iteration,
-            self.trained.module,
-            optimizer=self.trained.optimizer,
-            loop=loop,
-            texts=self.texts,
-        )
-        if self.world.is_main:
-            say(f" saved {path}")
-        if self.keep_last_checkpoints:
-            keep, retain = self.keep_last_checkpoints, self.save_retain_interval
-            on_main_rank(
-                self.world, lambda: remove_old_checkpoints(self.folder, keep_last=keep, retain_interval=retain)
-            )
-        return path
+        self.saver.save(self.progress.iteration, self.trained.module, self.trained, loop)

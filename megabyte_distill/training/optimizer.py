@@ -19,12 +19,15 @@ from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.parallel.pipeline import trains_before, trains_on_stages
+from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
 
 BACKBONE_PARAMETERS = "*backbone.*"
 BACKBONE_GROUP = {"lr_mult": 2.0}
 """A mark, not a factor: megatron tells the groups of a checkpoint apart by their multipliers, and nothing here scales
 by them. Without it the backbone's group would be reloaded as a copy of the other one."""
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Of the distributed optimizer's state; its default cannot be saved any more."""
 _SETTINGS_OF_A_GROUP = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
@@ -53,8 +56,7 @@ class TrainerModel:
         return max(rates)
 
     @contextmanager
-    def own_settings(self) -> Iterator[None]:
-        """Around loading the optimizer: what the command line says now wins over what the checkpoint was made with."""
+    def _own_settings(self) -> Iterator[None]:
         before = [{name: group[name] for name in _SETTINGS_OF_A_GROUP if name in group} for group in self._groups()]
         yield
         for group, own in zip(self._groups(), before, strict=True):
@@ -63,13 +65,23 @@ class TrainerModel:
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups  # type: ignore[no-any-return]
 
-    @property
-    def reloads_inexactly(self) -> bool:
-        """True for megatron's distributed optimizer over torch's AdamW, whose saved state cannot be loaded again.
+    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool) -> Any:
+        """megatron's description of the optimizer's state, beside that of the model's weights."""
+        exact = self._distributed_over_torch()
+        if not exact:
+            return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        [part] = exact
+        return distributed_adam.describe(part, weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
 
-        (A KeyError in megatron-core 0.16.1; with the missing entry filled in, the next update differs.)
-        """
-        return any(type(part.optimizer).__module__.startswith("torch.optim") for part in self._distributed_parts())
+    def load_state_dict(self, loaded: Any) -> None:
+        """Take up what a checkpoint held of :meth:`sharded_state_dict`, but for what the command line says now."""
+        exact = self._distributed_over_torch()
+        with self._own_settings():
+            if exact:
+                [part] = exact
+                distributed_adam.load_state(part, loaded)
+            else:
+                self.optimizer.load_state_dict(loaded)
 
     @property
     def is_distributed(self) -> bool:
@@ -79,6 +91,9 @@ class TrainerModel:
     def _distributed_parts(self) -> list[Any]:
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+    def _distributed_over_torch(self) -> list[Any]:
+        return [part for part in self._distributed_parts() if distributed_adam.is_over_torch(part)]
 
 
 def _finalize_without_rescaling(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
@@ -132,4 +147,7 @@ def wrap_for_training(
     # given (even empty), not None, or megatron would exempt norms and biases from weight decay
     overrides = {ParamKey(name=BACKBONE_PARAMETERS): {"max_lr": config.backbone_peak_lr, **BACKBONE_GROUP}}
     optimizer = megatron_optimizer.get_megatron_optimizer(optimizer_config, [ddp], config_overrides=overrides)
-    return TrainerModel(ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module))
+    trained = TrainerModel(ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module))
+    for part in trained._distributed_over_torch():
+        distributed_adam.allocate_state(part)
+    return trained

@@ -77,6 +77,18 @@ def test_twenty_updates_killed_and_resumed(job: Job, tmp_path: Path) -> None:
     assert_close(other, straight, ["2b"])
 
 
+@pytest.mark.parametrize("stage", ["1a", "2a"])
+def test_the_distributed_optimizer_goes_on_where_a_pipeline_stage_trains_nothing(
+    job: Job, tmp_path: Path, stage: str
+) -> None:
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    flags = ("--stages", stage, *FLAGS, *PIPELINE, "--use-distributed-optimizer")
+    run_on(job, straight, 4, *flags)
+    run_on(job, changed, 4, *flags, "--exit-interval", "2")
+    run_on(job, changed, 4, *flags)
+    assert_same_run(changed, straight, [stage])
+
+
 def test_stages_that_do_not_divide_the_layers_are_refused(job: Job, tmp_path: Path) -> None:
     done = run_command(
         torchrun(str(SCRIPT), *job.flags(tmp_path / "run", "--pipeline-model-parallel-size", "3"), processes=3)
