@@ -170,12 +170,12 @@ def _parallel(settings: Settings, world_size: int) -> Iterator[str]:
                 f"stage {stage}: --sequence-parallel needs a --chunk-bucket that --tensor-model-parallel-size {tensor} "
                 f"divides, got {config.chunk_bucket}"
             )
-    size = settings.parallel.pipeline_model_parallel_size
-    if size > 1:
-        yield (
-            f"--pipeline-model-parallel-size {size}: the student's pipeline is not built yet; leave it at 1 and use "
-            "tensor and data parallelism (torchrun --nproc-per-node N --tensor-model-parallel-size T)"
-        )
+        rows = config.micro_batch_size * config.seq_length
+        if settings.parallel.pipeline_model_parallel_size > 1 and rows % tensor:
+            yield (
+                f"stage {stage}: with --sequence-parallel, pipeline stages hand over --micro-batch-size × --seq-length "
+                f"= {rows} bytes in parts, which --tensor-model-parallel-size {tensor} must divide"
+            )
 
 
 def _overlaps(parallel: ParallelConfig) -> Iterator[str]:

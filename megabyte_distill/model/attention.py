@@ -36,9 +36,9 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     """Of :class:`RotaryTable`."""
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, rotations: tuple[Tensor, Tensor]) -> PackedSegments:
-        """Of cumulative lengths [S + 1]."""
-        return cls(lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), rotations=rotations)
+    def of(cls, cu_seqlens: Tensor) -> PackedSegments:
+        """Of cumulative lengths [S + 1]; rotations are still to be set."""
+        return cls(lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
 
 
 @dataclass

@@ -87,7 +87,6 @@ def world(
     """
     cpu_megatron.apply()
     from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as megatron_tp
 
     if parallel_state.model_parallel_is_initialized():
         yield current_world()
@@ -96,14 +95,42 @@ def world(
         warnings.simplefilter("ignore")
         _init_torch(datetime.timedelta(minutes=timeout_minutes))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
-            megatron_tp.model_parallel_cuda_manual_seed(seed)
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
         yield current_world()
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int) -> None:
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as megatron_tp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+        megatron_tp.model_parallel_cuda_manual_seed(seed)
+
+
+@contextlib.contextmanager
+def regrouped(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1) -> Iterator[World]:
+    """The ranks that are up, cut in another way; afterwards as before. Models of one cut know nothing of another."""
+    from megatron.core import parallel_state
+
+    before = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if before == (tensor_parallel, pipeline_parallel):
+        yield current_world()
+        return
+    parallel_state.destroy_model_parallel()
+    try:
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
+        yield current_world()
+    finally:
+        parallel_state.destroy_model_parallel()
+        _init_model_parallel(*before, seed)
 
 
 def current_world() -> World:

@@ -19,7 +19,7 @@ from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
-from megabyte_distill.runs import StageProgress, build_student, stage_progress
+from megabyte_distill.runs import StageProgress, backbone_overrides, build_student, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.logging import MetricWriter, say
 from megabyte_distill.training.loop import Loop, StopReason
@@ -94,10 +94,10 @@ class StageRunner:
             say(text)
 
     def _models(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> tuple[Student, Backbone | None]:
-        dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
+        dtype = training_dtype(self.settings)
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
-        overrides = {"sequence_parallel": self.settings.parallel.sequence_parallel, **config.recompute_fields}
+        overrides = backbone_overrides(self.settings, config)
         student = build_student(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights

@@ -283,11 +283,12 @@ class Loop:
     def _check_weights(self) -> None:
         """TrainingFailure where a weight is not finite, which a finite loss and gradient do not rule out."""
         trained = list(trainable_parameters(self.trained.module))
-        bad = torch.stack([~torch.isfinite(parameter.detach()).all() for _, parameter in trained])
-        anywhere = bad.any().to(dtype=torch.int32)
+        bad = [~torch.isfinite(parameter.detach()).all() for _, parameter in trained]
+        here = torch.zeros((), dtype=torch.bool, device=self.world.device)  # a pipeline stage may train nothing
+        anywhere = torch.stack([here, *bad]).any().to(dtype=torch.int32)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         if anywhere.item():
-            names = [name for (name, _), is_bad in zip(trained, bad.tolist(), strict=True) if is_bad]
+            names = [name for (name, _), is_bad in zip(trained, bad, strict=True) if is_bad]
             raise TrainingFailure(
                 f"stage {self.stage}: {len(names)} weights are NaN or infinite after iteration "
                 f"{self.progress.iteration} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), which is not "

@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import ModelType
 from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.parallel.pipeline import trains_before, trains_on_stages
 from megabyte_distill.training.schedule import learning_rate_factor
 
 BACKBONE_PARAMETERS = "*backbone.*"
@@ -35,6 +36,8 @@ class TrainerModel:
     ddp: DistributedDataParallel
     optimizer: Any
     config: StageConfig
+    gradient_arrives: bool
+    """Whether anything trains on the pipeline stages before this one."""
 
     @property
     def module(self) -> nn.Module:
@@ -130,7 +133,7 @@ def wrap_for_training(
     The optimizer class is megatron's choice: Transformer Engine's FusedAdam, NVIDIA apex's, torch's AdamW. Weight decay
     applies to every trained parameter (RECIPE section 3); parameters named ``backbone.*`` take ``backbone_peak_lr``.
     """
-    if not any(True for _ in trainable_parameters(module)):
+    if not any(trains_on_stages(module)):
         raise ValueError("no parameter of the model is trainable: nothing to optimise")
     module.model_type = ModelType.encoder_or_decoder
     ddp_config = DistributedDataParallelConfig(
@@ -164,4 +167,4 @@ def wrap_for_training(
     optimizer = megatron_optimizer.get_megatron_optimizer(
         optimizer_config, [ddp], config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
     )
-    return TrainerModel(ddp=ddp, optimizer=optimizer, config=config)
+    return TrainerModel(ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module))
