@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megabyte_distill.config.stage import STAGE_ORDER
+from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
+from megabyte_distill.config.training import Settings
 from megabyte_distill.conversion.model_config import TEACHER_FILE, ModelConfig, is_run, read_model_config
 from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
@@ -86,6 +87,20 @@ def last_stage(root: Path) -> StageProgress:
     if not found:
         raise ValueError(f"{root} holds no complete stage (looked for {', '.join(STAGE_ORDER)}); train it first")
     return found[-1]
+
+
+def backbone_overrides(settings: Settings, config: StageConfig) -> dict[str, object]:
+    """Fields of megatron's TransformerConfig that a stage's settings decide, for student and teacher."""
+    return {
+        "sequence_parallel": settings.parallel.sequence_parallel,
+        "pipeline_dtype": training_dtype(settings),
+        **config.recompute_fields,
+    }
+
+
+def training_dtype(settings: Settings) -> torch.dtype:
+    """Of weights, activations and what goes between pipeline stages; the optimizer's masters are fp32."""
+    return torch.bfloat16 if settings.run.bf16 else torch.float32
 
 
 def build_student(

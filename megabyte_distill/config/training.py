@@ -97,6 +97,16 @@ class ParallelConfig:
     )
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over the data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass still runs")
+    overlap_param_gather: bool = option(
+        False, "gather the backbone's updated weights while the forward pass runs already"
+    )
+    ddp_bucket_size: int | None = option(
+        None,
+        "gradients (and weights) that are sent at once where they overlap; none leaves it to megatron",
+        unit="parameters",
+        low=1,
+    )
+    context_parallel_size: int = option(1, "ranks that share a sequence; 1 is the only size there is", low=1)
     distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)
 
     @property
@@ -130,6 +140,7 @@ class RunConfig:
     seed: int = option(1234, "seed of initialisation and of the order of the data", low=0)
     bf16: bool = option(False, "bfloat16 forward and backward with fp32 master weights")
     log_interval: int = option(10, "updates between log lines", unit="updates", low=1)
+    log_throughput: bool = option(False, "show TFLOP/s per GPU in the log line, counted on each stage's first update")
     tensorboard_dir: str | None = option(None, "folder of tensorboard's events; none means SAVE/tensorboard")
     wandb_project: str | None = option(None, "also report to this Weights & Biases project (needs the extra wandb)")
     exit_interval: int | None = option(

@@ -86,6 +86,7 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         self.decoder = TransformerBlock(
             transformer, layer_spec(transformer, config), pre_process=pre_process, post_process=post_process
         )
+        _check_recomputed_groups(transformer, len(self.decoder.layers))
         # where the field is on, megatron adds up these norms' gradients over tensor-parallel ranks: right for norms
         # that each rank holds whole, not for those that are cut
         transformer.qk_layernorm = config.qk_norm is QkNorm.HEAD
@@ -226,3 +227,13 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         )
         cache.lengths[rows] += 1
         return hidden[:, 0]
+
+
+def _check_recomputed_groups(transformer: TransformerConfig, layers: int) -> None:
+    """ValueError for groups that do not divide a stage's layers: megatron would look for more than there are."""
+    group = transformer.recompute_num_layers
+    if transformer.recompute_method == "uniform" and layers % group:
+        raise ValueError(
+            f"--recompute-num-layers {group} does not divide the {layers} layers of this pipeline stage; choose a "
+            "number that does, or --recompute-method block"
+        )

@@ -15,10 +15,11 @@ from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_tea
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
-from megabyte_distill.runs import StageProgress, build_student, stage_progress
+from megabyte_distill.runs import StageProgress, backbone_overrides, build_student, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.logging import MetricWriter, say
 from megabyte_distill.training.loop import Loop, StopReason
@@ -94,11 +95,11 @@ class StageRunner:
             say(text)
 
     def _models(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> tuple[Student, Backbone | None]:
-        dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
+        dtype = training_dtype(self.settings)
         verify = self.settings.checkpoint.verify_checkpoint
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
-        overrides = {"sequence_parallel": self.settings.parallel.sequence_parallel, "pipeline_dtype": dtype}
+        overrides = backbone_overrides(self.settings, config)
         student = build_student(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
@@ -109,6 +110,8 @@ class StageRunner:
             load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "", verify=verify)
             self._say(f" stage {stage.name} ({stage.title}) starts from {what}: {checkpoint}")
         student.to(device=self.world.device, dtype=dtype)
+        if config.recompute_byte_mixers:
+            recompute_byte_mixers(student)
         set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
         teacher: Backbone | None = None
         need = stage.teacher(config)
@@ -134,6 +137,8 @@ class StageRunner:
                 bf16=settings.run.bf16,
                 use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
                 overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+                overlap_param_gather=settings.parallel.overlap_param_gather,
+                ddp_bucket_size=settings.parallel.ddp_bucket_size,
             ),
             objective=stage.objective(config, teacher, self.prepared.token_bytes),
             rows=MicroBatches(train, config, world, document_mask=mask),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from megabyte_distill.training.optimizer import TrainerModel, trainable_paramete
 from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.step import StepReport, evaluate, train_step
+from megabyte_distill.training.throughput import FlopCount
 
 
 class StopReason(str, Enum):
@@ -119,6 +121,8 @@ class Loop:
     valid_rows: Callable[[], list[list[PackedRow]]] = list
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
+    _flops: float | None = None
+    """Of one update, on the average rank; counted on this process's first."""
 
     def resume(self, checkpoint: Path, *, with_optimizer: bool = True, with_rng: bool = True) -> None:
         """Continue from a checkpoint of this stage: optimizer, counters and position in the data.
@@ -188,7 +192,11 @@ class Loop:
     def _update(self, window: _Window) -> StepReport:
         started = time.perf_counter()
         micro_batches = self.rows.next_micro_batches()
-        report = train_step(self.trained, self.objective, micro_batches, self.progress.iteration, self.world)
+        counts = self.run_config.log_throughput and self._flops is None
+        with FlopCount() if counts else contextlib.nullcontext() as count:
+            report = train_step(self.trained, self.objective, micro_batches, self.progress.iteration, self.world)
+        if count is not None:
+            self._flops = self._mean_over_ranks(count.flops)
         progress = self.progress
         progress.iteration += 1
         progress.consumed_rows += self.config.global_batch_size
@@ -208,6 +216,11 @@ class Loop:
                 "checkpoint is from before; lower --lr, check the data, or raise --max-nan-iterations"
             )
         return report
+
+    def _mean_over_ranks(self, value: int) -> float:
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(total)
+        return float(total) / self.world.size
 
     def _log(self, window: _Window, report: StepReport, *, force: bool = False) -> None:
         progress, config = self.progress, self.config
@@ -232,6 +245,7 @@ class Loop:
                     skipped=progress.skipped,
                     nan_iterations=progress.nan_iterations,
                     bytes_per_second=speed,
+                    teraflops=None if self._flops is None else self._flops / seconds / 1e12,
                     eta_seconds=seconds * (config.train_iters - progress.iteration),
                 )
             )
@@ -245,6 +259,7 @@ class Loop:
         at_end = iteration == config.train_iters
         if not config.eval_iters or not (at_end or (config.eval_interval and iteration % config.eval_interval == 0)):
             return
+        self.trained.gather_parameters()
         means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(), self.world))
         if means and self.world.is_main:
             shown = " | ".join(f"{name}: {value:.6E}" for name, value in means.items())
@@ -288,6 +303,7 @@ class Loop:
 
     def save(self) -> None:
         """Write this iteration's checkpoint, or begin to."""
+        self.trained.gather_parameters()
         self._check_weights()
         loop = {
             "stage": self.stage,

@@ -23,6 +23,7 @@ from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
 
 BACKBONE_PARAMETERS = "*backbone.*"
+LAYER_PARAMETERS = "backbone.decoder."
 BACKBONE_GROUP = {"lr_mult": 2.0}
 """A mark, not a factor: megatron tells the groups of a checkpoint apart by their multipliers, and nothing here scales
 by them. Without it the backbone's group would be reloaded as a copy of the other one."""
@@ -73,6 +74,11 @@ class TrainerModel:
         [part] = exact
         return distributed_adam.describe(part, weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
 
+    def gather_parameters(self) -> None:
+        """Under --overlap-param-gather the last update is whole only in the next forward; this makes it so at once."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+
     def load_state_dict(self, loaded: Any) -> None:
         """Take up what a checkpoint held of :meth:`sharded_state_dict`, but for what the command line says now."""
         exact = self._distributed_over_torch()
@@ -101,6 +107,25 @@ def _finalize_without_rescaling(model: list[nn.Module], num_tokens: torch.Tensor
     finalize_model_grads(model, None, **kwargs)
 
 
+def _gather_before_forward(ddp: DistributedDataParallel) -> None:
+    """Let an update's first forward wait for all weights but the transformer layers'.
+
+    megatron waits where a module is called; the byte side, the embedding and the token head are also read by name.
+    """
+    early = {
+        id(group): group
+        for name, parameter in trainable_parameters(ddp.module)
+        if LAYER_PARAMETERS not in name
+        for group in [ddp.param_to_bucket_group[parameter]]
+    }
+
+    def gather(*_: Any) -> None:
+        for group in early.values():
+            group.finish_param_sync()
+
+    ddp.register_forward_pre_hook(gather)
+
+
 def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters that the stage trains."""
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
@@ -114,6 +139,9 @@ def wrap_for_training(
     bf16: bool = False,
     use_distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+    ddp_bucket_size: int | None = None,
+    use_gloo_process_groups: bool = True,
 ) -> TrainerModel:
     """DDP and AdamW over the parameters with ``requires_grad``; frozen ones get no gradient buffer and no state.
 
@@ -127,9 +155,13 @@ def wrap_for_training(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        bucket_size=ddp_bucket_size,
     )
     transformer.finalize_model_grads_func = _finalize_without_rescaling
     ddp = DistributedDataParallel(transformer, ddp_config, module)
+    if overlap_param_gather:
+        _gather_before_forward(ddp)
     transformer.no_sync_func = ddp.no_sync if overlap_grad_reduce else None
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -143,10 +175,13 @@ def wrap_for_training(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
     )
     # given (even empty), not None, or megatron would exempt norms and biases from weight decay
     overrides = {ParamKey(name=BACKBONE_PARAMETERS): {"max_lr": config.backbone_peak_lr, **BACKBONE_GROUP}}
-    optimizer = megatron_optimizer.get_megatron_optimizer(optimizer_config, [ddp], config_overrides=overrides)
+    optimizer = megatron_optimizer.get_megatron_optimizer(
+        optimizer_config, [ddp], config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
+    )
     trained = TrainerModel(ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module))
     for part in trained._distributed_over_torch():
         distributed_adam.allocate_state(part)
