@@ -1,7 +1,7 @@
 """Every operator the byte side calls; the model knows these signatures and nothing behind them.
 
-All are plain torch and run on any device. A fused implementation takes the place of one of these bodies, and
-``reference.py`` stays the definition that it must agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
+All are plain torch and run on any device. Where a fused implementation was put in place (``dispatch``), it runs instead
+of a body here; ``reference.py`` is the definition that both agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.kernels.dispatch import fused
 from megabyte_distill.kernels.recurrence import linear_recurrence
 from megabyte_distill.kernels.segment_conv import segment_conv
 from megabyte_distill.kernels.ssm_scan import ssm_scan
@@ -53,6 +54,10 @@ def byte_embedding(
     Returns:
         [P, D] in fp32 (fp64 for an fp64 table): a residual stream; in norm_weight's dtype if normed.
     """
+    run = fused("byte_embedding", byte_ids, table, added, norm_weight)
+    if run is not None:
+        result: Tensor = run(byte_ids, table, added, norm_weight, eps)
+        return result
     rows = F.embedding(byte_ids, table).to(accumulation_dtype(table.dtype))
     if added is not None:
         rows = rows + added
