@@ -24,6 +24,7 @@ __all__ = [
     "byte_embedding",
     "chunk_pool",
     "dechunk",
+    "dechunk_residual",
     "joint_cross_entropy",
     "rms_norm",
     "routing_probabilities",
@@ -35,6 +36,7 @@ __all__ = [
 
 P_CLAMP = 1e-4
 """The EMA's weights stay this far from 0 and 1 (RECIPE section 2)."""
+_NO_NULL_GROUP = "dechunk got mode official without null_group; pass the [E] state read before the first end"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -167,9 +169,45 @@ def dechunk(
         ending = ends.index_select(0, chunk_of_byte) == index_P
         return torch.cat((states, h)).index_select(0, chunk_of_byte + ending * h.shape[0])
     if null_group is None:
-        raise ValueError("dechunk got mode official without null_group; pass the [E] state read before the first end")
+        raise ValueError(_NO_NULL_GROUP)
     table = torch.cat((null_group.to(h.dtype)[None], states))
     return table.index_select(0, chunk_of_byte + 1)
+
+
+def dechunk_residual(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    *,
+    ends: Tensor,
+    chunk_of_byte: Tensor,
+    starts: Tensor,
+    mode: DechunkMode,
+    null_group: Tensor | None = None,
+) -> Tensor:
+    """:func:`dechunk`, :func:`straight_through_confidence` and the residual from the encoder in one.
+
+    Args:
+        h, p, ends, chunk_of_byte, starts, mode, null_group: as in :func:`dechunk`.
+        confidence: [P] probability of the decision taken; only its gradient counts.
+        residual: [P, E] added to what each byte reads.
+
+    Returns:
+        [P, E] in h's dtype.
+
+    Raises:
+        ValueError: in official mode without null_group.
+    """
+    if mode is DechunkMode.OFFICIAL and null_group is None:
+        raise ValueError(_NO_NULL_GROUP)
+    layout = {"ends": ends, "chunk_of_byte": chunk_of_byte, "starts": starts}
+    run = fused("dechunk_residual", h, p, confidence, residual, null_group)
+    if run is not None:
+        result: Tensor = run(h, p, confidence, residual, **layout, mode=mode, null_group=null_group)
+        return result
+    s = dechunk(h, p, **layout, mode=mode, null_group=null_group)
+    return straight_through_confidence(s, confidence) + residual
 
 
 def straight_through_confidence(s: Tensor, p_selected: Tensor) -> Tensor:

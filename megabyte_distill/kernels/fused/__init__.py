@@ -5,7 +5,12 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from megabyte_distill.kernels.dispatch import FusedOp
-from megabyte_distill.kernels.fused import byte_embedding
+from megabyte_distill.kernels.fused import byte_embedding, dechunk_residual
 
-FUSED_OPS: MappingProxyType[str, FusedOp] = MappingProxyType({"byte_embedding": byte_embedding.FUSED})
+FUSED_OPS: MappingProxyType[str, FusedOp] = MappingProxyType(
+    {
+        "byte_embedding": byte_embedding.FUSED,
+        "dechunk_residual": dechunk_residual.FUSED,
+    }
+)
 """Name of the function in ``kernels.ops`` → what replaces it. A new fused op is one file and one line here."""
