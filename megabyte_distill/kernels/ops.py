@@ -1,7 +1,7 @@
 """Every operator the byte side calls; the model knows these signatures and nothing behind them.
 
-All are plain torch and run on any device. A fused implementation takes the place of one of these bodies, and
-``reference.py`` stays the definition that it must agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
+All are plain torch and run on any device. Where a fused implementation was put in place (``dispatch``), it runs instead
+of a body here; ``reference.py`` is the definition that both agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.kernels.dispatch import fused
 from megabyte_distill.kernels.recurrence import linear_recurrence
 from megabyte_distill.kernels.segment_conv import segment_conv
 from megabyte_distill.kernels.ssm_scan import ssm_scan
@@ -23,6 +24,7 @@ __all__ = [
     "byte_embedding",
     "chunk_pool",
     "dechunk",
+    "dechunk_residual",
     "joint_cross_entropy",
     "rms_norm",
     "routing_probabilities",
@@ -34,6 +36,7 @@ __all__ = [
 
 P_CLAMP = 1e-4
 """The EMA's weights stay this far from 0 and 1 (RECIPE section 2)."""
+_NO_NULL_GROUP = "dechunk got mode official without null_group; pass the [E] state read before the first end"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,6 +56,10 @@ def byte_embedding(
     Returns:
         [P, D] in fp32 (fp64 for an fp64 table): a residual stream; in norm_weight's dtype if normed.
     """
+    run = fused("byte_embedding", byte_ids, table, added, norm_weight)
+    if run is not None:
+        result: Tensor = run(byte_ids, table, added, norm_weight, eps)
+        return result
     rows = F.embedding(byte_ids, table).to(accumulation_dtype(table.dtype))
     if added is not None:
         rows = rows + added
@@ -162,9 +169,45 @@ def dechunk(
         ending = ends.index_select(0, chunk_of_byte) == index_P
         return torch.cat((states, h)).index_select(0, chunk_of_byte + ending * h.shape[0])
     if null_group is None:
-        raise ValueError("dechunk got mode official without null_group; pass the [E] state read before the first end")
+        raise ValueError(_NO_NULL_GROUP)
     table = torch.cat((null_group.to(h.dtype)[None], states))
     return table.index_select(0, chunk_of_byte + 1)
+
+
+def dechunk_residual(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    *,
+    ends: Tensor,
+    chunk_of_byte: Tensor,
+    starts: Tensor,
+    mode: DechunkMode,
+    null_group: Tensor | None = None,
+) -> Tensor:
+    """:func:`dechunk`, :func:`straight_through_confidence` and the residual from the encoder in one.
+
+    Args:
+        h, p, ends, chunk_of_byte, starts, mode, null_group: as in :func:`dechunk`.
+        confidence: [P] probability of the decision taken; only its gradient counts.
+        residual: [P, E] added to what each byte reads.
+
+    Returns:
+        [P, E] in h's dtype.
+
+    Raises:
+        ValueError: in official mode without null_group.
+    """
+    if mode is DechunkMode.OFFICIAL and null_group is None:
+        raise ValueError(_NO_NULL_GROUP)
+    layout = {"ends": ends, "chunk_of_byte": chunk_of_byte, "starts": starts}
+    run = fused("dechunk_residual", h, p, confidence, residual, null_group)
+    if run is not None:
+        result: Tensor = run(h, p, confidence, residual, **layout, mode=mode, null_group=null_group)
+        return result
+    s = dechunk(h, p, **layout, mode=mode, null_group=null_group)
+    return straight_through_confidence(s, confidence) + residual
 
 
 def straight_through_confidence(s: Tensor, p_selected: Tensor) -> Tensor:

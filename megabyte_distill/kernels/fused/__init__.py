@@ -1,0 +1,16 @@
+"""Fused operators, a file each: torch ops over the kernel library. ``FUSED_OPS`` is what can be put in place."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from megabyte_distill.kernels.dispatch import FusedOp
+from megabyte_distill.kernels.fused import byte_embedding, dechunk_residual
+
+FUSED_OPS: MappingProxyType[str, FusedOp] = MappingProxyType(
+    {
+        "byte_embedding": byte_embedding.FUSED,
+        "dechunk_residual": dechunk_residual.FUSED,
+    }
+)
+"""Name of the function in ``kernels.ops`` → what replaces it. A new fused op is one file and one line here."""
