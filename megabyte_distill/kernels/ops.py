@@ -13,14 +13,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.config.model import ChunkPooling, DechunkMode
+from megabyte_distill.kernels.chunk_index import ChunkIndex, index_chunks, threshold_bits
+from megabyte_distill.kernels.chunk_pooling import pool_rows
 from megabyte_distill.kernels.recurrence import linear_recurrence
 from megabyte_distill.kernels.segment_conv import segment_conv
 from megabyte_distill.kernels.ssm_scan import ssm_scan
 
 __all__ = [
+    "ChunkIndex",
     "accumulation_dtype",
+    "boundary_bits",
     "byte_embedding",
+    "chunk_index",
     "chunk_pool",
     "dechunk",
     "joint_cross_entropy",
@@ -117,11 +122,45 @@ def pair_cosine(q: Tensor, k: Tensor) -> Tensor:
     return F.cosine_similarity(q, k, dim=-1, eps=1e-8)
 
 
-def chunk_pool(r: Tensor, ends: Tensor, num_chunks: int) -> Tensor:
-    """Each chunk's last byte state: r [P, E] at ends [M]; zero rows from ``num_chunks`` on. Returns [M, E]."""
-    pooled = r.index_select(0, ends[:num_chunks])
-    padding = ends.shape[0] - num_chunks
-    return F.pad(pooled, (0, 0, 0, padding)) if padding else pooled
+def boundary_bits(
+    p: Tensor, byte_ids: Tensor, is_text: Tensor | None = None, threshold: float = 0.5, start_byte: int | None = None
+) -> Tensor:
+    """Where the router ends a chunk: bits [P] bool, p above the threshold.
+
+    Args:
+        p: [P] routing probabilities.
+        byte_ids: [P] int64.
+        is_text: [P] bool; each run of what is not text is one chunk, whatever its p. None: all is text.
+        threshold: in units of p.
+        start_byte: this byte always ends a chunk; None for no such byte.
+    """
+    return threshold_bits(p, byte_ids, is_text, threshold, start_byte)
+
+
+def chunk_index(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkIndex:
+    """The chunks that bits [P] bool cut segments cu_seqlens [S+1] into, padded to a multiple of ``bucket`` chunks.
+
+    Their number depends on the data: it is read back to the host once.
+    """
+    return index_chunks(bits, cu_seqlens, bucket)
+
+
+def chunk_pool(
+    r: Tensor, begins: Tensor, ends: Tensor, num_chunks: int, pooling: ChunkPooling = ChunkPooling.LAST
+) -> Tensor:
+    """One state a chunk from the states of its bytes.
+
+    Args:
+        r: [P, E] states of the bytes.
+        begins, ends: [M] int64, a chunk's first and last byte; not read from ``num_chunks`` on.
+        num_chunks: real chunks; the rest is padding.
+        pooling: last: the end byte's state. mean_last: the mean of mean and last. max: elementwise; the gradient goes
+            to the first byte that has the maximum.
+
+    Returns:
+        [M, E] in r's dtype, accumulated in fp32; zero rows on padding.
+    """
+    return pool_rows(r, begins, ends, num_chunks, pooling)
 
 
 def dechunk(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.config.model import ChunkPooling, DechunkMode
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,6 +37,27 @@ def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
         else:
             p.append((1 - q[t] @ k[t + 1] / (q[t].norm() * k[t + 1].norm())) / 2)
     return torch.stack(p)
+
+
+def chunk_pool(r: Tensor, bits: Tensor, cu_seqlens: Tensor, pooling: ChunkPooling) -> Tensor:
+    """Walks the bytes of each segment from the bits alone; r [P, E], bits [P] -> [chunks, E], without padding."""
+    out = []
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        chunk: list[Tensor] = []
+        for t in range(first, last):
+            chunk.append(r[t])
+            if not bool(bits[t]):
+                continue
+            rows = torch.stack(chunk)
+            if pooling is ChunkPooling.LAST:
+                out.append(rows[-1])
+            elif pooling is ChunkPooling.MEAN_LAST:
+                out.append((rows.mean(0) + rows[-1]) / 2)
+            else:
+                first_largest = (rows == rows.max(0).values).to(torch.int8).argmax(0)
+                out.append(rows.gather(0, first_largest[None])[0])
+            chunk = []
+    return torch.stack(out) if out else r[:0]
 
 
 def dechunk(
