@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
 from megabyte_distill.config.model import ByteSideConfig
@@ -116,6 +117,17 @@ class ParallelConfig:
         return world_size // model
 
 
+class KernelMode(str, Enum):
+    """Which implementation the byte side's operators run."""
+
+    AUTO = "auto"
+    """The fused kernels on a GPU for which they are built, torch everywhere else."""
+    FUSED = "fused"
+    """The fused kernels or an error; on a CPU their slow build for tests."""
+    REFERENCE = "reference"
+    """Torch."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """The run itself: which stages, in what precision, how it reports and when it stops."""
@@ -125,6 +137,9 @@ class RunConfig:
     fresh: bool = option(False, "remove what --save holds and start over")
     seed: int = option(1234, "seed of initialisation and of the order of the data", low=0)
     bf16: bool = option(False, "bfloat16 forward and backward with fp32 master weights")
+    kernels: KernelMode = option(
+        KernelMode.AUTO, "the byte side's operators: fused kernels, torch's (reference), or what fits the device (auto)"
+    )
     log_interval: int = option(10, "updates between log lines", unit="updates", low=1)
     tensorboard_dir: str | None = option(None, "folder of tensorboard's events; none means SAVE/tensorboard")
     wandb_project: str | None = option(None, "also report to this Weights & Biases project (needs the extra wandb)")

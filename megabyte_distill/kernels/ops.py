@@ -1,7 +1,7 @@
 """Every operator the byte side calls; the model knows these signatures and nothing behind them.
 
-All are plain torch and run on any device. A fused implementation takes the place of one of these bodies, and
-``reference.py`` stays the definition that it must agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
+All are plain torch and run on any device. Where a fused implementation was put in place (``dispatch``), it runs instead
+of a body here; ``reference.py`` is the definition that both agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from megabyte_distill.config.model import ChunkPooling, DechunkMode
 from megabyte_distill.kernels.chunk_index import ChunkIndex, index_chunks, threshold_bits
 from megabyte_distill.kernels.chunk_pooling import pool_rows
+from megabyte_distill.kernels.dispatch import fused
 from megabyte_distill.kernels.recurrence import linear_recurrence
 from megabyte_distill.kernels.segment_conv import segment_conv
 from megabyte_distill.kernels.ssm_scan import ssm_scan
@@ -28,6 +29,7 @@ __all__ = [
     "chunk_index",
     "chunk_pool",
     "dechunk",
+    "joint_cross_entropies",
     "joint_cross_entropy",
     "rms_norm",
     "routing_probabilities",
@@ -58,6 +60,10 @@ def byte_embedding(
     Returns:
         [P, D] in fp32 (fp64 for an fp64 table): a residual stream; in norm_weight's dtype if normed.
     """
+    run = fused("byte_embedding", byte_ids, table, added, norm_weight)
+    if run is not None:
+        result: Tensor = run(byte_ids, table, added, norm_weight, eps)
+        return result
     rows = F.embedding(byte_ids, table).to(accumulation_dtype(table.dtype))
     if added is not None:
         rows = rows + added
@@ -107,6 +113,10 @@ def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
     Returns:
         [P] fp32 (fp64 for fp64 inputs) in [0, 1]. No gradient flows at a segment's last byte.
     """
+    run = fused("routing_probabilities", q, k, cu_seqlens)
+    if run is not None:
+        result: Tensor = run(q, k, cu_seqlens)
+        return result
     dtype = accumulation_dtype(q.dtype)
     if q.shape[0] == 0:
         return q.new_zeros(0, dtype=dtype)
@@ -134,7 +144,9 @@ def boundary_bits(
         threshold: in units of p.
         start_byte: this byte always ends a chunk; None for no such byte.
     """
-    return threshold_bits(p, byte_ids, is_text, threshold, start_byte)
+    run = fused("boundary_bits", p, byte_ids, is_text) or threshold_bits
+    bits: Tensor = run(p, byte_ids, is_text, threshold, start_byte)
+    return bits
 
 
 def chunk_index(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkIndex:
@@ -142,7 +154,9 @@ def chunk_index(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkIndex:
 
     Their number depends on the data: it is read back to the host once.
     """
-    return index_chunks(bits, cu_seqlens, bucket)
+    run = fused("chunk_index", bits, cu_seqlens) or index_chunks
+    index: ChunkIndex = run(bits, cu_seqlens, bucket)
+    return index
 
 
 def chunk_pool(
@@ -160,7 +174,9 @@ def chunk_pool(
     Returns:
         [M, E] in r's dtype, accumulated in fp32; zero rows on padding.
     """
-    return pool_rows(r, begins, ends, num_chunks, pooling)
+    run = fused("chunk_pool", r, begins, ends) or pool_rows
+    pooled: Tensor = run(r, begins, ends, num_chunks, pooling)
+    return pooled
 
 
 def dechunk(
@@ -231,17 +247,33 @@ class _StraightThrough(torch.autograd.Function):
         return grad, (grad.to(dtype) * s.to(dtype)).sum(-1).to(ctx.p_dtype)
 
 
-def joint_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def joint_cross_entropy(logits: Tensor, targets: Tensor, *, overwrite_logits: bool = False) -> Tensor:
     """Nats of each byte's target under softmax(logits), not reduced.
 
     Args:
         logits: [P, 512].
         targets: [P] int64 joint classes, or [P, 512] floating distributions over them.
+        overwrite_logits: nobody else needs the logits, so that the backward may put their gradient in their place.
 
     Returns:
         [P] fp32 (fp64 for fp64 logits): the cross-entropy −Σ target · log softmax.
     """
+    is_soft = targets.is_floating_point()
+    labels, distribution = (None, targets) if is_soft else (targets, None)
+    run = fused("joint_cross_entropies", logits, labels, distribution)
+    if run is not None:
+        result: Tensor = run(logits, labels, distribution, overwrite_logits)[int(is_soft)]
+        return result
     dtype = accumulation_dtype(logits.dtype)
-    if targets.is_floating_point():
-        targets = targets.to(dtype)
-    return F.cross_entropy(logits.to(dtype), targets, reduction="none")
+    return F.cross_entropy(logits.to(dtype), targets.to(dtype) if is_soft else targets, reduction="none")
+
+
+def joint_cross_entropies(
+    logits: Tensor, labels: Tensor, distribution: Tensor, *, overwrite_logits: bool = False
+) -> tuple[Tensor, Tensor]:
+    """:func:`joint_cross_entropy` against labels [P] and against a distribution [P, 512], each [P], in one pass."""
+    run = fused("joint_cross_entropies", logits, labels, distribution)
+    if run is not None:
+        pair: tuple[Tensor, Tensor] = run(logits, labels, distribution, overwrite_logits)
+        return pair
+    return joint_cross_entropy(logits, labels), joint_cross_entropy(logits, distribution)

@@ -28,15 +28,16 @@ def byte_embedding(byte_ids: Tensor, table: Tensor, added: Tensor | None = None)
 
 
 def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(1 − cos(q_t, k_{t+1})) / 2 inside a segment, 1 at its last byte; [P]."""
+    """(1 − cos(q_t, k_{t+1})) / 2 inside a segment, 1 at its last byte; [P]. A zero row has cosine 0 with all."""
     lasts = {int(edge) - 1 for edge in cu_seqlens[1:]}
     p = []
     for t in range(q.shape[0]):
         if t in lasts:
             p.append(q.new_ones(()))
         else:
-            p.append((1 - q[t] @ k[t + 1] / (q[t].norm() * k[t + 1].norm())) / 2)
-    return torch.stack(p)
+            lengths = q[t].norm().clamp(min=1e-8) * k[t + 1].norm().clamp(min=1e-8)
+            p.append((1 - q[t] @ k[t + 1] / lengths) / 2)
+    return torch.stack(p) if p else q.new_zeros(0)
 
 
 def chunk_pool(r: Tensor, bits: Tensor, cu_seqlens: Tensor, pooling: ChunkPooling) -> Tensor:
@@ -119,4 +120,6 @@ def joint_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     logs = logits - logits.exp().sum(-1, keepdim=True).log()
     if targets.is_floating_point():
         return -(targets * logs).sum(-1)
+    if not targets.numel():
+        return logs.sum(-1)
     return -torch.stack([row[int(target)] for row, target in zip(logs, targets, strict=True)])

@@ -123,22 +123,24 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
     return 0
 
 
-def versions() -> str:
-    """What this job runs on, once in the log: libraries, device, optional packages."""
+def versions(kernels: str) -> str:
+    """What this job runs on, once in the log: libraries, optional packages, and the path of the kernels."""
     parts = [f"{name} {metadata.version(name)}" for name in ("megatron-core", "torch")]
     parts += [f"{name}: {state}" for name, state in optional.describe().items()]
-    return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: torch reference"
+    return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: {kernels}"
 
 
 def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
     """Run the selected stages; True where they are all complete, False where somebody stopped them."""
+    from megabyte_distill.kernels.selection import choose
     from megabyte_distill.pretrain.stage_runner import StageRunner
     from megabyte_distill.training.logging import MetricWriter, say
     from megabyte_distill.training.loop import StopReason
     from megabyte_distill.training.signals import stop_request
 
+    chosen = choose(settings.run.kernels, ranks.device)
     if ranks.is_main:
-        say(f" {versions()}")
+        say(f" {versions(str(chosen))}")
     limit = settings.run.exit_duration_in_mins
     board = settings.run.tensorboard_dir
     writer = MetricWriter(
