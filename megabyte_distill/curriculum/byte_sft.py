@@ -15,7 +15,7 @@ from megabyte_distill.model.student import Boundaries, Gold, Parts, RouterDecide
 from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
-from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_soft_nll
+from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_nlls
 from megabyte_distill.objectives.objective import Sums
 
 BYTE_LOSS = "byte ce"
@@ -71,16 +71,20 @@ class ByteSft:
         return losses
 
     def _byte_loss(self, logits: Tensor, row: PackedRow, *, training: bool) -> Tensor:
-        exact = self._exact if training else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (exact is None or self._alpha < 1.0)):
-            hard = joint_nll(logits, row)
-        self._measures = {MEASURE: joint_bits_pair(hard, row)}
-        if exact is None:
+        # in training the loss is the last to read the logits
+        if self._exact is None or not training:
+            hard = joint_nll(logits, row, overwrite_logits=training)
+            self._measures = {MEASURE: joint_bits_pair(hard, row)}
             return hard[row.loss_mask].sum()
-        targets = exact.of(row)
-        self._measures[REPLACED] = (targets.replaced, row.loss_mask.sum())
-        soft = joint_soft_nll(logits, targets.distribution)
-        mixed = soft if self._alpha == 1.0 else self._alpha * soft + (1.0 - self._alpha) * hard
+        targets, only_soft = self._exact.of(row), self._alpha == 1.0
+        hard, soft = joint_nlls(
+            logits, row, targets.distribution, hard_has_gradient=not only_soft, overwrite_logits=True
+        )
+        self._measures = {
+            MEASURE: joint_bits_pair(hard, row),
+            REPLACED: (targets.replaced, row.loss_mask.sum()),
+        }
+        mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard
         return mixed[row.loss_mask].sum()
 
     def measures(self) -> Sums:

@@ -1,8 +1,8 @@
 """Compiles csrc/*.cu into one library for CUDA with nvcc, and into one for the CPU with g++ for tests.
 
-Needs neither torch nor the network. The libraries stand in kernels/lib/; each carries a hash of the sources it was made
-from, so an old one is recognised. Nothing is built behind a user's back: `make kernels` does it, `pip install .` where nvcc
-is there, and ``python -m megabyte_distill.kernels build``.
+Needs neither torch nor the network. The libraries stand in kernels/lib/, a hash of their sources in their names, so one
+of other sources is never loaded. Nothing is built behind a user's back: `make kernels` does it, `pip install .` does it
+where nvcc is there, and so does ``python -m megabyte_distill.kernels build``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIBRARIES = Path(__file__).parent / "lib"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 """Binaries for Ampere, Hopper and Blackwell; other GPUs compile the PTX of compute_80 when they load it."""
 _NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-_CPU_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-x", "c++")
+_CPU_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-x", "c++")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -43,9 +43,13 @@ class KernelUsage:
     spilled_bytes: int
 
 
-def library_path(kind: str, folder: Path = LIBRARIES) -> Path:
-    """Where the library for ``cuda`` or ``cpu`` stands."""
-    return folder / f"libmegabyte_kernels_{kind}.so"
+def library_path(kind: str, folder: Path = LIBRARIES, sources: Path = SOURCES) -> Path:
+    """Where the library for ``cuda`` or ``cpu`` stands that was made from these sources."""
+    return folder / f"{_stem(kind)}{sources_hash(sources)}.so"
+
+
+def _stem(kind: str) -> str:
+    return f"libmegabyte_kernels_{kind}_"
 
 
 def sources_hash(sources: Path = SOURCES) -> str:
@@ -87,9 +91,10 @@ def build_cuda(folder: Path = LIBRARIES, architectures: Sequence[str] = ()) -> l
     for arch in targets:
         codes = f"[{arch},compute_80]" if arch == "sm_80" else arch
         generate += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={codes}"]
-    command = [nvcc, *_NVCC_FLAGS, *generate, "-Xptxas", "-v", *_identity(SOURCES, " ".join(targets))]
+    command = [nvcc, *_NVCC_FLAGS, *generate, "-Xptxas", "-v", _targets(" ".join(targets))]
     link = [nvcc, "-shared", "-cudart", "static", *generate]
     said = _compile_and_link(SOURCES, library_path("cuda", folder), command, link)
+    _remove_others("cuda", folder, SOURCES)
     return _usages(said)
 
 
@@ -107,14 +112,22 @@ def build_cpu(folder: Path = LIBRARIES, *, sources: Path = SOURCES, extra_flags:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise BuildError("g++ was not found; install it, or set CXX to another C++20 compiler")
-    command = [compiler, *_CPU_FLAGS, *extra_flags, *_identity(sources, "cpu")]
-    path = library_path("cpu", folder)
+    command = [compiler, *_CPU_FLAGS, *extra_flags, _targets("cpu")]
+    path = library_path("cpu", folder, sources)
     _compile_and_link(sources, path, command, [compiler, "-shared", *extra_flags])
+    _remove_others("cpu", folder, sources)
     return path
 
 
-def _identity(sources: Path, targets: str) -> list[str]:
-    return [f'-DMBK_SOURCES="{sources_hash(sources)}"', f'-DMBK_TARGETS="{targets}"']
+def _remove_others(kind: str, folder: Path, sources: Path) -> None:
+    """Drop libraries of earlier sources."""
+    for path in folder.glob(f"{_stem(kind)}*.so"):
+        if path != library_path(kind, folder, sources):
+            path.unlink(missing_ok=True)
+
+
+def _targets(names: str) -> str:
+    return f'-DMBK_TARGETS="{names}"'
 
 
 def _compile_and_link(sources: Path, target: Path, command: list[str], link: list[str]) -> str:

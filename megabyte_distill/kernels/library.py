@@ -30,10 +30,8 @@ class Library:
         """Load ``path``; OSError where it cannot be loaded."""
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        for name in ("mbk_last_error", "mbk_sources", "mbk_targets"):
+        for name in ("mbk_last_error", "mbk_targets"):
             getattr(self._library, name).restype = ctypes.c_char_p
-        self.sources: str = self._library.mbk_sources().decode()
-        """Hash of the sources it was built from."""
         self.targets: tuple[str, ...] = tuple(self._library.mbk_targets().decode().split())
         """GPU architectures, or ("cpu",)."""
 
@@ -86,18 +84,16 @@ def load(kind: str, path: Path | None = None) -> Library:
     """Make the library for ``cuda`` or ``cpu`` the one that :func:`library_for` finds.
 
     Raises:
-        ValueError: where there is none, it cannot be loaded, or it is not of these sources; says how to build it.
+        ValueError: where there is none for these sources, or it cannot be loaded; says how to build it.
     """
     path = path or build.library_path(kind)
     remedy = f"build it with: python -m megabyte_distill.kernels build {kind}"
     if not path.exists():
-        raise ValueError(f"there is no kernel library {path}; {remedy}")
+        raise ValueError(f"there is no kernel library {path.name} in {path.parent}; {remedy}")
     try:
         library = Library(path)
     except (OSError, AttributeError) as error:
         raise ValueError(f"the kernel library {path} cannot be loaded ({error}); {remedy}") from error
-    if path == build.library_path(kind) and library.sources != build.sources_hash():
-        raise ValueError(f"the kernel library {path} was built from other sources than those beside it; {remedy}")
     _loaded[kind] = library
     return library
 

@@ -29,6 +29,7 @@ __all__ = [
     "chunk_index",
     "chunk_pool",
     "dechunk",
+    "dechunk_residual",
     "joint_cross_entropies",
     "joint_cross_entropy",
     "rms_norm",
@@ -41,6 +42,7 @@ __all__ = [
 
 P_CLAMP = 1e-4
 """The EMA's weights stay this far from 0 and 1 (RECIPE section 2)."""
+_NO_NULL_GROUP = "dechunk got mode official without null_group; pass the [E] state read before the first end"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -217,9 +219,45 @@ def dechunk(
         ending = ends.index_select(0, chunk_of_byte) == index_P
         return torch.cat((states, h)).index_select(0, chunk_of_byte + ending * h.shape[0])
     if null_group is None:
-        raise ValueError("dechunk got mode official without null_group; pass the [E] state read before the first end")
+        raise ValueError(_NO_NULL_GROUP)
     table = torch.cat((null_group.to(h.dtype)[None], states))
     return table.index_select(0, chunk_of_byte + 1)
+
+
+def dechunk_residual(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    *,
+    ends: Tensor,
+    chunk_of_byte: Tensor,
+    starts: Tensor,
+    mode: DechunkMode,
+    null_group: Tensor | None = None,
+) -> Tensor:
+    """:func:`dechunk`, :func:`straight_through_confidence` and the residual from the encoder in one.
+
+    Args:
+        h, p, ends, chunk_of_byte, starts, mode, null_group: as in :func:`dechunk`.
+        confidence: [P] probability of the decision taken; only its gradient counts.
+        residual: [P, E] added to what each byte reads.
+
+    Returns:
+        [P, E] in h's dtype.
+
+    Raises:
+        ValueError: in official mode without null_group.
+    """
+    if mode is DechunkMode.OFFICIAL and null_group is None:
+        raise ValueError(_NO_NULL_GROUP)
+    layout = {"ends": ends, "chunk_of_byte": chunk_of_byte, "starts": starts}
+    run = fused("dechunk_residual", h, p, confidence, residual, null_group)
+    if run is not None:
+        result: Tensor = run(h, p, confidence, residual, **layout, mode=mode, null_group=null_group)
+        return result
+    s = dechunk(h, p, **layout, mode=mode, null_group=null_group)
+    return straight_through_confidence(s, confidence) + residual
 
 
 def straight_through_confidence(s: Tensor, p_selected: Tensor) -> Tensor:
@@ -269,11 +307,21 @@ def joint_cross_entropy(logits: Tensor, targets: Tensor, *, overwrite_logits: bo
 
 
 def joint_cross_entropies(
-    logits: Tensor, labels: Tensor, distribution: Tensor, *, overwrite_logits: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    distribution: Tensor,
+    *,
+    hard_has_gradient: bool = True,
+    overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`joint_cross_entropy` against labels [P] and against a distribution [P, 512], each [P], in one pass."""
+    """:func:`joint_cross_entropy` against labels [P] and against a distribution [P, 512], each [P], in one pass.
+
+    Without ``hard_has_gradient`` the first is a measure only.
+    """
     run = fused("joint_cross_entropies", logits, labels, distribution)
     if run is not None:
-        pair: tuple[Tensor, Tensor] = run(logits, labels, distribution, overwrite_logits)
-        return pair
-    return joint_cross_entropy(logits, labels), joint_cross_entropy(logits, distribution)
+        hard, soft = run(logits, labels, distribution, overwrite_logits)
+        return (hard if hard_has_gradient else hard.detach()), soft
+    with torch.set_grad_enabled(torch.is_grad_enabled() and hard_has_gradient):
+        hard = joint_cross_entropy(logits, labels)
+    return hard, joint_cross_entropy(logits, distribution)

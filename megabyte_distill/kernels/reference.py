@@ -87,6 +87,22 @@ def dechunk(
     return torch.stack(out)
 
 
+def dechunk_residual(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    bits: Tensor,
+    cu_seqlens: Tensor,
+    mode: DechunkMode,
+    null_group: Tensor | None = None,
+) -> Tensor:
+    """What each byte reads, times a factor that is one and whose gradient is confidence's, plus residual."""
+    s = dechunk(h, p, bits, cu_seqlens, mode, null_group)
+    one = 1 + confidence - confidence.detach()
+    return s * one.to(s.dtype)[:, None] + residual
+
+
 def segment_conv(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, dilation: int = 1) -> Tensor:
     """Causal depthwise convolution, each segment by itself; x [P, C], weight [C, K] with the byte's own tap last."""
     taps = weight.shape[1]

@@ -148,6 +148,17 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 
+// Four sums over a warp at once: lane 8 g holds that of x[g], as do the seven lanes behind it.
+__device__ __forceinline__ float warp_sums_of_four(const float (&x)[4]) {
+  const bool high = threadIdx.x & 16, odd = threadIdx.x & 8;
+  const float a = (high ? x[2] : x[0]) + __shfl_xor_sync(kAll, high ? x[0] : x[2], 16);
+  const float b = (high ? x[3] : x[1]) + __shfl_xor_sync(kAll, high ? x[1] : x[3], 16);
+  float sum = (odd ? b : a) + __shfl_xor_sync(kAll, odd ? a : b, 8);
+#pragma unroll
+  for (int offset = 4; offset; offset >>= 1) sum += __shfl_xor_sync(kAll, sum, offset);
+  return sum;
+}
+
 // Sums R numbers over the block at a price of one barrier; every thread gets them. All threads call it.
 template <int R>
 struct BlockSums {

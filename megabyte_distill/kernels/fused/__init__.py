@@ -9,6 +9,7 @@ from megabyte_distill.kernels.fused import (
     byte_embedding,
     chunk_index,
     chunk_pooling,
+    dechunk_residual,
     joint_cross_entropy,
     routing,
 )
@@ -16,6 +17,7 @@ from megabyte_distill.kernels.fused import (
 FUSED_OPS: MappingProxyType[str, FusedOp] = MappingProxyType(
     {
         "byte_embedding": byte_embedding.FUSED,
+        "dechunk_residual": dechunk_residual.FUSED,
         "routing_probabilities": routing.FUSED,
         "boundary_bits": chunk_index.BITS,
         "chunk_index": chunk_index.INDEX,
