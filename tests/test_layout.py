@@ -66,7 +66,19 @@ EXPORTED = {
             "student",
         )
     ),
-    *(f"kernels.{name}" for name in ("dispatch", "ops", "recurrence", "segment_conv", "segments", "ssm_scan")),
+    *(
+        f"kernels.{name}"
+        for name in (
+            "chunk_index",
+            "chunk_pooling",
+            "dispatch",
+            "ops",
+            "recurrence",
+            "segment_conv",
+            "segments",
+            "ssm_scan",
+        )
+    ),
     *(f"inference.{name}" for name in ("bit_paths", "generation", "prompts", "sampling")),
     *(f"hf.{name}" for name in ("byte_filter", "torch_backbone")),
     *(f"hf.{name}_megabyte" for name in ("configuration", "modeling", "tokenization")),

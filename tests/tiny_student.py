@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.alphabet import PAD_BYTE
-from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, DechunkMode
+from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, ChunkPooling, DechunkMode
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import RowStream
@@ -67,8 +67,9 @@ def tiny_student(
     mode: DechunkMode = DechunkMode.HARD,
     *,
     tied: bool = False,
+    pooling: ChunkPooling = ChunkPooling.LAST,
 ) -> Student:
-    config = replace(BYTE_SIDE, byte_mixer=mixer, dechunk_mode=mode)
+    config = replace(BYTE_SIDE, byte_mixer=mixer, dechunk_mode=mode, chunk_pooling=pooling)
     student = Student(config, tiny_backbone(tied_embeddings=tied))
     nn.init.normal_(student.byte_decoder.residual.get_parameter("weight"), std=0.2)
     return student

@@ -27,6 +27,17 @@ class DechunkMode(str, Enum):
     """The paper's EMA, weighted by p at the chunk's end; it sees one byte ahead."""
 
 
+class ChunkPooling(str, Enum):
+    """What the backbone gets of a chunk's bytes; all three live in the teacher's embedding space."""
+
+    LAST = "last"
+    """The state of the byte that ends it (the paper's way)."""
+    MEAN_LAST = "mean_last"
+    """(mean of its bytes' states + the last one) / 2."""
+    MAX = "max"
+    """The elementwise maximum."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByteSideConfig:
     """Byte embedding, encoder, router and decoder. Defaults are the paper's; widths in units of features."""
@@ -54,6 +65,9 @@ class ByteSideConfig:
     )
     conv_ffn_hidden_size: int = field(default=4096, metadata={"help": "hidden width of the conv block's gated MLP"})
     norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the byte side's RMSNorms"})
+    chunk_pooling: ChunkPooling = field(
+        default=ChunkPooling.LAST, metadata={"help": "what the backbone gets of the states of a chunk's bytes"}
+    )
     dechunk_mode: DechunkMode = field(default=DechunkMode.HARD, metadata={"help": "how chunk states reach bytes"})
 
 

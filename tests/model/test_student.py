@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.data.micro_batch import concatenate_rows
 from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.model.student import (
@@ -72,6 +72,37 @@ def test_a_packed_row_equals_its_documents_alone(mixer: ByteMixer, mode: Dechunk
     assert packed.layout.num_chunks == hidden.shape[0] + 1
     together, apart = row_gradients(student, [row], boundaries), row_gradients(student, alone, boundaries)
     assert_same(together, apart, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("pooling", [ChunkPooling.MEAN_LAST, ChunkPooling.MAX])
+@pytest.mark.parametrize("mode", [DechunkMode.HARD, DechunkMode.OFFICIAL])
+@pytest.mark.parametrize("boundaries", [Gold(), RouterDecides()], ids=["gold", "router"])
+def test_pooling_stays_inside_documents_and_text(
+    pooling: ChunkPooling, mode: DechunkMode, boundaries: Boundaries
+) -> None:
+    student = tiny_student(mode=mode, pooling=pooling).double()
+    row = padded_row()
+    used, alone = int(row.loss_mask.sum()), segments_alone(row)
+    with torch.no_grad():
+        packed = student(row, boundaries).logits[:used]
+        single = torch.cat([student(document, boundaries).logits for document in alone])
+        padded = student(replace(with_other_padding(row), chunk_bucket=50), boundaries).logits[:used]
+        last = tiny_student(mode=mode).double()
+        last.load_state_dict(student.state_dict())
+        other = last(row, boundaries).logits[:used]
+    torch.testing.assert_close(packed, single, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(packed, other)
+    together, apart = row_gradients(student, [row], boundaries), row_gradients(student, alone, boundaries)
+    assert_same(together, apart, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("pooling", list(ChunkPooling))
+def test_the_encoder_alone_pools_as_the_whole_student_does(pooling: ChunkPooling) -> None:
+    student, row = tiny_student(pooling=pooling).double(), padded_row()
+    with torch.no_grad():
+        alone, whole = student(row, parts=Parts.ENCODER), student(row)
+    torch.testing.assert_close(alone.chunks, whole.chunks, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
