@@ -154,7 +154,8 @@ class Student(nn.Module):
         self.pooling = ChunkPooling(config.chunk_pooling)
         self.pre_process: bool = getattr(backbone, "pre_process", True)
         self.post_process: bool = getattr(backbone, "post_process", True)
-        seeds = [int(seed) for seed in torch.randint(2**31, (3,))]
+        # on the CPU also where transformers builds on the meta device
+        seeds = torch.randint(2**31, (3,), device="cpu").tolist()
         # not "decoder": megatron's schedules take a module of that name for a transformer block
         for name, part, seed, is_here in (
             ("byte_encoder", ByteEncoder, seeds[0], self.pre_process),
