@@ -19,11 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     building = commands.add_parser("build", help="compile the kernels")
     building.add_argument("target", nargs="?", choices=("cuda", "cpu"), default="cuda")
+    building.add_argument("--if-missing", action="store_true", help="not where the library of these sources is there")
+    building.add_argument("--arch", nargs="+", default=(), metavar="sm_90a", help="only these (default: all known)")
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         return _report()
+    if arguments.if_missing and build.library_path(arguments.target).exists():
+        return 0
     try:
-        return _build_cuda() if arguments.target == "cuda" else _build_cpu()
+        return _build_cuda(arguments.arch) if arguments.target == "cuda" else _build_cpu()
     except build.BuildError as error:
         print(error, file=sys.stderr)
         return 1
@@ -40,8 +44,8 @@ def usage_table(usages: Sequence[build.KernelUsage]) -> str:
     return "\n".join(lines)
 
 
-def _build_cuda() -> int:
-    usages = build.build_cuda()
+def _build_cuda(architectures: Sequence[str]) -> int:
+    usages = build.build_cuda(architectures=architectures)
     print(f"registers a thread\n{usage_table(usages)}\n{build.library_path('cuda')}")
     spilling = sorted({usage.kernel for usage in usages if usage.spilled_bytes})
     if spilling:

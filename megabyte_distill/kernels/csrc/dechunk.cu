@@ -18,6 +18,10 @@ constexpr float kForgotten = 1e-9f; // a product of decays below this leaves not
 constexpr int kPending = 32;        // sums over the width that a block collects between two barriers
 constexpr int kMaxRun = 64;         // chunks of a block
 
+// Byte rows a thread loads before it uses the first of them.
+template <int PASSES>
+constexpr int kRowsInFlight = PASSES == 1 ? 4 : 1;
+
 // The layout of a packed row: M chunks, the last of them perhaps padding, over P bytes.
 struct Layout {
   const int64_t* ends;           // [M] last byte of a chunk; P - 1 for padding
@@ -163,7 +167,7 @@ template <class T, int PASSES>
 __device__ __forceinline__ void read_state(const ForwardRows<T>& rows, const Columns<PASSES>& columns, int64_t t,
                                            int64_t end, const RowPart<PASSES>& state, const RowPart<PASSES>& h,
                                            int64_t raw_at) {
-  constexpr int R = 4 / PASSES;
+  constexpr int R = kRowsInFlight<PASSES>;
   for (; t < end; t += R) {
     float z[R][PASSES][kVec];
 #pragma unroll
@@ -189,7 +193,7 @@ __device__ __forceinline__ void read_null(const ForwardRows<T>& rows, const Colu
 }
 
 template <class T, int PASSES, int64_t MODE>
-__global__ void __launch_bounds__(kRowThreads) dechunk_forward(Layout at, ForwardRows<T> rows, int64_t width, int run) {
+__global__ void __launch_bounds__(kRowThreads, 1) dechunk_forward(Layout at, ForwardRows<T> rows, int64_t width, int run) {
   const Columns<PASSES> columns{width};
   const Run own(shared_memory<unsigned char>(), at, MODE, run);
   float state[PASSES][kVec], h[PASSES][kVec], next[PASSES][kVec];
@@ -288,7 +292,7 @@ template <class T, int PASSES, int64_t MODE, bool SCALARS>
 __device__ __forceinline__ void gather(const BackwardRows<T>& rows, const Columns<PASSES>& columns, int64_t begin,
                                        int64_t end, const RowPart<PASSES>& read, const RowPart<PASSES>& h,
                                        RowPart<PASSES>& to, RowPart<PASSES>& raw, Pending& sums, bool ends_chunk) {
-  constexpr int R = PASSES == 1 ? 4 : 1;
+  constexpr int R = kRowsInFlight<PASSES>;
   for (int64_t t = begin; t < end; t += R) {
     float dz[R][PASSES][kVec], products[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -322,7 +326,7 @@ __device__ __forceinline__ void gather_null(const BackwardRows<T>& rows, const C
 }
 
 template <class T, int PASSES, int64_t MODE, bool SCALARS>
-__global__ void __launch_bounds__(kRowThreads) dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int run) {
+__global__ void __launch_bounds__(kRowThreads, 1) dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int run) {
   constexpr bool kStates = MODE != kHard;
   const Columns<PASSES> columns{width};
   unsigned char* memory = shared_memory<unsigned char>();
