@@ -72,6 +72,7 @@ EXPORTED = {
             "chunk_index",
             "chunk_pooling",
             "dispatch",
+            "ngrams",
             "ops",
             "recurrence",
             "segment_conv",

@@ -68,9 +68,19 @@ def tiny_student(
     *,
     tied: bool = False,
     pooling: ChunkPooling = ChunkPooling.LAST,
+    ngrams: tuple[int, ...] = (),
 ) -> Student:
-    config = replace(BYTE_SIDE, byte_mixer=mixer, dechunk_mode=mode, chunk_pooling=pooling)
+    config = replace(
+        BYTE_SIDE,
+        byte_mixer=mixer,
+        dechunk_mode=mode,
+        chunk_pooling=pooling,
+        byte_ngram_tables=ngrams,
+        byte_ngram_rows=50,
+    )
     student = Student(config, tiny_backbone(tied_embeddings=tied))
+    if student.byte_encoder.ngram_table is not None:
+        nn.init.normal_(student.byte_encoder.ngram_table)
     nn.init.normal_(student.byte_decoder.residual.get_parameter("weight"), std=0.2)
     return student
 

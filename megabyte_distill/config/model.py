@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+MAX_NGRAM = 8
+"""Bytes of the longest hashed n-gram."""
+
 
 class ByteMixer(str, Enum):
     """Which layer mixes bytes along the sequence in the encoder and the decoder."""
@@ -44,6 +47,11 @@ class ByteSideConfig:
 
     backbone_width: int = field(metadata={"help": "E: width of the teacher's hidden state"})
     byte_width: int = field(default=1536, metadata={"help": "D: width of the byte encoder and decoder"})
+    byte_ngram_tables: tuple[int, ...] = field(
+        default=(),
+        metadata={"help": "n of each hashed n-gram table added to the byte embedding, as 3,4,5,6,7,8; empty for none"},
+    )
+    byte_ngram_rows: int = field(default=32_768, metadata={"help": "rows of each n-gram table"})
     encoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the encoder"})
     decoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the decoder"})
     byte_mixer: ByteMixer = field(default=ByteMixer.MAMBA2, metadata={"help": "layer that mixes bytes"})

@@ -32,6 +32,7 @@ __all__ = [
     "dechunk_residual",
     "joint_cross_entropies",
     "joint_cross_entropy",
+    "ngram_embedding",
     "rms_norm",
     "routing_probabilities",
     "segment_conv",
@@ -70,6 +71,22 @@ def byte_embedding(
     if added is not None:
         rows = rows + added
     return rows if norm_weight is None else rms_norm(rows, norm_weight, eps)
+
+
+def ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
+    """Rows of ``table`` [256, D] for byte_ids [P], plus the rows ``indices`` [P, T] int64 of ``ngram_table`` [N, D].
+
+    Returns:
+        [P, D] in fp32 (fp64 for fp64 tables): a residual stream.
+    """
+    run = fused("ngram_embedding", byte_ids, indices, table, ngram_table)
+    if run is not None:
+        result: Tensor = run(byte_ids, indices, table, ngram_table)
+        return result
+    rows = F.embedding(byte_ids, table).to(accumulation_dtype(table.dtype))
+    for index in indices.unbind(1):
+        rows = rows + F.embedding(index, ngram_table)
+    return rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

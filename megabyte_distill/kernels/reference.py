@@ -27,6 +27,12 @@ def byte_embedding(byte_ids: Tensor, table: Tensor, added: Tensor | None = None)
     return rows if added is None else rows + added
 
 
+def ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
+    """table[byte] + the sum of ngram_table[indices], row by row."""
+    rows = [table[int(byte)] + ngram_table[own].sum(0) for byte, own in zip(byte_ids, indices, strict=True)]
+    return torch.stack(rows) if rows else table[:0]
+
+
 def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(1 − cos(q_t, k_{t+1})) / 2 inside a segment, 1 at its last byte; [P]. A zero row has cosine 0 with all."""
     lasts = {int(edge) - 1 for edge in cu_seqlens[1:]}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megabyte_distill.config.model import ByteSideConfig, ChunkPooling, DechunkMode
 from megabyte_distill.model.byte_decoder import ByteDecoder, DechunkState, dechunk_step, init_dechunk_state
-from megabyte_distill.model.byte_encoder import ByteEncoder
+from megabyte_distill.model.byte_encoder import ByteEncoder, EncoderState
 from megabyte_distill.model.byte_stack import StackState
 from megabyte_distill.model.chunking import (
     ChunkLayout,
@@ -107,7 +107,7 @@ class StudentOutputs:
 class StudentState:
     """What R rows remember between bytes. :meth:`Student.step` updates it in place."""
 
-    encoder: StackState
+    encoder: EncoderState
     decoder: StackState
     pool: PoolState
     dechunk: DechunkState

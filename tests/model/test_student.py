@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
@@ -95,6 +95,28 @@ def test_pooling_stays_inside_documents_and_text(
     assert not torch.allclose(packed, other)
     together, apart = row_gradients(student, [row], boundaries), row_gradients(student, alone, boundaries)
     assert_same(together, apart, rtol=1e-8, atol=1e-10)
+
+
+def test_ngrams_stay_inside_documents_and_learn() -> None:
+    student, row = tiny_student(ngrams=(3, 8)).double(), padded_row()
+    used, alone = int(row.loss_mask.sum()), segments_alone(row)
+    with torch.no_grad():
+        packed = student(row).logits[:used]
+        single = torch.cat([student(document).logits for document in alone])
+    torch.testing.assert_close(packed, single, rtol=1e-9, atol=1e-9)
+    together, apart = row_gradients(student, [row], Gold()), row_gradients(student, alone, Gold())
+    assert_same(together, apart, rtol=1e-8, atol=1e-10)
+    assert together["byte_encoder.ngram_table"].any(dim=1).sum() > 30
+
+
+def test_new_ngram_tables_change_nothing_at_first() -> None:
+    row = padded_row()
+    plain, with_tables = tiny_student(), tiny_student(ngrams=(3, 4))
+    assert with_tables.byte_encoder.ngram_table is not None
+    nn.init.zeros_(with_tables.byte_encoder.ngram_table)
+    with_tables.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(with_tables(row).logits, plain(row).logits)
 
 
 @pytest.mark.parametrize("pooling", list(ChunkPooling))

@@ -74,6 +74,16 @@ def test_steps_of_a_ragged_batch_pool_as_forward_does(pooling: ChunkPooling, mod
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ngrams", [(3, 4, 5, 6, 7, 8), (2,)])
+def test_steps_of_a_ragged_batch_hash_the_ngrams_that_forward_does(ngrams: tuple[int, ...]) -> None:
+    student, texts = tiny_student(ngrams=ngrams), documents()
+    stepped = read(student, [document.byte_ids for document in texts], [document.bits for document in texts])
+    for got, document in zip(stepped, texts, strict=True):
+        with torch.no_grad():
+            expected = student(document).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("mode", STEPPED_MODES)
 def test_steps_equal_the_packed_row_of_the_same_documents(mixer: ByteMixer, mode: DechunkMode) -> None:

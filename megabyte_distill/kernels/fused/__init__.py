@@ -11,6 +11,7 @@ from megabyte_distill.kernels.fused import (
     chunk_pooling,
     dechunk_residual,
     joint_cross_entropy,
+    ngram_embedding,
     routing,
 )
 
@@ -18,6 +19,7 @@ FUSED_OPS: MappingProxyType[str, FusedOp] = MappingProxyType(
     {
         "byte_embedding": byte_embedding.FUSED,
         "dechunk_residual": dechunk_residual.FUSED,
+        "ngram_embedding": ngram_embedding.FUSED,
         "routing_probabilities": routing.FUSED,
         "boundary_bits": chunk_index.BITS,
         "chunk_index": chunk_index.INDEX,
