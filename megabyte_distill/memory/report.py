@@ -16,6 +16,8 @@ from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, read_mod
 from megabyte_distill.memory.estimate import RankMemory
 
 GIB = 2**30
+BYTES_PER_CHUNK = 4.4
+"""Mean length of a token of a large vocabulary in English text."""
 _COLUMNS = (
     ("stage", 5), ("pipeline", 8), ("parameters", 10), ("trained", 8), ("weights", 8), ("teacher", 8),
     ("gradients", 9), ("optimizer", 9), ("activations", 23), ("total GiB", 9),
