@@ -148,6 +148,9 @@ class RunConfig:
 
     stages: str = option("1a,1b,1c,2a,2b", "stages to run, in this order")
     smoke: bool = option(False, "a few small updates a stage, to see that everything works")
+    dry_run: bool = option(
+        False, "print the resolved settings, parameters and memory per rank, and stop; needs no teacher and no GPU"
+    )
     fresh: bool = option(False, "remove what --save holds and start over")
     seed: int = option(1234, "seed of initialisation and of the order of the data", low=0)
     bf16: bool = option(False, "bfloat16 forward and backward with fp32 master weights")

@@ -72,7 +72,7 @@ def weightless() -> Iterator[None]:
 
     torch.Tensor.type = named  # type: ignore[method-assign,assignment]
     try:
-        with META, _OnMeta():
+        with META, _OnMeta(), WithoutValues():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.Tensor.type = real  # type: ignore[method-assign]
@@ -89,16 +89,21 @@ class _OnMeta(TorchFunctionMode):
 class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, meta tensors and real ones meet: in such an operation the real ones count by their shapes.
 
-    What would be copied from the meta device stays there, and a number read from it is 1.
+    New floating-point tensors lie on the meta device. What would be copied from it stays there, and a number read from
+    it is 1.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if not tensors and "device" in kwargs and _makes_floats(func, kwargs.get("dtype")):
+            return func(*args, **{**kwargs, "device": META})
+        if func is torch.ops.aten._to_copy.default and not (args[0].is_meta or args[0].is_floating_point()):
+            return func(*args, **{**kwargs, "device": None})  # whole numbers keep their values
         if not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0
+            return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten._to_copy.default:
             kwargs = {**kwargs, "device": META}
         if func in _INDEXING:
@@ -116,6 +121,10 @@ class FusedAttention(TorchFunctionMode):
             out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
             return out
         return func(*args, **kwargs)
+
+
+def _makes_floats(func: Any, dtype: torch.dtype | None) -> bool:
+    return func._overloadpacket is not torch.ops.aten.arange if dtype is None else dtype.is_floating_point
 
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)

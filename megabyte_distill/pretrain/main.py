@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,10 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
 
     try:
         settings = _settings(argv, defaults, rank, size)
+        if settings.run.dry_run:
+            if rank == 0:
+                _dry_run(settings, example, size)
+            return 0
         with world(
             tensor_parallel=settings.parallel.tensor_model_parallel_size,
             pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
@@ -79,6 +84,21 @@ def _settings(argv: Sequence[str], defaults: dict[str, object] | None, rank: int
     for text in warnings if rank == 0 else ():
         print(f"warning: {text}", file=sys.stderr, flush=True)
     return settings
+
+
+def _dry_run(settings: Settings, example: object, size: int) -> None:
+    from megabyte_distill.config.published import PUBLISHED_BACKBONES
+    from megabyte_distill.pretrain.dry_run import dry_run
+    from megabyte_distill.pretrain.example import Example
+
+    checkpoint, hf_teacher = settings.checkpoint, None
+    wanted = example.defaults(Path(checkpoint.save)) if isinstance(example, Example) and checkpoint.save else {}
+    if isinstance(example, Example) and checkpoint.load == wanted.get("load"):
+        # nobody named a teacher: the preset's own, else the embedded one
+        settings = replace(settings, checkpoint=replace(checkpoint, load=None))
+        is_published = settings.model.preset in PUBLISHED_BACKBONES
+        hf_teacher = None if is_published else example.folder / "teacher"
+    dry_run(settings, size, hf_teacher)
 
 
 def _save_folder(argv: Sequence[str], default: Path | None) -> Path:

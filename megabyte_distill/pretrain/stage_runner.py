@@ -115,8 +115,7 @@ class StageRunner:
         set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
         teacher: Backbone | None = None
         need = stage.teacher(config)
-        is_untouched = need is TeacherNeed.EMBEDDING or (stage.name == "1b" and config.freeze_backbone)
-        if need is not TeacherNeed.NONE and is_untouched and self.prepared.source is None:
+        if stage.keeps_backbone(config) and self.prepared.source is None:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = student.backbone  # type: ignore[assignment]
         elif need is not TeacherNeed.NONE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,12 +101,8 @@ def run_schedule(
 
     def forward_step(iterator, module):  # type: ignore[no-untyped-def]
         row, terms = next(iterator)
-        link = _link(module, gradient_arrives)
-        if link.is_whole or not objective.on_first_stage:
-            losses = objective.losses(module, row, link)
-            return link.closed(total_of(losses, terms)) if link.is_last else link.sent, _already_a_loss
-        total = total_of(objective.losses(module, row), terms) if link.is_first else link.receive_total()
-        return link.closed(total) if link.is_last else link.pass_on(total), _already_a_loss
+        link = stage_link(module, gradient_arrives)
+        return stage_output(module, objective, row, link, lambda losses: total_of(losses, terms)), _already_a_loss
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -120,12 +116,27 @@ def run_schedule(
     return reports
 
 
+def stage_output(
+    model: nn.Module,
+    objective: Objective,
+    row: PackedRow,
+    link: StageLink,
+    total_of: Callable[[dict[str, Tensor]], Tensor],
+) -> Tensor | None:
+    """A micro-batch on this pipeline stage: the total loss on the last one, what goes to the next on the others."""
+    if link.is_whole or not objective.on_first_stage:
+        losses = objective.losses(model, row, link)
+        return link.closed(total_of(losses)) if link.is_last else link.sent
+    total = total_of(objective.losses(model, row)) if link.is_first else link.receive_total()
+    return link.closed(total) if link.is_last else link.pass_on(total)
+
+
 def _already_a_loss(total: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What megatron's schedules ask of a loss function."""
     return total, torch.ones((), dtype=torch.int, device=total.device), {}
 
 
-def _link(module: nn.Module, gradient_arrives: bool) -> StageLink:
+def stage_link(module: nn.Module, gradient_arrives: bool) -> StageLink:
     """The link of one micro-batch at this stage, with what the schedule received for it."""
     if pipeline_size() == 1:
         return StageLink()
