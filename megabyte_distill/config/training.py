@@ -149,6 +149,19 @@ class RunConfig:
         3, "stop at this many updates in a row without a finite loss and gradient", unit="updates", low=1
     )
 
+    check_invariants: int = option(
+        0,
+        "updates between checks that weights agree over ranks and frozen ones are unchanged; 0 checks never",
+        unit="updates",
+        low=0,
+    )
+    rerun_check: int = option(
+        0,
+        "updates between checks that a second forward and backward pass gives the same bits; 0 checks never",
+        unit="updates",
+        low=0,
+    )
+
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The names in ``stages``, as given."""

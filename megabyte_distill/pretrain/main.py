@@ -41,7 +41,7 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
 
     example = Example(example_folder) if example_folder is not None else None
     defaults = example.defaults(_save_folder(argv, example_run)) if example is not None else None
-    from megabyte_distill.training.loop import TrainingFailure
+    from megabyte_distill.training.failures import TrainingFailure
 
     try:
         settings = _settings(argv, defaults, rank, size)

@@ -20,6 +20,7 @@ from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
 from megabyte_distill.runs import StageProgress, build_student, stage_progress
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
+from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, say
 from megabyte_distill.training.loop import Loop, StopReason
 from megabyte_distill.training.optimizer import wrap_for_training
@@ -153,6 +154,7 @@ class StageRunner:
             deadline=self.deadline,
             extra_state=self._identity(stage.name),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
+            invariants=Invariants(student, world) if settings.run.check_invariants else None,
         )
 
     def _identity(self, name: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.checkpoint import load_training_state, read_loop_state
+from megabyte_distill.training.failures import TrainingFailure
+from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
 from megabyte_distill.training.saving import Saver
@@ -33,10 +35,6 @@ class StopReason(str, Enum):
     SIGNAL = "signal"
     DURATION = "duration"
     INTERVAL = "interval"
-
-
-class TrainingFailure(RuntimeError):
-    """Training cannot go on; the message names the stage, the update and the batch."""
 
 
 class RowSource(Protocol):
@@ -117,6 +115,8 @@ class Loop:
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Written into each checkpoint's state: hashes of what it was made from."""
     valid_rows: Callable[[], list[list[PackedRow]]] = list
+    invariants: Invariants | None = None
+    """Checked every ``check_invariants`` updates."""
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
 
@@ -157,6 +157,8 @@ class Loop:
         window = self._window
         if not window.updates:
             window.started = time.perf_counter()
+        if self.invariants is not None:
+            self.invariants.check(f"stage {self.stage} before its first update here", gradients=False)
         try:
             reason = self._updates(window)
         except Exception as failure:
@@ -170,6 +172,7 @@ class Loop:
         while self.progress.iteration < self.config.train_iters:
             report = self._update(window)
             self._log(window, report)
+            self._check_invariants(report)
             self._evaluate_if_due()
             reason, all_written = self._agree()
             if all_written:
@@ -239,6 +242,12 @@ class Loop:
             self.writer.write(self.stage, progress.iteration, values)
         window.sums.clear()
         window.updates, window.started = 0, time.perf_counter()
+
+    def _check_invariants(self, report: StepReport) -> None:
+        iteration, interval = self.progress.iteration, self.run_config.check_invariants
+        if self.invariants is not None and interval and iteration % interval == 0:
+            # what is not finite is counted and explained elsewhere
+            self.invariants.check(f"stage {self.stage} iteration {iteration}", gradients=report.is_finite)
 
     def _evaluate_if_due(self) -> None:
         config, iteration = self.config, self.progress.iteration
