@@ -97,7 +97,9 @@ class ParallelConfig:
     )
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over the data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass still runs")
-    distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)
+    distributed_timeout_minutes: float = option(
+        10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
+    )
 
     @property
     def model_parallel_size(self) -> int:

@@ -98,7 +98,9 @@ def world(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+            parallel_state.initialize_model_parallel(
+                tensor_parallel, pipeline_parallel, distributed_timeout_minutes=timeout_minutes
+            )
             megatron_tp.model_parallel_cuda_manual_seed(seed)
         yield current_world()
     finally:

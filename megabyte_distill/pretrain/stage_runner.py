@@ -16,6 +16,7 @@ from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
 from megabyte_distill.runs import StageProgress, build_student, stage_progress
@@ -38,6 +39,7 @@ class StageRunner:
     world: World
     writer: MetricWriter
     stop: StopRequest
+    position: Position
     deadline: float = math.inf
 
     def run(self, name: str) -> StopReason:
@@ -55,6 +57,7 @@ class StageRunner:
                 f"{config.train_iters} is not beyond it; give --{name}.train-iters more than that, or remove "
                 f"{self.prepared.root / name} to train the stage anew"
             )
+        self.position.begin(name, 0, "load")
         student, teacher = self._models(stage, config, progress)
         loop = self._loop(stage, config, student, teacher)
         if progress is not None:
@@ -135,6 +138,7 @@ class StageRunner:
                 bf16=settings.run.bf16,
                 use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
                 overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+                position=self.position,
             ),
             objective=stage.objective(config, teacher, self.prepared.token_bytes),
             rows=MicroBatches(train, config, world, document_mask=mask),

@@ -190,6 +190,7 @@ class Loop:
 
     def _update(self, window: _Window) -> StepReport:
         started = time.perf_counter()
+        self.trained.position.begin(self.stage, self.progress.iteration + 1, "data")
         micro_batches = self.rows.next_micro_batches()
         report = train_step(self.trained, self.objective, micro_batches, self.progress.iteration, self.world)
         progress = self.progress
@@ -198,8 +199,8 @@ class Loop:
         progress.consumed_bytes += self.config.bytes_per_update
         progress.seconds += time.perf_counter() - started
         progress.skipped += report.skipped
-        progress.nan_iterations += not report.is_finite
-        progress.nan_in_a_row = 0 if report.is_finite else progress.nan_in_a_row + 1
+        progress.nan_iterations += report.skipped
+        progress.nan_in_a_row = progress.nan_in_a_row + 1 if report.skipped else 0
         window.add(report)
         if progress.nan_in_a_row >= self.run_config.max_nan_iterations:
             self._log(window, report, force=True)
@@ -247,13 +248,14 @@ class Loop:
         iteration, interval = self.progress.iteration, self.run_config.check_invariants
         if self.invariants is not None and interval and iteration % interval == 0:
             # what is not finite is counted and explained elsewhere
-            self.invariants.check(f"stage {self.stage} iteration {iteration}", gradients=report.is_finite)
+            self.invariants.check(f"stage {self.stage} iteration {iteration}", gradients=not report.skipped)
 
     def _evaluate_if_due(self) -> None:
         config, iteration = self.config, self.progress.iteration
         at_end = iteration == config.train_iters
         if not config.eval_iters or not (at_end or (config.eval_interval and iteration % config.eval_interval == 0)):
             return
+        self.trained.position.at("evaluate")
         means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(), self.world))
         if means and self.world.is_main:
             shown = " | ".join(f"{name}: {value:.6E}" for name, value in means.items())
@@ -296,6 +298,7 @@ class Loop:
 
     def save(self) -> None:
         """Write this iteration's checkpoint, or begin to."""
+        self.trained.position.at("save")
         self._check_weights()
         loop = {
             "stage": self.stage,

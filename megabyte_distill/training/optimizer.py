@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import ModelType
 from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
 
@@ -37,6 +38,8 @@ class TrainerModel:
     ddp: DistributedDataParallel
     optimizer: Any
     config: StageConfig
+    position: Position
+    """Told at which part of an update this rank is."""
 
     @property
     def module(self) -> nn.Module:
@@ -92,9 +95,14 @@ class TrainerModel:
         return [part for part in self._distributed_parts() if distributed_adam.is_over_torch(part)]
 
 
-def _finalize_without_rescaling(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Reduce gradients; the loss was divided by the global count before the backward, so nothing is scaled here."""
-    finalize_model_grads(model, None, **kwargs)
+def _finalizer(position: Position) -> Callable[..., None]:
+    """Reduces gradients; the loss was divided by the global count before the backward, so nothing is scaled here."""
+
+    def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+        position.at("reduce")
+        finalize_model_grads(model, None, **kwargs)
+
+    return finalize
 
 
 def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -110,6 +118,7 @@ def wrap_for_training(
     bf16: bool = False,
     use_distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
+    position: Position | None = None,
 ) -> TrainerModel:
     """DDP and AdamW over the parameters with ``requires_grad``; frozen ones get no gradient buffer and no state.
 
@@ -124,7 +133,8 @@ def wrap_for_training(
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=overlap_grad_reduce,
     )
-    transformer.finalize_model_grads_func = _finalize_without_rescaling
+    position = position or Position()
+    transformer.finalize_model_grads_func = _finalizer(position)
     ddp = DistributedDataParallel(transformer, ddp_config, module)
     transformer.no_sync_func = ddp.no_sync if overlap_grad_reduce else None
     optimizer_config = OptimizerConfig(
@@ -143,7 +153,7 @@ def wrap_for_training(
     # given (even empty), not None, or megatron would exempt norms and biases from weight decay
     overrides = {ParamKey(name=BACKBONE_PARAMETERS): {"max_lr": config.backbone_peak_lr, **BACKBONE_GROUP}}
     optimizer = megatron_optimizer.get_megatron_optimizer(optimizer_config, [ddp], config_overrides=overrides)
-    trained = TrainerModel(ddp=ddp, optimizer=optimizer, config=config)
+    trained = TrainerModel(ddp=ddp, optimizer=optimizer, config=config, position=position)
     for part in trained._distributed_over_torch():
         distributed_adam.allocate_state(part)
     return trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.optimizer import TrainerModel
 
@@ -24,11 +26,7 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     skipped: bool
-
-    @property
-    def is_finite(self) -> bool:
-        """False where a loss or the gradient is NaN or infinite."""
-        return math.isfinite(self.grad_norm) and all(math.isfinite(total) for total, _ in self.sums.values())
+    """True where a loss or the gradient was NaN or infinite; the weights are as they were."""
 
 
 def global_counts(counts: list[dict[str, int]], world: World) -> dict[str, float]:
@@ -63,6 +61,7 @@ def forward_backward(
     rows: list[PackedRow],
     counts: list[dict[str, int]],
     totals: dict[str, float],
+    position: Position,
 ) -> list[dict[str, Tensor]]:
     """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated.
 
@@ -70,17 +69,19 @@ def forward_backward(
     """
 
     def forward_step(iterator, module):  # type: ignore[no-untyped-def]
-        row, terms = next(iterator)
+        number, (row, terms) = next(iterator)
+        position.at("forward", number)
 
         def loss_of(losses: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             total = sum((objective.weights[name] / max(totals[name], 1.0)) * loss for name, loss in losses.items())
+            position.at("backward", number)
             return total, torch.ones((), dtype=torch.int), _report(objective, losses, terms)  # type: ignore[return-value]
 
         return objective.losses(module, row), loss_of
 
     return get_forward_backward_func()(  # type: ignore[no-any-return]
         forward_step_func=forward_step,
-        data_iterator=zip(rows, counts, strict=True),
+        data_iterator=enumerate(zip(rows, counts, strict=True)),
         model=[model],
         num_microbatches=len(rows),
         seq_length=1,
@@ -89,23 +90,67 @@ def forward_backward(
     )
 
 
-def train_step(
-    trained: TrainerModel, objective: Objective, rows: list[PackedRow], iteration: int, world: World
-) -> StepReport:
-    """One update from this rank's micro-batches; a non-finite gradient leaves the weights as they are (skipped)."""
-    learning_rate = trained.set_learning_rate(iteration)
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What a forward and backward pass over an update's rows gave; the gradients themselves lie in the optimizer."""
+
+    sums: dict[str, tuple[float, float]]
+    norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """False where a loss or the gradient is NaN or infinite."""
+        return math.isfinite(self.norm) and all(math.isfinite(total) for total, _ in self.sums.values())
+
+
+def make_gradients(
+    trained: TrainerModel,
+    objective: Objective,
+    rows: list[PackedRow],
+    world: World,
+    totals: dict[str, float] | None = None,
+) -> Gradients:
+    """Gradients of this rank's micro-batches, reduced over ranks, in place of those of any pass before.
+
+    ``totals``: what the losses are divided by, where ``rows`` are only a part of an update.
+    """
     counts = [objective.counts(row) for row in rows]
-    totals = global_counts(counts, world)
+    trained.position.at("count")
+    totals = totals or global_counts(counts, world)
     trained.ddp.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    reports = forward_backward(trained.ddp, objective, rows, counts, totals)
+    reports = forward_backward(trained.ddp, objective, rows, counts, totals, trained.position)
     sums = reduce_sums(reports, world)
     trained.optimizer.prepare_grads()
-    grad_norm = float(trained.optimizer.get_grad_norm())
-    finite = math.isfinite(grad_norm) and all(math.isfinite(total) for total, _ in sums.values())
-    if finite:
+    return Gradients(sums, float(trained.optimizer.get_grad_norm()))
+
+
+def train_step(
+    trained: TrainerModel,
+    objective: Objective,
+    rows: list[PackedRow],
+    iteration: int,
+    world: World,
+    *,
+    inspect: Callable[[Gradients], None] | None = None,
+) -> StepReport:
+    """One update from this rank's micro-batches; a non-finite gradient leaves the weights as they are (skipped).
+
+    ``inspect``: called when the gradients are there and nothing was updated yet.
+    """
+    learning_rate = trained.set_learning_rate(iteration)
+    gradients = make_gradients(trained, objective, rows, world)
+    if inspect is not None:
+        inspect(gradients)
+    trained.position.at("step")
+    if gradients.is_finite:
         trained.optimizer.step()
-    return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate, skipped=not finite)
+    return StepReport(
+        sums=gradients.sums,
+        grad_norm=gradients.norm,
+        learning_rate=learning_rate,
+        skipped=not gradients.is_finite,
+    )
 
 
 @torch.no_grad()
