@@ -108,7 +108,9 @@ class ParallelConfig:
         low=1,
     )
     context_parallel_size: int = option(1, "ranks that share a sequence; 1 is the only size there is", low=1)
-    distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)
+    distributed_timeout_minutes: float = option(
+        10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
+    )
 
     @property
     def model_parallel_size(self) -> int:
@@ -176,6 +178,19 @@ class RunConfig:
     )
     max_nan_iterations: int = option(
         3, "stop at this many updates in a row without a finite loss and gradient", unit="updates", low=1
+    )
+
+    check_invariants: int = option(
+        0,
+        "updates between checks that weights agree over ranks and frozen ones are unchanged; 0 checks never",
+        unit="updates",
+        low=0,
+    )
+    rerun_check: int = option(
+        0,
+        "updates between checks that a second forward and backward pass gives the same bits; 0 checks never",
+        unit="updates",
+        low=0,
     )
 
     @property

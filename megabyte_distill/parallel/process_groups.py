@@ -95,24 +95,26 @@ def world(
         warnings.simplefilter("ignore")
         _init_torch(datetime.timedelta(minutes=timeout_minutes))
     try:
-        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed, timeout_minutes)
         yield current_world()
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int) -> None:
+def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int, timeout_minutes: float) -> None:
     from megatron.core import parallel_state
     from megatron.core import tensor_parallel as megatron_tp
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+        parallel_state.initialize_model_parallel(
+            tensor_parallel, pipeline_parallel, distributed_timeout_minutes=timeout_minutes
+        )
         megatron_tp.model_parallel_cuda_manual_seed(seed)
 
 
-def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1) -> World:
+def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1, timeout_minutes: float = 10.0) -> World:
     """Cut the ranks that are up in another way. Models of the old cut cannot be used any more; collective."""
     from megatron.core import parallel_state
 
@@ -122,7 +124,7 @@ def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1) -> W
     )
     if now != (tensor_parallel, pipeline_parallel):
         parallel_state.destroy_model_parallel()
-        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed, timeout_minutes)
     return current_world()
 
 

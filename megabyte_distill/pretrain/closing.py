@@ -61,7 +61,12 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
     """
     if not settings.run.summary_bytes or settings.data.mock_data or not _finished(prepared.root):
         return
-    world = regroup(tensor_parallel=settings.parallel.tensor_model_parallel_size, pipeline_parallel=1)
+    parallel = settings.parallel
+    world = regroup(
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        pipeline_parallel=1,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
     students = load_students(prepared.root)
     teacher = load_run_teacher(prepared.root, prepared.teacher).backbone
     if world.data_parallel_rank != 0:

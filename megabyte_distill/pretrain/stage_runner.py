@@ -17,10 +17,12 @@ from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
 from megabyte_distill.runs import StageProgress, backbone_overrides, build_student, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
+from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, say
 from megabyte_distill.training.loop import Loop, StopReason
 from megabyte_distill.training.optimizer import wrap_for_training
@@ -38,6 +40,7 @@ class StageRunner:
     world: World
     writer: MetricWriter
     stop: StopRequest
+    position: Position
     deadline: float = math.inf
 
     def run(self, name: str) -> StopReason:
@@ -55,6 +58,7 @@ class StageRunner:
                 f"{config.train_iters} is not beyond it; give --{name}.train-iters more than that, or remove "
                 f"{self.prepared.root / name} to train the stage anew"
             )
+        self.position.begin(name, 0, "load")
         student, teacher = self._models(stage, config, progress)
         loop = self._loop(stage, config, student, teacher)
         if progress is not None:
@@ -138,6 +142,7 @@ class StageRunner:
                 overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
                 overlap_param_gather=settings.parallel.overlap_param_gather,
                 ddp_bucket_size=settings.parallel.ddp_bucket_size,
+                position=self.position,
             ),
             objective=stage.objective(config, teacher, self.prepared.token_bytes),
             rows=MicroBatches(train, config, world, document_mask=mask),
@@ -157,6 +162,7 @@ class StageRunner:
             deadline=self.deadline,
             extra_state=self._identity(stage.name),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
+            invariants=Invariants(student, world) if settings.run.check_invariants else None,
         )
 
     def _identity(self, name: str) -> dict[str, Any]:

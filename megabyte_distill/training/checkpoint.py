@@ -28,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megabyte_distill.parallel.watch import is_lost_contact
 from megabyte_distill.training import rng
 from megabyte_distill.training.checkpoint_writer import CheckpointWriter, Written
 from megabyte_distill.training.manifest import (
@@ -370,6 +371,8 @@ def readable(checkpoint: Path, name: str = "") -> Iterator[None]:
     try:
         yield
     except _ANY_FAILURE as error:  # megatron, torch and the file system each raise their own kind
+        if is_lost_contact(error):
+            raise
         what = f"{name} of {checkpoint}" if name else f"{checkpoint}"
         raise CheckpointError(
             f"{what} cannot be loaded ({_reason(error)}): it is damaged, or made with "

@@ -20,6 +20,8 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.checkpoint import load_training_state, read_loop_state
+from megabyte_distill.training.failures import TrainingFailure
+from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
 from megabyte_distill.training.saving import Saver
@@ -35,10 +37,6 @@ class StopReason(str, Enum):
     SIGNAL = "signal"
     DURATION = "duration"
     INTERVAL = "interval"
-
-
-class TrainingFailure(RuntimeError):
-    """Training cannot go on; the message names the stage, the update and the batch."""
 
 
 class RowSource(Protocol):
@@ -119,6 +117,8 @@ class Loop:
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Written into each checkpoint's state: hashes of what it was made from."""
     valid_rows: Callable[[], list[list[PackedRow]]] = list
+    invariants: Invariants | None = None
+    """Checked every ``check_invariants`` updates."""
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
     _flops: float | None = None
@@ -161,6 +161,8 @@ class Loop:
         window = self._window
         if not window.updates:
             window.started = time.perf_counter()
+        if self.invariants is not None:
+            self.invariants.check(f"stage {self.stage} before its first update here", gradients=False)
         try:
             reason = self._updates(window)
         except Exception as failure:
@@ -174,6 +176,7 @@ class Loop:
         while self.progress.iteration < self.config.train_iters:
             report = self._update(window)
             self._log(window, report)
+            self._check_invariants(report)
             self._evaluate_if_due()
             reason, all_written = self._agree()
             if all_written:
@@ -191,6 +194,7 @@ class Loop:
 
     def _update(self, window: _Window) -> StepReport:
         started = time.perf_counter()
+        self.trained.position.begin(self.stage, self.progress.iteration + 1, "data")
         micro_batches = self.rows.next_micro_batches()
         counts = self.run_config.log_throughput and self._flops is None
         with FlopCount() if counts else contextlib.nullcontext() as count:
@@ -203,8 +207,8 @@ class Loop:
         progress.consumed_bytes += self.config.bytes_per_update
         progress.seconds += time.perf_counter() - started
         progress.skipped += report.skipped
-        progress.nan_iterations += not report.is_finite
-        progress.nan_in_a_row = 0 if report.is_finite else progress.nan_in_a_row + 1
+        progress.nan_iterations += report.skipped
+        progress.nan_in_a_row = progress.nan_in_a_row + 1 if report.skipped else 0
         window.add(report)
         if progress.nan_in_a_row >= self.run_config.max_nan_iterations:
             self._log(window, report, force=True)
@@ -254,12 +258,19 @@ class Loop:
         window.sums.clear()
         window.updates, window.started = 0, time.perf_counter()
 
+    def _check_invariants(self, report: StepReport) -> None:
+        iteration, interval = self.progress.iteration, self.run_config.check_invariants
+        if self.invariants is not None and interval and iteration % interval == 0:
+            # what is not finite is counted and explained elsewhere
+            self.invariants.check(f"stage {self.stage} iteration {iteration}", gradients=not report.skipped)
+
     def _evaluate_if_due(self) -> None:
         config, iteration = self.config, self.progress.iteration
         at_end = iteration == config.train_iters
         if not config.eval_iters or not (at_end or (config.eval_interval and iteration % config.eval_interval == 0)):
             return
         self.trained.gather_parameters()
+        self.trained.position.at("evaluate")
         means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(), self.world))
         if means and self.world.is_main:
             shown = " | ".join(f"{name}: {value:.6E}" for name, value in means.items())
@@ -304,6 +315,7 @@ class Loop:
     def save(self) -> None:
         """Write this iteration's checkpoint, or begin to."""
         self.trained.gather_parameters()
+        self.trained.position.at("save")
         self._check_weights()
         loop = {
             "stage": self.stage,

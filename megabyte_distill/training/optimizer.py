@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.parallel.pipeline import trains_before, trains_on_stages
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
 
@@ -41,6 +42,8 @@ class TrainerModel:
     config: StageConfig
     gradient_arrives: bool
     """Whether anything trains on the pipeline stages before this one."""
+    position: Position
+    """Told at which part of an update this rank is."""
 
     @property
     def module(self) -> nn.Module:
@@ -102,9 +105,14 @@ class TrainerModel:
         return [part for part in self._distributed_parts() if distributed_adam.is_over_torch(part)]
 
 
-def _finalize_without_rescaling(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Reduce gradients; the loss was divided by the global count before the backward, so nothing is scaled here."""
-    finalize_model_grads(model, None, **kwargs)
+def _finalizer(position: Position) -> Callable[..., None]:
+    """Reduces gradients; the loss was divided by the global count before the backward, so nothing is scaled here."""
+
+    def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+        position.at("reduce")
+        finalize_model_grads(model, None, **kwargs)
+
+    return finalize
 
 
 def _gather_before_forward(ddp: DistributedDataParallel) -> None:
@@ -142,6 +150,7 @@ def wrap_for_training(
     overlap_param_gather: bool = False,
     ddp_bucket_size: int | None = None,
     use_gloo_process_groups: bool = True,
+    position: Position | None = None,
 ) -> TrainerModel:
     """DDP and AdamW over the parameters with ``requires_grad``; frozen ones get no gradient buffer and no state.
 
@@ -158,7 +167,8 @@ def wrap_for_training(
         overlap_param_gather=overlap_param_gather,
         bucket_size=ddp_bucket_size,
     )
-    transformer.finalize_model_grads_func = _finalize_without_rescaling
+    position = position or Position()
+    transformer.finalize_model_grads_func = _finalizer(position)
     ddp = DistributedDataParallel(transformer, ddp_config, module)
     if overlap_param_gather:
         _gather_before_forward(ddp)
@@ -182,7 +192,9 @@ def wrap_for_training(
     optimizer = megatron_optimizer.get_megatron_optimizer(
         optimizer_config, [ddp], config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
     )
-    trained = TrainerModel(ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module))
+    trained = TrainerModel(
+        ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module), position=position
+    )
     for part in trained._distributed_over_torch():
         distributed_adam.allocate_state(part)
     return trained
