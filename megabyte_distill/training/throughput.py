@@ -49,7 +49,8 @@ def packed_product_flops(query: Tensor, cu_seqlens: Tensor) -> int:
 
 def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     given: dict[str, Any] = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
-    return given | kwargs
+    given.update(kwargs)
+    return given
 
 
 def _attention_flops(func: Any, args: Any, kwargs: Any) -> int:
