@@ -81,7 +81,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(world: World) ->
             return {"lm loss": super().losses(model, row)["lm loss"] * torch.nan}  # type: ignore[arg-type]
 
     report = train_step(trained, Broken(), random_rows(1), 0, world)
-    assert report.skipped and not report.is_finite
+    assert report.skipped
     assert all(torch.equal(value, before[name]) for name, value in backbone.named_parameters())
     assert not train_step(trained, TokenCrossEntropy(), random_rows(1), 1, world).skipped
     assert all(bool(value.isfinite().all()) for value in backbone.parameters())
