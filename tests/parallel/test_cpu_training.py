@@ -41,7 +41,7 @@ def test_updates_equal_adamw_on_the_mean_over_all_tokens(world: World) -> None:
         total, reported = report.sums["lm loss"]
         assert reported == count and total / count == pytest.approx(float(loss), rel=1e-5)
         assert report.grad_norm == pytest.approx(float(norm), rel=1e-4) and report.grad_norm > 0.5
-        assert report.learning_rate == 1e-2 and not report.skipped and report.is_finite
+        assert report.learning_rate == 1e-2 and not report.skipped
         losses.append(float(loss))
     assert losses == sorted(losses, reverse=True)
     for (name, ours), theirs in zip(backbone.named_parameters(), plain.parameters(), strict=True):
