@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.alphabet import JOINT_CLASSES
+from megabyte_distill.config.model import ChunkPooling, DechunkMode
 from megabyte_distill.kernels import ops
 from megabyte_distill.model.chunking import ChunkLayout, chunk_layout
 
@@ -161,12 +162,128 @@ def dechunking(mode: DechunkMode) -> MakeCase:
     return make
 
 
+def routing(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+    """F2: probabilities of boundaries from the router's projections."""
+    cu_seqlens = segment_offsets(sizes.rows, device)
+    shape = (sizes.rows, sizes.backbone_width)
+    q, k = _random(dtype, device, *shape), _random(dtype, device, *shape)
+    upstream = torch.randn(sizes.rows, device=device)
+    return Case(
+        leaves=[q, k],
+        run=lambda q, k: ops.routing_probabilities(q, k, cu_seqlens),
+        upstream=upstream,
+        forward_floor=_size(q, k, upstream),
+        backward_floor=_size(q, k, q, k, upstream),
+    )
+
+
+def chunk_indices(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+    """F2's second half: bits from probabilities, and every index of the chunks they make, as numbers times a scale.
+
+    Its time is that of launches and of one number that comes to the host.
+    """
+    cu_seqlens, byte_ids = segment_offsets(sizes.rows, device), text_like_ids(sizes.rows, device)
+    p = torch.rand(sizes.rows, device=device)
+    is_text = torch.arange(sizes.rows, device=device) < sizes.rows - 7
+
+    def run(scale: Tensor) -> Tensor:
+        bits = ops.boundary_bits(p, byte_ids, is_text, 0.75, 254)
+        index = ops.chunk_index(bits, cu_seqlens, 256)
+        parts = (bits, index.ends, index.begins, index.chunk_of_byte, index.cu_chunks, index.starts)
+        return torch.cat([part.double() for part in parts]) * scale
+
+    scale = torch.ones(1, device=device, dtype=dtype).requires_grad_()
+    with torch.no_grad():
+        upstream = torch.rand_like(run(scale))
+    numbers = 8 * (sizes.rows + 2 * sizes.rows // BYTES_PER_CHUNK) + sizes.rows
+    floor = _size(p, byte_ids, is_text) + numbers
+    return Case(leaves=[scale], run=run, upstream=upstream, forward_floor=floor, backward_floor=0)
+
+
+def pooling(kind: ChunkPooling) -> MakeCase:
+    """F3 in one of its kinds."""
+
+    def make(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+        layout = text_like_layout(sizes.rows, DechunkMode.HARD, device)
+        r = _random(dtype, device, sizes.rows, sizes.backbone_width)
+        upstream = torch.randn(layout.ends.shape[0], sizes.backbone_width, device=device).to(dtype)
+        ranges = _size(layout.begins, layout.ends)
+        return Case(
+            leaves=[r],
+            run=lambda r: ops.chunk_pool(r, layout.begins, layout.ends, layout.num_chunks, kind),
+            upstream=upstream,
+            forward_floor=(_size(upstream) if kind is ChunkPooling.LAST else _size(r)) + _size(upstream) + ranges,
+            backward_floor=_size(upstream, r) + ranges,
+        )
+
+    return make
+
+
+def cross_entropy(soft: bool) -> MakeCase:
+    """F5 with overwritten logits; hard, or hard as a measure beside soft targets. The logits are made anew: a copy."""
+
+    def make(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+        source = _random(dtype, device, sizes.rows, JOINT_CLASSES)
+        labels = torch.randint(0, JOINT_CLASSES, (sizes.rows,), device=device)
+        distribution = torch.randn(sizes.rows, JOINT_CLASSES, device=device).softmax(-1)
+        upstream = torch.randn(sizes.rows, device=device)
+
+        def run(source: Tensor) -> Tensor:
+            logits = source + 0.0  # stands for the product that makes them: the kernel may overwrite its result
+            if not soft:
+                return ops.joint_cross_entropy(logits, labels, overwrite_logits=True)
+            pair = ops.joint_cross_entropies(
+                logits, labels, distribution, hard_has_gradient=False, overwrite_logits=True
+            )
+            return pair[0].detach() + pair[1]
+
+        once = _size(source, labels, upstream) + (_size(distribution) if soft else 0)
+        # the copy reads and writes the logits once
+        return Case(
+            leaves=[source],
+            run=run,
+            upstream=upstream,
+            forward_floor=once + _size(source, source),
+            backward_floor=once + _size(source),
+        )
+
+    return make
+
+
+def ngram_tables(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+    """F1 with six tables of hashed n-grams."""
+    byte_ids = text_like_ids(sizes.rows, device)
+    rows, tables = 8192, 6
+    # a few n-grams make up much of a text, most are rare
+    rank = torch.rand(sizes.rows, tables, device=device).pow(4) * rows
+    indices = rank.to(torch.int64) + torch.arange(tables, device=device) * rows
+    table = _random(dtype, device, 256, sizes.byte_width)
+    ngram_table = _random(dtype, device, tables * rows, sizes.byte_width)
+    upstream = torch.randn(sizes.rows, sizes.byte_width, device=device)
+    read = tables * sizes.rows * sizes.byte_width * table.element_size()
+    return Case(
+        leaves=[table, ngram_table],
+        run=lambda table, ngram_table: ops.ngram_embedding(byte_ids, indices, table, ngram_table),
+        upstream=upstream,
+        forward_floor=_size(byte_ids, indices, table, upstream) + min(read, _size(ngram_table)),
+        backward_floor=_size(byte_ids, indices, table, ngram_table, upstream),
+    )
+
+
 CASES: dict[str, MakeCase] = {
     "F1 table": encoder_embedding,
     "F1 table + state": decoder_embedding,
     "F1 table, normed": normed_embedding,
+    "F1 n-grams": ngram_tables,
+    "F2 routing": routing,
+    "F2 bits and index": chunk_indices,
+    "F3 last": pooling(ChunkPooling.LAST),
+    "F3 mean_last": pooling(ChunkPooling.MEAN_LAST),
+    "F3 max": pooling(ChunkPooling.MAX),
     "F4 hard": dechunking(DechunkMode.HARD),
     "F4 causal": dechunking(DechunkMode.CAUSAL),
     "F4 official": dechunking(DechunkMode.OFFICIAL),
+    "F5 hard": cross_entropy(soft=False),
+    "F5 soft": cross_entropy(soft=True),
 }
 """Name, as printed → what makes it."""

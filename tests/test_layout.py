@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": BELOW_MODEL | {"model", "inference"},
     "tool": set(),
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
+    "memory": BELOW_MODEL | {"model", "objectives", "curriculum", "training", "conversion", "runs", "tool"},
     "pretrain": BELOW_MODEL
-    | {"model", "objectives", "curriculum", "training", "conversion", "inference", "evaluation", "runs"},
+    | {"model", "objectives", "curriculum", "training", "conversion", "inference", "evaluation", "runs", "memory"},
 }
 """What each part of the package may import beside itself (DESIGN.md, Layout)."""
 
@@ -65,7 +66,20 @@ EXPORTED = {
             "student",
         )
     ),
-    *(f"kernels.{name}" for name in ("dispatch", "ops", "recurrence", "segment_conv", "segments", "ssm_scan")),
+    *(
+        f"kernels.{name}"
+        for name in (
+            "chunk_index",
+            "chunk_pooling",
+            "dispatch",
+            "ngrams",
+            "ops",
+            "recurrence",
+            "segment_conv",
+            "segments",
+            "ssm_scan",
+        )
+    ),
     *(f"inference.{name}" for name in ("bit_paths", "generation", "prompts", "sampling")),
     *(f"hf.{name}" for name in ("byte_filter", "torch_backbone")),
     *(f"hf.{name}_megabyte" for name in ("configuration", "modeling", "tokenization")),

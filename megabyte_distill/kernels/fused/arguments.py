@@ -21,6 +21,14 @@ def width_refusal(width: int) -> str | None:
     return f"got a width of {width}, expected a multiple of {VECTOR} up to {MAX_WIDTH}"
 
 
+VECTORS = f"widths that are a multiple of {VECTOR}"
+
+
+def vector_refusal(width: int) -> str | None:
+    """Why rows of this width cannot be read in vectors, or None."""
+    return None if width % VECTOR == 0 and width else f"got a width of {width}, expected a multiple of {VECTOR}"
+
+
 def dtype_refusal(*tensors: Tensor | None) -> str | None:
     """Why tensors of these dtypes cannot be run together, or None; absent ones do not count."""
     found = {tensor.dtype for tensor in tensors if tensor is not None}
