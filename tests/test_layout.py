@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": BELOW_MODEL | {"model", "inference"},
     "tool": set(),
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
+    "memory": BELOW_MODEL | {"model", "objectives", "curriculum", "training", "conversion", "runs", "tool"},
     "pretrain": BELOW_MODEL
-    | {"model", "objectives", "curriculum", "training", "conversion", "inference", "evaluation", "runs"},
+    | {"model", "objectives", "curriculum", "training", "conversion", "inference", "evaluation", "runs", "memory"},
 }
 """What each part of the package may import beside itself (DESIGN.md, Layout)."""
 

@@ -130,3 +130,8 @@ class BackboneConfig:
     """Counted from 0. RoPE is not scaled in them (OLMo 3)."""
     tied_embeddings: bool = False
     max_position_embeddings: int = 2048
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: W rounded up so that every tensor-parallel size up to 128 divides it."""
+        return -(-self.vocab_size // 128) * 128

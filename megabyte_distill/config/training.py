@@ -79,6 +79,10 @@ class CheckpointConfig:
     save_retain_interval: int = option(
         0, "updates between checkpoints that are kept beside the newest ones; 0 keeps none", unit="updates", low=0
     )
+    async_save: bool = option(False, "write checkpoints beside the training, from a copy in host memory")
+    verify_checkpoint: bool = option(
+        True, "before loading a checkpoint compare the hash of every file; off compares sizes only"
+    )
     no_load_optim: bool = option(False, "go on with a fresh optimizer instead of the checkpoint's")
     no_load_rng: bool = option(False, "go on without the checkpoint's random number state")
 
@@ -94,7 +98,19 @@ class ParallelConfig:
     )
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over the data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass still runs")
-    distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)
+    overlap_param_gather: bool = option(
+        False, "gather the backbone's updated weights while the forward pass runs already"
+    )
+    ddp_bucket_size: int | None = option(
+        None,
+        "gradients (and weights) that are sent at once where they overlap; none leaves it to megatron",
+        unit="parameters",
+        low=1,
+    )
+    context_parallel_size: int = option(1, "ranks that share a sequence; 1 is the only size there is", low=1)
+    distributed_timeout_minutes: float = option(
+        10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
+    )
 
     @property
     def model_parallel_size(self) -> int:
@@ -134,6 +150,9 @@ class RunConfig:
 
     stages: str = option("1a,1b,1c,2a,2b", "stages to run, in this order")
     smoke: bool = option(False, "a few small updates a stage, to see that everything works")
+    dry_run: bool = option(
+        False, "print the resolved settings, parameters and memory per rank, and stop; needs no teacher and no GPU"
+    )
     fresh: bool = option(False, "remove what --save holds and start over")
     seed: int = option(1234, "seed of initialisation and of the order of the data", low=0)
     bf16: bool = option(False, "bfloat16 forward and backward with fp32 master weights")
@@ -141,6 +160,7 @@ class RunConfig:
         KernelMode.AUTO, "the byte side's operators: fused kernels, torch's (reference), or what fits the device (auto)"
     )
     log_interval: int = option(10, "updates between log lines", unit="updates", low=1)
+    log_throughput: bool = option(False, "show TFLOP/s per GPU in the log line, counted on each stage's first update")
     tensorboard_dir: str | None = option(None, "folder of tensorboard's events; none means SAVE/tensorboard")
     wandb_project: str | None = option(None, "also report to this Weights & Biases project (needs the extra wandb)")
     exit_interval: int | None = option(
@@ -158,6 +178,19 @@ class RunConfig:
     )
     max_nan_iterations: int = option(
         3, "stop at this many updates in a row without a finite loss and gradient", unit="updates", low=1
+    )
+
+    check_invariants: int = option(
+        0,
+        "updates between checks that weights agree over ranks and frozen ones are unchanged; 0 checks never",
+        unit="updates",
+        low=0,
+    )
+    rerun_check: int = option(
+        0,
+        "updates between checks that a second forward and backward pass gives the same bits; 0 checks never",
+        unit="updates",
+        low=0,
     )
 
     @property

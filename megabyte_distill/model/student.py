@@ -6,8 +6,9 @@ megatron's layers in training, plain torch in an export. The model does not know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import Flag, auto
 from typing import Any, Protocol
 
@@ -72,6 +73,16 @@ class Parts(Flag):
     ALL = ENCODER | ROUTER | BACKBONE | DECODER
 
 
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What goes from one pipeline stage to the next beside the backbone's state."""
+
+    p: bool = False
+    r: bool = False
+    teacher: bool = False
+    """The state of a teacher that runs beside the student."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentOutputs:
     """Everything a loss or a score may need; None for parts that did not run."""
@@ -87,7 +98,7 @@ class StudentOutputs:
     """[P] bool, the boundaries in force."""
     layout: ChunkLayout | None = None
     hidden: Tensor | None = None
-    """[M, E] backbone states after the final norm."""
+    """[M, E] backbone states after the final norm; on a pipeline stage that is not the last, its own [M, 1, E]."""
     logits: Tensor | None = None
     """[P, 512] joint logits of the next (byte, bit)."""
 
@@ -128,34 +139,107 @@ class StudentState:
 class Student(nn.Module):
     """A distribution over (byte, boundary bit) sequences around a given backbone."""
 
+    byte_encoder: ByteEncoder
+    router: Router
+    byte_decoder: ByteDecoder
+
     def __init__(self, config: ByteSideConfig, backbone: nn.Module, linears: LinearFactory | None = None) -> None:
-        """``linears`` makes the byte side's parameters (default: whole ones)."""
+        """``linears`` makes the byte side's parameters (default: whole ones).
+
+        Of a backbone that is cut by pipeline stages (``pre_process``, ``post_process``), the first stage has encoder
+        and router, the last the decoder; each draws the same weights as without stages.
+        """
         super().__init__()
         self.byte_side_config = config
         self.pooling = ChunkPooling(config.chunk_pooling)
+        self.pre_process: bool = getattr(backbone, "pre_process", True)
+        self.post_process: bool = getattr(backbone, "post_process", True)
+        # on the CPU also where transformers builds on the meta device
+        seeds = torch.randint(2**31, (3,), device="cpu").tolist()
         # not "decoder": megatron's schedules take a module of that name for a transformer block
-        self.byte_encoder = ByteEncoder(config, linears)
-        self.router = Router(config, linears)
+        for name, part, seed, is_here in (
+            ("byte_encoder", ByteEncoder, seeds[0], self.pre_process),
+            ("router", Router, seeds[1], self.pre_process),
+            ("byte_decoder", ByteDecoder, seeds[2], self.post_process),
+        ):
+            with _drawn_from(seed):
+                self.register_module(name, part(config, linears) if is_here else None)
         self.backbone = backbone
-        self.byte_decoder = ByteDecoder(config, linears)
         self.config = getattr(backbone, "config", None)
+        self._mode = DechunkMode(config.dechunk_mode)
+        self._input: Any = None
 
     @property
     def is_official(self) -> bool:
         """True where the paper's dechunk, with its lookahead, is in force."""
-        return self.byte_decoder.mode is DechunkMode.OFFICIAL
+        return self._mode is DechunkMode.OFFICIAL
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Asked by megatron: whether first and last stage train a copy each of one embedding."""
+        weight = self.shared_embedding_or_output_weight()
+        return weight is not None and weight.requires_grad
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """This stage's copy of a tied token embedding, None where there is none."""
+        weight: Tensor | None = getattr(self.backbone, "tied_weight", None)
+        return weight
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Megatron's schedules call it; without pipeline stages there is nothing to receive."""
+        """Megatron's schedules leave here what came from the pipeline stage before."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, row: ByteRow, boundaries: Boundaries | None = None, parts: Parts = Parts.ALL) -> StudentOutputs:
-        """Run ``parts`` over a packed row with the given boundaries (default: gold)."""
+    def take_input(self) -> Tensor | None:
+        """What :meth:`set_input_tensor` left, once."""
+        taken: Tensor | None = self._input
+        self._input = None
+        return taken
+
+    def carried(self, boundaries: Boundaries, parts: Parts) -> Carried:
+        """What stages behind the first need of it."""
+        return Carried(p=self._needs_p(boundaries, parts), r=Parts.DECODER in parts)
+
+    def _needs_p(self, boundaries: Boundaries, parts: Parts) -> bool:
+        # in hard mode p carries no value, so a router that is not needed need not run
+        reads = Parts.DECODER in parts and self._mode is not DechunkMode.HARD
+        return reads or Parts.ROUTER in parts or isinstance(boundaries, RouterDecides)
+
+    def forward(
+        self,
+        row: ByteRow,
+        boundaries: Boundaries | None = None,
+        parts: Parts = Parts.ALL,
+        arrived: StudentOutputs | None = None,
+    ) -> StudentOutputs:
+        """Run ``parts`` over a packed row with the given boundaries (default: gold).
+
+        ``arrived``: on a pipeline stage that is not the first, what the stage before returned.
+        """
         boundaries = boundaries or Gold()
+        entered = self._encode(row, boundaries, parts) if arrived is None else self._resumed(row, boundaries, arrived)
+        if Parts.BACKBONE not in parts:
+            return entered
+        assert entered.layout is not None and entered.bits is not None
+        hidden = self.backbone(entered.chunks if arrived is None else arrived.hidden, entered.layout.cu_chunks)
+        logits = None
+        if Parts.DECODER in parts and self.post_process:
+            assert entered.r is not None
+            confidence = entered.bits.float() if entered.p is None else entered.p
+            logits = self.byte_decoder(
+                hidden, entered.r, confidence, row.byte_ids, entered.layout, row.cu_seqlens, entered.bits
+            )
+        return replace(entered, hidden=hidden, logits=logits)
+
+    def _resumed(self, row: ByteRow, boundaries: Boundaries, arrived: StudentOutputs) -> StudentOutputs:
+        """What arrived, with boundaries and layout made anew: the same on every stage."""
+        bits = self._bits(row, boundaries, arrived.p)
+        return replace(arrived, bits=bits, layout=chunk_layout(bits, row.cu_seqlens, row.chunk_bucket))
+
+    def _encode(self, row: ByteRow, boundaries: Boundaries, parts: Parts) -> StudentOutputs:
+        """Everything before the backbone."""
         cu_seqlens = row.cu_seqlens
         x = self.byte_encoder.mix(row.byte_ids, cu_seqlens)
-        # in hard mode p carries no value, so a router that is not needed need not run
-        needs_p = Parts.DECODER in parts and self.byte_decoder.mode is not DechunkMode.HARD
-        needs_p = needs_p or Parts.ROUTER in parts or isinstance(boundaries, RouterDecides)
+        needs_p = self._needs_p(boundaries, parts)
         # the encoder's head works byte by byte: where only chunk ends are read, it runs only there
         only_ends = self.pooling is ChunkPooling.LAST and not needs_p and Parts.DECODER not in parts
         r = None if only_ends else self.byte_encoder.project(x)
@@ -168,14 +252,7 @@ class Student(nn.Module):
             chunks = self.byte_encoder.project(pool_chunks(x, layout))
         else:
             chunks = pool_chunks(r, layout, self.pooling)
-        if parts == Parts.ENCODER:
-            return StudentOutputs(chunks=chunks, bits=bits, layout=layout)
-        hidden = self.backbone(chunks, layout.cu_chunks)
-        logits = None
-        if Parts.DECODER in parts:
-            confidence = bits.float() if p is None else p
-            logits = self.byte_decoder(hidden, r, confidence, row.byte_ids, layout, cu_seqlens, bits)
-        return StudentOutputs(r=r, chunks=chunks, p=p, bits=bits, layout=layout, hidden=hidden, logits=logits)
+        return StudentOutputs(r=r, chunks=chunks, p=p, bits=bits, layout=layout)
 
     def _bits(self, row: ByteRow, boundaries: Boundaries, p: Tensor | None) -> Tensor:
         if isinstance(boundaries, Gold):
@@ -217,14 +294,14 @@ class Student(nn.Module):
         rows = every if rows is None else rows
         r, encoder = self.byte_encoder.step(byte_ids, state.encoder.select(rows))
         p_previous = torch.ones(rows.shape[0], device=r.device)
-        if self.byte_decoder.mode is DechunkMode.CAUSAL:
+        if self._mode is DechunkMode.CAUSAL:
             p_previous = self.router.step(state.r_previous[rows], r)
         chunks, pool = pool_step(state.pool.select(rows), r, bits, self.pooling)
         h = torch.zeros_like(r)
         ended = bits.nonzero()[:, 0]
         if ended.shape[0]:
             h[ended] = self.backbone.step(chunks[ended], state.cache, rows[ended]).to(h.dtype)  # type: ignore[operator]
-        s, dechunk = dechunk_step(state.dechunk.select(rows), bits, h, p_previous, self.byte_decoder.mode)
+        s, dechunk = dechunk_step(state.dechunk.select(rows), bits, h, p_previous, self._mode)
         logits, decoder = self.byte_decoder.step(s, r, byte_ids, state.decoder.select(rows))
         state.encoder.put(rows, encoder)
         state.decoder.put(rows, decoder)
@@ -232,6 +309,14 @@ class Student(nn.Module):
         state.dechunk.put(rows, dechunk)
         state.r_previous[rows] = r
         return logits
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Random numbers inside come from ``seed``; those outside go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def set_trainable(module: nn.Module, prefixes: Sequence[str]) -> None:
