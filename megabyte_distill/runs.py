@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megabyte_distill.config.stage import STAGE_ORDER
+from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
+from megabyte_distill.config.training import Settings
 from megabyte_distill.conversion.model_config import TEACHER_FILE, ModelConfig, is_run, read_model_config
 from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
@@ -88,6 +89,20 @@ def last_stage(root: Path) -> StageProgress:
     return found[-1]
 
 
+def backbone_overrides(settings: Settings, config: StageConfig) -> dict[str, object]:
+    """Fields of megatron's TransformerConfig that a stage's settings decide, for student and teacher."""
+    return {
+        "sequence_parallel": settings.parallel.sequence_parallel,
+        "pipeline_dtype": training_dtype(settings),
+        **config.recompute_fields,
+    }
+
+
+def training_dtype(settings: Settings) -> torch.dtype:
+    """Of weights, activations and what goes between pipeline stages; the optimizer's masters are fp32."""
+    return torch.bfloat16 if settings.run.bf16 else torch.float32
+
+
 def build_student(
     config: ModelConfig, backbone: Backbone | None = None, *, overrides: Mapping[str, object] | None = None
 ) -> Student:
@@ -96,7 +111,8 @@ def build_student(
     ``overrides``: fields of megatron's TransformerConfig.
     """
     assert config.byte_side is not None
-    host = backbone or Backbone(config.backbone, transformer_config(config.backbone, **(overrides or {})))
+    with torch.random.fork_rng(devices=[]):  # how many layers are drawn here says nothing about the byte side
+        host = backbone or Backbone(config.backbone, transformer_config(config.backbone, **(overrides or {})))
     return Student(config.byte_side, host, byte_side_linears())
 
 

@@ -44,7 +44,7 @@ def parse_arguments(
     """Settings for a job of ``world_size`` ranks.
 
     Weakest first: the dataclasses' defaults, the caller's ``defaults`` (by field name, for the whole run or all
-    stages), the preset, ``--smoke``, flags, flags for one stage. ``warn`` is told of flags that have no effect.
+    stages), the preset, ``--smoke``, flags, flags for one stage. ``warn`` is told of flags that change nothing.
     Raises ConfigError with every problem at once.
     """
     read = read_flags(argv, all_options())
@@ -55,7 +55,7 @@ def parse_arguments(
     if problems:
         raise ConfigError(problems)
     if warn is not None:
-        for message in _without_effect(read, settings):
+        for message in (*read.notices, *_without_effect(read, settings)):
             warn(message)
     return settings
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megabyte_distill.config.layers import Layer
+from megabyte_distill.config.megatron_flags import MegatronFlag, answer, find_megatron_flag
 from megabyte_distill.config.options import NONE_WORD, Option, parse_text
 from megabyte_distill.config.stage import STAGE_ORDER
 
@@ -21,6 +22,8 @@ class ReadFlags:
     common: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    """Flags of Megatron's that were understood and change nothing."""
 
     def layer(self) -> Layer:
         """The values as the topmost layer of settings."""
@@ -58,6 +61,9 @@ def _read_one(
     if not dot:
         stage, flag = "", name
     option, negated = _find(by_flag, flag)
+    theirs = find_megatron_flag(name) if option is None else None
+    if theirs is not None:
+        return _read_megatrons(read, name, theirs, attached, following)
     problem = _problem_of_name(by_flag, name, stage, flag, option)
     if option is None or problem is not None:
         read.problems.append(problem or f"unknown flag --{name}")
@@ -81,6 +87,16 @@ def _read_one(
     target = read.stages.setdefault(stage, {}) if stage else read.common
     target[option.name] = value
     return used
+
+
+def _read_megatrons(
+    read: ReadFlags, name: str, theirs: MegatronFlag, attached: list[str] | None, following: Sequence[str]
+) -> int:
+    """Read a flag of Megatron's that is none of ours."""
+    problem, notice = answer(name, theirs, following if attached is None else attached)
+    read.problems += [problem] if problem is not None else []
+    read.notices += [notice] if notice is not None else []
+    return len(following) if attached is None else 0
 
 
 def _find(by_flag: Mapping[str, Option], flag: str) -> tuple[Option | None, bool]:

@@ -48,6 +48,34 @@ class AlignLossScale(str, Enum):
     """The variance of the teacher's embedding table as well, so that clipping means the same for every teacher."""
 
 
+class RecomputeGranularity(str, Enum):
+    """What the backbone forgets in the forward pass and computes again in the backward pass."""
+
+    FULL = "full"
+    """Whole layers: only their inputs are kept."""
+    SELECTIVE = "selective"
+    """The parts of a layer that --recompute-modules names."""
+
+
+class RecomputeMethod(str, Enum):
+    """Which layers --recompute-granularity full is about."""
+
+    UNIFORM = "uniform"
+    """All, in groups of --recompute-num-layers of which only the first input is kept."""
+    BLOCK = "block"
+    """The first --recompute-num-layers of each pipeline stage."""
+
+
+class RecomputeModule(str, Enum):
+    """A part of a layer that --recompute-granularity selective forgets.
+
+    megatron's "layernorm" is not among them: without Transformer Engine its code fails.
+    """
+
+    CORE_ATTN = "core_attn"
+    MLP = "mlp"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
     """How one stage trains. Rows are packed rows of ``seq_length`` bytes; learning rates are AdamW's."""
@@ -105,6 +133,27 @@ class StageConfig:
     )
     freeze_backbone: bool = option(False, "train the byte side through a fixed backbone", stages=("1b", "2b"))
 
+    recompute_granularity: RecomputeGranularity | None = option(
+        None,
+        "what the backbone computes again in the backward pass instead of keeping it: whole layers, or parts of them",
+        stages=("1b", "2b"),
+    )
+    recompute_method: RecomputeMethod | None = option(
+        None, "which layers --recompute-granularity full is about; none means uniform", stages=("1b", "2b")
+    )
+    recompute_num_layers: int | None = option(
+        None, "layers of a group (uniform) or in all (block); none means 1", unit="layers", low=1, stages=("1b", "2b")
+    )
+    recompute_modules: tuple[RecomputeModule, ...] = option(
+        (), "parts that --recompute-granularity selective is about; none means core_attn", stages=("1b", "2b")
+    )
+
+    recompute_byte_mixers: bool = option(
+        False,
+        "compute the byte side's mixer blocks again in the backward pass instead of keeping what they need for it",
+        stages=("1a", "1b", "2a", "2b"),
+    )
+
     eval_interval: int = option(100, "evaluate every so many updates; 0 means at the stage's end only", low=0)
     eval_iters: int = option(
         4, "global batches of held-out rows an evaluation takes; 0 means no evaluation", unit="batches", low=0
@@ -136,6 +185,22 @@ class StageConfig:
     def bytes_per_update(self) -> int:
         """Bytes of one update over all ranks, padding included."""
         return self.seq_length * self.global_batch_size
+
+    @property
+    def recompute_fields(self) -> dict[str, str | int | list[str]]:
+        """Fields of megatron's TransformerConfig that recompute as the settings say; empty where they do not."""
+        if self.recompute_granularity is None:
+            return {}
+        fields: dict[str, str | int | list[str]] = {"recompute_granularity": self.recompute_granularity.value}
+        if self.recompute_granularity is RecomputeGranularity.FULL:
+            method = self.recompute_method or RecomputeMethod.UNIFORM
+            return {
+                **fields,
+                "recompute_method": method.value,
+                "recompute_num_layers": self.recompute_num_layers or 1,
+            }
+        modules = self.recompute_modules or (RecomputeModule.CORE_ATTN,)
+        return {**fields, "recompute_modules": [module.value for module in modules]}
 
     def micro_batches(self, data_parallel_size: int) -> int:
         """Micro-batches a rank accumulates into one update; ValueError where the sizes do not divide."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
 from megabyte_distill.config.model import ByteSideConfig
@@ -97,6 +98,16 @@ class ParallelConfig:
     )
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over the data-parallel ranks")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass still runs")
+    overlap_param_gather: bool = option(
+        False, "gather the backbone's updated weights while the forward pass runs already"
+    )
+    ddp_bucket_size: int | None = option(
+        None,
+        "gradients (and weights) that are sent at once where they overlap; none leaves it to megatron",
+        unit="parameters",
+        low=1,
+    )
+    context_parallel_size: int = option(1, "ranks that share a sequence; 1 is the only size there is", low=1)
     distributed_timeout_minutes: float = option(
         10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
     )
@@ -122,16 +133,34 @@ class ParallelConfig:
         return world_size // model
 
 
+class KernelMode(str, Enum):
+    """Which implementation the byte side's operators run."""
+
+    AUTO = "auto"
+    """The fused kernels on a GPU for which they are built, torch everywhere else."""
+    FUSED = "fused"
+    """The fused kernels or an error; on a CPU their slow build for tests."""
+    REFERENCE = "reference"
+    """Torch."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """The run itself: which stages, in what precision, how it reports and when it stops."""
 
     stages: str = option("1a,1b,1c,2a,2b", "stages to run, in this order")
     smoke: bool = option(False, "a few small updates a stage, to see that everything works")
+    dry_run: bool = option(
+        False, "print the resolved settings, parameters and memory per rank, and stop; needs no teacher and no GPU"
+    )
     fresh: bool = option(False, "remove what --save holds and start over")
     seed: int = option(1234, "seed of initialisation and of the order of the data", low=0)
     bf16: bool = option(False, "bfloat16 forward and backward with fp32 master weights")
+    kernels: KernelMode = option(
+        KernelMode.AUTO, "the byte side's operators: fused kernels, torch's (reference), or what fits the device (auto)"
+    )
     log_interval: int = option(10, "updates between log lines", unit="updates", low=1)
+    log_throughput: bool = option(False, "show TFLOP/s per GPU in the log line, counted on each stage's first update")
     tensorboard_dir: str | None = option(None, "folder of tensorboard's events; none means SAVE/tensorboard")
     wandb_project: str | None = option(None, "also report to this Weights & Biases project (needs the extra wandb)")
     exit_interval: int | None = option(

@@ -7,9 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from megabyte_distill.config.layers import SECTIONS
-from megabyte_distill.config.model import ByteMixer
+from megabyte_distill.config.model import MAX_NGRAM, ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
-from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, StageConfig
+from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, RecomputeGranularity, StageConfig
 from megabyte_distill.config.training import ParallelConfig, Settings
 
 
@@ -86,6 +86,9 @@ def _model(settings: Settings) -> Iterator[str]:
         elif item.name == "conv_dilations":
             if not value or min(value) < 1:
                 yield f"--{flag}: got {value}, expected one or more whole numbers from 1 up"
+        elif item.name == "byte_ngram_tables":
+            if not set(value) <= set(range(2, MAX_NGRAM + 1)) or list(value) != sorted(set(value)):
+                yield f"--{flag}: got {value}, expected different whole numbers from 2 to {MAX_NGRAM}, ascending"
         elif isinstance(value, int | float) and value <= 0:
             yield f"--{flag}: got {value}, expected more than 0"
     inner = side.byte_width * side.mamba_expand
@@ -157,6 +160,7 @@ def _parallel(settings: Settings, world_size: int) -> Iterator[str]:
         settings.parallel.data_parallel_size(world_size)
     except ValueError as error:
         yield str(error)
+    yield from _overlaps(settings.parallel)
     tensor = settings.parallel.tensor_model_parallel_size
     if settings.parallel.sequence_parallel and tensor == 1:
         yield (
@@ -169,11 +173,30 @@ def _parallel(settings: Settings, world_size: int) -> Iterator[str]:
                 f"stage {stage}: --sequence-parallel needs a --chunk-bucket that --tensor-model-parallel-size {tensor} "
                 f"divides, got {config.chunk_bucket}"
             )
-    size = settings.parallel.pipeline_model_parallel_size
-    if size > 1:
+        rows = config.micro_batch_size * config.seq_length
+        if settings.parallel.pipeline_model_parallel_size > 1 and rows % tensor:
+            yield (
+                f"stage {stage}: with --sequence-parallel, pipeline stages hand over --micro-batch-size × --seq-length "
+                f"= {rows} bytes in parts, which --tensor-model-parallel-size {tensor} must divide"
+            )
+
+
+def _overlaps(parallel: ParallelConfig) -> Iterator[str]:
+    missing = [
+        flag
+        for flag, given in (
+            ("--use-distributed-optimizer", parallel.use_distributed_optimizer),
+            ("--overlap-grad-reduce", parallel.overlap_grad_reduce),
+        )
+        if not given
+    ]
+    if parallel.overlap_param_gather and missing:
+        yield f"--overlap-param-gather gathers what the distributed optimizer cut; give {' and '.join(missing)} as well"
+    if parallel.context_parallel_size > 1:
         yield (
-            f"--pipeline-model-parallel-size {size}: the student's pipeline is not built yet; leave it at 1 and use "
-            "tensor and data parallelism (torchrun --nproc-per-node N --tensor-model-parallel-size T)"
+            f"--context-parallel-size {parallel.context_parallel_size}: each segment's chunks would have to divide by "
+            f"2 × {parallel.context_parallel_size}, and their number is the text's; leave it at 1, and take "
+            "--tensor-model-parallel-size with --sequence-parallel where rows are too long for a rank"
         )
 
 
@@ -214,5 +237,18 @@ def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
         )
     if config.kd_loss_alpha != StageConfig().kd_loss_alpha and config.byte_targets is not ByteTargets.MIXED:
         yield f"stage {stage}: --kd-loss-alpha weighs --byte-targets mixed, which is {config.byte_targets.value} here"
+    yield from (f"stage {stage}: {problem}" for problem in _recompute_problems(config))
     if config.freeze_backbone and config.backbone_lr is not None:
         yield f"stage {stage}: --freeze-backbone and --backbone-lr contradict each other; leave one out"
+
+
+def _recompute_problems(config: StageConfig) -> Iterator[str]:
+    belongs = {
+        "--recompute-method": (config.recompute_method is not None, RecomputeGranularity.FULL),
+        "--recompute-num-layers": (config.recompute_num_layers is not None, RecomputeGranularity.FULL),
+        "--recompute-modules": (bool(config.recompute_modules), RecomputeGranularity.SELECTIVE),
+    }
+    for flag, (given, granularity) in belongs.items():
+        if given and config.recompute_granularity is not granularity:
+            got = "" if config.recompute_granularity is None else f", got {config.recompute_granularity.value}"
+            yield f"{flag} is about --recompute-granularity {granularity.value}{got}; give that, or leave it out"

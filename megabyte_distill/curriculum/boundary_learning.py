@@ -9,6 +9,7 @@ from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
+from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Parts
 from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
 from megabyte_distill.objectives.objective import Sums
@@ -20,6 +21,8 @@ MEASURE = "boundary f1"
 class BoundaryLearning:
     """Binary cross-entropy of p against gold bits over all bytes but a segment's last."""
 
+    on_first_stage = True
+
     def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
         self.weights = {LOSS: 1.0}
         self._measures: Sums = {}
@@ -28,7 +31,7 @@ class BoundaryLearning:
         """Bytes that are not a segment's last."""
         return {LOSS: int(boundary_positions(row).sum())}
 
-    def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, row: PackedRow, link: StageLink | None = None) -> dict[str, Tensor]:
         """Summed over those bytes, in nats."""
         p = model(row, parts=Parts.ENCODER | Parts.ROUTER).p
         self._measures = {MEASURE: f1_pair(decide(p.detach(), row.byte_ids), row)}

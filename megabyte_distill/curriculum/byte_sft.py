@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig
+from megabyte_distill.curriculum.on_stage import run_on_stage
 from megabyte_distill.curriculum.stage import TeacherNeed
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
+from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Boundaries, Gold, Parts, RouterDecides
 from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
-from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_soft_nll
+from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_nlls
 from megabyte_distill.objectives.objective import Sums
 
 BYTE_LOSS = "byte ce"
@@ -34,6 +36,8 @@ class ByteSft:
 
     The targets are the text, the teacher's exact distribution, or a mixture. Held-out rows are measured on the text.
     """
+
+    on_first_stage = False
 
     def __init__(
         self, config: StageConfig, teacher: Backbone | None, table: TokenBytes | None, *, trains_router: bool
@@ -60,27 +64,45 @@ class ByteSft:
             counts[ROUTER_LOSS] = int(boundary_positions(row).sum())
         return counts
 
-    def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, row: PackedRow, link: StageLink | None = None) -> dict[str, Tensor]:
         """Sums in nats."""
-        outputs = model(row, self._boundaries, self._parts)
-        losses = {BYTE_LOSS: self._byte_loss(outputs.logits, row, training=model.training)}
+        exact = self._exact if model.training else None
+        done = run_on_stage(
+            model,
+            row,
+            link or StageLink(),
+            boundaries=self._boundaries,
+            parts=self._parts,
+            teacher=None if exact is None else exact.teacher,
+        )
+        if done is None:
+            return {}
+        outputs = done.outputs
+        assert outputs.logits is not None
+        targets = None if exact is None or done.teacher is None else exact.of(row, done.teacher)
+        losses = {BYTE_LOSS: self._byte_loss(outputs.logits, row, targets, training=model.training)}
         if ROUTER_LOSS in self.weights:
+            assert outputs.p is not None
             mask = boundary_positions(row)
             losses[ROUTER_LOSS] = boundary_bce(outputs.p, row.bits)[mask].sum()
             self._measures["boundary f1"] = f1_pair(decide(outputs.p.detach(), row.byte_ids), row)
         return losses
 
-    def _byte_loss(self, logits: Tensor, row: PackedRow, *, training: bool) -> Tensor:
-        exact = self._exact if training else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (exact is None or self._alpha < 1.0)):
-            hard = joint_nll(logits, row)
-        self._measures = {MEASURE: joint_bits_pair(hard, row)}
-        if exact is None:
+    def _byte_loss(self, logits: Tensor, row: PackedRow, targets: ExactTargets | None, *, training: bool) -> Tensor:
+        # in training the loss is the last to read the logits
+        if targets is None:
+            hard = joint_nll(logits, row, overwrite_logits=training)
+            self._measures = {MEASURE: joint_bits_pair(hard, row)}
             return hard[row.loss_mask].sum()
-        targets = exact.of(row)
-        self._measures[REPLACED] = (targets.replaced, row.loss_mask.sum())
-        soft = joint_soft_nll(logits, targets.distribution)
-        mixed = soft if self._alpha == 1.0 else self._alpha * soft + (1.0 - self._alpha) * hard
+        only_soft = self._alpha == 1.0
+        hard, soft = joint_nlls(
+            logits, row, targets.distribution, hard_has_gradient=not only_soft, overwrite_logits=True
+        )
+        self._measures = {
+            MEASURE: joint_bits_pair(hard, row),
+            REPLACED: (targets.replaced, row.loss_mask.sum()),
+        }
+        mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard
         return mixed[row.loss_mask].sum()
 
     def measures(self) -> Sums:
@@ -89,19 +111,17 @@ class ByteSft:
 
 
 class _TeacherTargets:
-    """The frozen teacher beside the student: its exact byte targets of a row, from the gold tokens."""
+    """A frozen teacher's exact byte targets, from its states on the gold tokens."""
 
     def __init__(self, teacher: Backbone, table: TokenBytes) -> None:
-        self._teacher = teacher
+        self.teacher = teacher
         self._tree = ByteTree.of(table).to(teacher.device)
 
     @torch.no_grad()
-    def of(self, row: PackedRow) -> ExactTargets:
-        teacher = self._teacher
-        logits = teacher.logits(teacher(teacher.embed(row.tokens), row.cu_chunks))
+    def of(self, row: PackedRow, states: Tensor) -> ExactTargets:
         return exact_targets(
             self._tree,
-            logits,
+            self.teacher.logits(states),
             byte_ids=row.byte_ids,
             bits=row.bits,
             labels=row.labels,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.curriculum.on_stage import bare, run_on_stage
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import text_chunks, text_positions
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Gold, Parts
 from megabyte_distill.objectives.objective import Sums
 from megabyte_distill.objectives.token_kl import reverse_kl
@@ -26,6 +27,8 @@ MEASURE = "bits per byte"
 class JointDistillation:
     """Reverse KL over the whole vocabulary at every chunk; no hard labels."""
 
+    on_first_stage = False
+
     def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
         self.weights = {LOSS: 1.0}
         assert teacher is not None
@@ -36,15 +39,23 @@ class JointDistillation:
         """Gold chunks."""
         return {LOSS: int(row.token_mask.sum())}
 
-    def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, row: PackedRow, link: StageLink | None = None) -> dict[str, Tensor]:
         """Summed over gold chunks, in nats."""
-        outputs = model(row, Gold(), Parts.ENCODER | Parts.BACKBONE)
-        bare: Any = getattr(model, "module", model)
-        student: Backbone = bare.backbone
+        done = run_on_stage(
+            model,
+            row,
+            link or StageLink(),
+            boundaries=Gold(),
+            parts=Parts.ENCODER | Parts.BACKBONE,
+            teacher=self._teacher,
+        )
+        if done is None:
+            return {}
+        student: Backbone = bare(model).backbone
+        assert done.outputs.hidden is not None and done.teacher is not None
         with torch.no_grad():
-            teacher = self._teacher
-            wanted = teacher.own_logits(teacher(teacher.embed(row.tokens), outputs.layout.cu_chunks))
-        logits, columns = student.own_logits(outputs.hidden), student.columns
+            wanted = self._teacher.own_logits(done.teacher)
+        logits, columns = student.own_logits(done.outputs.hidden), student.columns
         kl = reverse_kl(logits, wanted, columns)
         self._measures = {} if model.training else _bits_per_byte(logits, wanted, columns, row)
         return {LOSS: kl[row.token_mask].sum()}

@@ -36,3 +36,8 @@ class Stage:
     """Builds the losses from the stage's settings, the teacher and its token table (None where not needed)."""
     measure: str
     """The validation figure that stands for the stage."""
+
+    def keeps_backbone(self, config: StageConfig) -> bool:
+        """Whether the backbone is still the teacher's behind this stage, if it was so before: one copy may serve."""
+        is_frozen = self.name == "1b" and config.freeze_backbone
+        return self.teacher(config) is TeacherNeed.EMBEDDING or is_frozen

@@ -8,6 +8,7 @@ Shapes: C blocks of Q bytes, H heads of F features, N the state size.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -37,10 +38,16 @@ def ssm_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: S
     if length == 0:
         return x.to(dtype)
     size = max(1, min(block, length))
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x.device.type):
         x, dt, b, c = (_block(value.to(dtype), size) for value in (x, dt, b, c))
         y = _scan_blocks(x, dt, b, c, a.to(dtype), segments.scan_blocks(size))
     return y.flatten(0, 1)[:length]
+
+
+def _full_precision(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """No autocast; a device without any (meta, on which sizes are reckoned) has nothing to switch off."""
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 def _block(value: Tensor, size: int) -> Tensor:

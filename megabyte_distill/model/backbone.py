@@ -31,6 +31,10 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": pipeline,
         "pipeline_dtype": torch.float32 if pipeline > 1 else None,
+        "variable_seq_lengths": pipeline > 1,
+        # megatron allows varying lengths with this dispatcher alone, also where there is no expert to dispatch to
+        "moe_token_dispatcher_type": "alltoall",
+        "deallocate_pipeline_outputs": pipeline > 1,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
@@ -82,6 +86,7 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         self.decoder = TransformerBlock(
             transformer, layer_spec(transformer, config), pre_process=pre_process, post_process=post_process
         )
+        _check_recomputed_groups(transformer, len(self.decoder.layers))
         # where the field is on, megatron adds up these norms' gradients over tensor-parallel ranks: right for norms
         # that each rank holds whole, not for those that are cut
         transformer.qk_layernorm = config.qk_norm is QkNorm.HEAD
@@ -92,17 +97,19 @@ class Backbone(MegatronModule):  # type: ignore[misc]
                 bias=False, gather_output=False,
             )  # fmt: skip
         mark_parallel_parameters(self)
+        if self.embedding is not None and config.tied_embeddings and not (pre_process and post_process):
+            # first and last stage have a copy each: one optimizer shard for both, one of them in the gradient's norm
+            self.embedding.weight.shared_embedding = True
+            self.embedding.weight.shared = not pre_process
         self._rotary = RotaryTable(config)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table: W rounded up so that every tensor-parallel size up to 128 divides it."""
-        return -(-self.backbone_config.vocab_size // 128) * 128
+        """Rows of the embedding table over all tensor-parallel ranks."""
+        return self.backbone_config.padded_vocab_size
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Megatron's schedules hand a later stage its input [M, 1, E] here."""
-        if not self.pre_process:
-            self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+        """Megatron's schedules call it; what a later stage works on is an argument of :meth:`forward`."""
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings [T, E] of ids [T] int64."""
@@ -118,6 +125,12 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         return table
 
     @property
+    def tied_weight(self) -> Tensor | None:
+        """The token embedding where it is the head as well, None elsewhere."""
+        is_tied = self.backbone_config.tied_embeddings and self.embedding is not None
+        return self.embedding.weight if is_tied else None  # type: ignore[union-attr]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         weight: Tensor = next(self.parameters())
@@ -129,18 +142,30 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         weight: Tensor = next(self.parameters())
         return weight.device
 
-    def forward(self, x: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """States [M, E] after the final norm; x [M, E], positions restart in each segment of cu_seqlens [S + 1].
 
-        On a pipeline stage that is not the first, x is None; one that is not the last returns [M, 1, E]. Under sequence
-        parallelism, M must be a multiple of the tensor-parallel ranks.
+        A pipeline stage that is not the first takes what the stage before returned; one that is not the last returns
+        [M, 1, E]. Under sequence parallelism M must be a multiple of the tensor-parallel ranks, and between stages each
+        has its own part of the M.
         """
-        rotations = self._rotary(packed_positions(cu_seqlens, int(cu_seqlens[-1]) if x is None else x.shape[0]))
         cuts = self.config.sequence_parallel
-        entering = None if x is None else x.to(self.dtype)[:, None]
-        if cuts and entering is not None:
-            entering = tensor_parallel.scatter_to_sequence_parallel_region(entering)
-        hidden: Tensor = self.decoder(entering, None, packed_seq_params=PackedSegments.of(cu_seqlens, rotations))
+        parts = self.config.tensor_model_parallel_size if cuts and not self.pre_process else 1
+        size = x.shape[0] * parts
+        segments = PackedSegments.of(cu_seqlens)
+        if sum(segments.lengths) != size:
+            raise ValueError(
+                f"the backbone got {size} vectors for segments of {sum(segments.lengths)}; pipeline stages must agree "
+                "on the boundaries"
+            )
+        segments.rotations = self._rotary(packed_positions(cu_seqlens, size))
+        if self.pre_process:
+            x = x.to(self.dtype)[:, None]
+            if cuts:
+                x = tensor_parallel.scatter_to_sequence_parallel_region(x)
+        else:
+            self.decoder.set_input_tensor(x)
+        hidden: Tensor = self.decoder(x, None, packed_seq_params=segments)
         if not self.post_process:
             return hidden
         if cuts:  # every rank goes on with all chunks alike, so that each has the whole gradient of its own part
@@ -202,3 +227,13 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         )
         cache.lengths[rows] += 1
         return hidden[:, 0]
+
+
+def _check_recomputed_groups(transformer: TransformerConfig, layers: int) -> None:
+    """ValueError for groups that do not divide a stage's layers: megatron would look for more than there are."""
+    group = transformer.recompute_num_layers
+    if transformer.recompute_method == "uniform" and layers % group:
+        raise ValueError(
+            f"--recompute-num-layers {group} does not divide the {layers} layers of this pipeline stage; choose a "
+            "number that does, or --recompute-method block"
+        )

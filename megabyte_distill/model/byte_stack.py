@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megabyte_distill.config.model import ByteMixer, ByteSideConfig
 from megabyte_distill.kernels.segments import Segments
@@ -39,11 +40,16 @@ class ByteMixerStack(nn.Module):
         super().__init__()
         build = MIXERS[ByteMixer(config.byte_mixer)]
         self.blocks = nn.ModuleList(build(config, layer, linears) for layer in range(layers))
+        self.recomputes = False
+        """Whether a block keeps its input alone in training, and computes the rest again in the backward pass."""
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """[P, D] -> [P, D], both in the residual stream's dtype."""
         for block in self.blocks:
-            x = block(x, segments)
+            if self.recomputes and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, segments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, segments)
         return x
 
     def init_state(self, rows: int, device: torch.device) -> StackState:
@@ -60,3 +66,10 @@ class ByteMixerStack(nn.Module):
 
     def _typed(self) -> list[ByteMixerBlock]:
         return [block for block in self.blocks if isinstance(block, ByteMixerBlock)]
+
+
+def recompute_byte_mixers(module: nn.Module) -> None:
+    """Let every stack of byte mixers in ``module`` recompute its blocks."""
+    for part in module.modules():
+        if isinstance(part, ByteMixerStack):
+            part.recomputes = True

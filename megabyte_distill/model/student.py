@@ -6,19 +6,27 @@ megatron's layers in training, plain torch in an export. The model does not know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import Flag, auto
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from megabyte_distill.config.model import ByteSideConfig, DechunkMode
+from megabyte_distill.config.model import ByteSideConfig, ChunkPooling, DechunkMode
 from megabyte_distill.model.byte_decoder import ByteDecoder, DechunkState, dechunk_step, init_dechunk_state
-from megabyte_distill.model.byte_encoder import ByteEncoder
+from megabyte_distill.model.byte_encoder import ByteEncoder, EncoderState
 from megabyte_distill.model.byte_stack import StackState
-from megabyte_distill.model.chunking import ChunkLayout, chunk_layout, pool_chunks
+from megabyte_distill.model.chunking import (
+    ChunkLayout,
+    PoolState,
+    chunk_layout,
+    init_pool_state,
+    pool_chunks,
+    pool_step,
+)
 from megabyte_distill.model.linears import LinearFactory
 from megabyte_distill.model.router import Router, decide
 
@@ -65,6 +73,16 @@ class Parts(Flag):
     ALL = ENCODER | ROUTER | BACKBONE | DECODER
 
 
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What goes from one pipeline stage to the next beside the backbone's state."""
+
+    p: bool = False
+    r: bool = False
+    teacher: bool = False
+    """The state of a teacher that runs beside the student."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentOutputs:
     """Everything a loss or a score may need; None for parts that did not run."""
@@ -72,14 +90,15 @@ class StudentOutputs:
     r: Tensor | None = None
     """[P, E] encoder states, in the teacher's embedding space; None where only those at chunk ends were needed."""
     chunks: Tensor | None = None
-    """[M, E] encoder states at chunk ends, zero on padding; None where the router ran and nothing behind it."""
+    """[M, E] states of the chunks, pooled from their bytes' states, zero on padding; None where the router ran and
+    nothing behind it."""
     p: Tensor | None = None
     """[P] fp32 routing probabilities."""
     bits: Tensor | None = None
     """[P] bool, the boundaries in force."""
     layout: ChunkLayout | None = None
     hidden: Tensor | None = None
-    """[M, E] backbone states after the final norm."""
+    """[M, E] backbone states after the final norm; on a pipeline stage that is not the last, its own [M, 1, E]."""
     logits: Tensor | None = None
     """[P, 512] joint logits of the next (byte, bit)."""
 
@@ -88,8 +107,9 @@ class StudentOutputs:
 class StudentState:
     """What R rows remember between bytes. :meth:`Student.step` updates it in place."""
 
-    encoder: StackState
+    encoder: EncoderState
     decoder: StackState
+    pool: PoolState
     dechunk: DechunkState
     cache: Any
     r_previous: Tensor
@@ -100,6 +120,7 @@ class StudentState:
         return StudentState(
             encoder=self.encoder.select(rows),
             decoder=self.decoder.select(rows),
+            pool=self.pool.select(rows),
             dechunk=self.dechunk.select(rows),
             cache=self.cache.select(rows),
             r_previous=self.r_previous[rows],
@@ -109,6 +130,7 @@ class StudentState:
         """Overwrite the rows [K] int64 with those of ``sub`` in order, in place."""
         self.encoder.put(rows, sub.encoder)
         self.decoder.put(rows, sub.decoder)
+        self.pool.put(rows, sub.pool)
         self.dechunk.put(rows, sub.dechunk)
         self.cache.put(rows, sub.cache)
         self.r_previous[rows] = sub.r_previous
@@ -117,49 +139,120 @@ class StudentState:
 class Student(nn.Module):
     """A distribution over (byte, boundary bit) sequences around a given backbone."""
 
+    byte_encoder: ByteEncoder
+    router: Router
+    byte_decoder: ByteDecoder
+
     def __init__(self, config: ByteSideConfig, backbone: nn.Module, linears: LinearFactory | None = None) -> None:
-        """``linears`` makes the byte side's parameters (default: whole ones)."""
+        """``linears`` makes the byte side's parameters (default: whole ones).
+
+        Of a backbone that is cut by pipeline stages (``pre_process``, ``post_process``), the first stage has encoder
+        and router, the last the decoder; each draws the same weights as without stages.
+        """
         super().__init__()
         self.byte_side_config = config
+        self.pooling = ChunkPooling(config.chunk_pooling)
+        self.pre_process: bool = getattr(backbone, "pre_process", True)
+        self.post_process: bool = getattr(backbone, "post_process", True)
+        # on the CPU also where transformers builds on the meta device
+        seeds = torch.randint(2**31, (3,), device="cpu").tolist()
         # not "decoder": megatron's schedules take a module of that name for a transformer block
-        self.byte_encoder = ByteEncoder(config, linears)
-        self.router = Router(config, linears)
+        for name, part, seed, is_here in (
+            ("byte_encoder", ByteEncoder, seeds[0], self.pre_process),
+            ("router", Router, seeds[1], self.pre_process),
+            ("byte_decoder", ByteDecoder, seeds[2], self.post_process),
+        ):
+            with _drawn_from(seed):
+                self.register_module(name, part(config, linears) if is_here else None)
         self.backbone = backbone
-        self.byte_decoder = ByteDecoder(config, linears)
         self.config = getattr(backbone, "config", None)
+        self._mode = DechunkMode(config.dechunk_mode)
+        self._input: Any = None
 
     @property
     def is_official(self) -> bool:
         """True where the paper's dechunk, with its lookahead, is in force."""
-        return self.byte_decoder.mode is DechunkMode.OFFICIAL
+        return self._mode is DechunkMode.OFFICIAL
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Asked by megatron: whether first and last stage train a copy each of one embedding."""
+        weight = self.shared_embedding_or_output_weight()
+        return weight is not None and weight.requires_grad
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """This stage's copy of a tied token embedding, None where there is none."""
+        weight: Tensor | None = getattr(self.backbone, "tied_weight", None)
+        return weight
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Megatron's schedules call it; without pipeline stages there is nothing to receive."""
+        """Megatron's schedules leave here what came from the pipeline stage before."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, row: ByteRow, boundaries: Boundaries | None = None, parts: Parts = Parts.ALL) -> StudentOutputs:
-        """Run ``parts`` over a packed row with the given boundaries (default: gold)."""
+    def take_input(self) -> Tensor | None:
+        """What :meth:`set_input_tensor` left, once."""
+        taken: Tensor | None = self._input
+        self._input = None
+        return taken
+
+    def carried(self, boundaries: Boundaries, parts: Parts) -> Carried:
+        """What stages behind the first need of it."""
+        return Carried(p=self._needs_p(boundaries, parts), r=Parts.DECODER in parts)
+
+    def _needs_p(self, boundaries: Boundaries, parts: Parts) -> bool:
+        # in hard mode p carries no value, so a router that is not needed need not run
+        reads = Parts.DECODER in parts and self._mode is not DechunkMode.HARD
+        return reads or Parts.ROUTER in parts or isinstance(boundaries, RouterDecides)
+
+    def forward(
+        self,
+        row: ByteRow,
+        boundaries: Boundaries | None = None,
+        parts: Parts = Parts.ALL,
+        arrived: StudentOutputs | None = None,
+    ) -> StudentOutputs:
+        """Run ``parts`` over a packed row with the given boundaries (default: gold).
+
+        ``arrived``: on a pipeline stage that is not the first, what the stage before returned.
+        """
         boundaries = boundaries or Gold()
+        entered = self._encode(row, boundaries, parts) if arrived is None else self._resumed(row, boundaries, arrived)
+        if Parts.BACKBONE not in parts:
+            return entered
+        assert entered.layout is not None and entered.bits is not None
+        hidden = self.backbone(entered.chunks if arrived is None else arrived.hidden, entered.layout.cu_chunks)
+        logits = None
+        if Parts.DECODER in parts and self.post_process:
+            assert entered.r is not None
+            confidence = entered.bits.float() if entered.p is None else entered.p
+            logits = self.byte_decoder(
+                hidden, entered.r, confidence, row.byte_ids, entered.layout, row.cu_seqlens, entered.bits
+            )
+        return replace(entered, hidden=hidden, logits=logits)
+
+    def _resumed(self, row: ByteRow, boundaries: Boundaries, arrived: StudentOutputs) -> StudentOutputs:
+        """What arrived, with boundaries and layout made anew: the same on every stage."""
+        bits = self._bits(row, boundaries, arrived.p)
+        return replace(arrived, bits=bits, layout=chunk_layout(bits, row.cu_seqlens, row.chunk_bucket))
+
+    def _encode(self, row: ByteRow, boundaries: Boundaries, parts: Parts) -> StudentOutputs:
+        """Everything before the backbone."""
         cu_seqlens = row.cu_seqlens
         x = self.byte_encoder.mix(row.byte_ids, cu_seqlens)
-        # in hard mode p carries no value, so a router that is not needed need not run
-        needs_p = Parts.DECODER in parts and self.byte_decoder.mode is not DechunkMode.HARD
-        needs_p = needs_p or Parts.ROUTER in parts or isinstance(boundaries, RouterDecides)
+        needs_p = self._needs_p(boundaries, parts)
         # the encoder's head works byte by byte: where only chunk ends are read, it runs only there
-        r = self.byte_encoder.project(x) if needs_p or Parts.DECODER in parts else None
+        only_ends = self.pooling is ChunkPooling.LAST and not needs_p and Parts.DECODER not in parts
+        r = None if only_ends else self.byte_encoder.project(x)
         p = self.router(r, cu_seqlens) if needs_p else None
         if parts == Parts.ENCODER | Parts.ROUTER:
             return StudentOutputs(r=r, p=p)
         bits = self._bits(row, boundaries, p)
         layout = chunk_layout(bits, cu_seqlens, row.chunk_bucket)
-        chunks = self.byte_encoder.project(pool_chunks(x, layout)) if r is None else pool_chunks(r, layout)
-        if parts == Parts.ENCODER:
-            return StudentOutputs(chunks=chunks, bits=bits, layout=layout)
-        hidden = self.backbone(chunks, layout.cu_chunks)
-        logits = None
-        if Parts.DECODER in parts:
-            confidence = bits.float() if p is None else p
-            logits = self.byte_decoder(hidden, r, confidence, row.byte_ids, layout, cu_seqlens, bits)
-        return StudentOutputs(r=r, chunks=chunks, p=p, bits=bits, layout=layout, hidden=hidden, logits=logits)
+        if r is None:
+            chunks = self.byte_encoder.project(pool_chunks(x, layout))
+        else:
+            chunks = pool_chunks(r, layout, self.pooling)
+        return StudentOutputs(r=r, chunks=chunks, p=p, bits=bits, layout=layout)
 
     def _bits(self, row: ByteRow, boundaries: Boundaries, p: Tensor | None) -> Tensor:
         if isinstance(boundaries, Gold):
@@ -167,10 +260,7 @@ class Student(nn.Module):
         if isinstance(boundaries, Given):
             return self._checked(boundaries.bits, row)
         assert p is not None
-        bits = decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official)
-        # every run of PAD is one chunk whatever the router thinks of it
-        before = torch.nn.functional.pad(row.loss_mask[:-1], (1, 0), value=True)
-        return torch.where(row.loss_mask, bits, before)
+        return decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official, is_text=row.loss_mask)
 
     def _checked(self, bits: Tensor, row: ByteRow) -> Tensor:
         """ValueError where a segment's first byte is no end: there is no chunk that its bytes could read."""
@@ -187,6 +277,7 @@ class Student(nn.Module):
         return StudentState(
             encoder=self.byte_encoder.init_state(rows),
             decoder=self.byte_decoder.init_state(rows),
+            pool=init_pool_state(rows, width, self.pooling, device, dtype),
             dechunk=init_dechunk_state(rows, width, device, dtype),
             cache=self.backbone.init_cache(rows),  # type: ignore[operator]
             r_previous=torch.zeros(rows, width, device=device, dtype=dtype),
@@ -203,19 +294,29 @@ class Student(nn.Module):
         rows = every if rows is None else rows
         r, encoder = self.byte_encoder.step(byte_ids, state.encoder.select(rows))
         p_previous = torch.ones(rows.shape[0], device=r.device)
-        if self.byte_decoder.mode is DechunkMode.CAUSAL:
+        if self._mode is DechunkMode.CAUSAL:
             p_previous = self.router.step(state.r_previous[rows], r)
+        chunks, pool = pool_step(state.pool.select(rows), r, bits, self.pooling)
         h = torch.zeros_like(r)
         ended = bits.nonzero()[:, 0]
         if ended.shape[0]:
-            h[ended] = self.backbone.step(r[ended], state.cache, rows[ended]).to(h.dtype)  # type: ignore[operator]
-        s, dechunk = dechunk_step(state.dechunk.select(rows), bits, h, p_previous, self.byte_decoder.mode)
+            h[ended] = self.backbone.step(chunks[ended], state.cache, rows[ended]).to(h.dtype)  # type: ignore[operator]
+        s, dechunk = dechunk_step(state.dechunk.select(rows), bits, h, p_previous, self._mode)
         logits, decoder = self.byte_decoder.step(s, r, byte_ids, state.decoder.select(rows))
         state.encoder.put(rows, encoder)
         state.decoder.put(rows, decoder)
+        state.pool.put(rows, pool)
         state.dechunk.put(rows, dechunk)
         state.r_previous[rows] = r
         return logits
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Random numbers inside come from ``seed``; those outside go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def set_trainable(module: nn.Module, prefixes: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import text_chunks, text_positions
+from megabyte_distill.model.stage_link import StageLink
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,6 +24,8 @@ class TokenCrossEntropy:
     The measure "bits per byte" leaves the event "the document ends" out, as everywhere in this project.
     """
 
+    on_first_stage = False
+
     def __init__(self) -> None:
         self.weights = {"lm loss": 1.0}
         self._measures: dict[str, tuple[Tensor, Tensor | int]] = {}
@@ -31,8 +34,8 @@ class TokenCrossEntropy:
         """Real tokens of the row."""
         return {"lm loss": int(row.token_mask.sum())}
 
-    def losses(self, model: nn.Module, row: PackedRow) -> dict[str, Tensor]:
-        """Summed cross-entropy in nats; ``model`` is a Backbone, wrapped or not."""
+    def losses(self, model: nn.Module, row: PackedRow, link: StageLink | None = None) -> dict[str, Tensor]:
+        """Summed cross-entropy in nats; ``model`` is a Backbone without pipeline stages, wrapped or not."""
         module: Any = getattr(model, "module", model)
         logits = module.logits(module(module.embed(row.tokens), row.cu_chunks))
         nll = token_nll(logits, row.token_labels)

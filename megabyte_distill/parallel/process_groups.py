@@ -87,7 +87,6 @@ def world(
     """
     cpu_megatron.apply()
     from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as megatron_tp
 
     if parallel_state.model_parallel_is_initialized():
         yield current_world()
@@ -96,16 +95,37 @@ def world(
         warnings.simplefilter("ignore")
         _init_torch(datetime.timedelta(minutes=timeout_minutes))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parallel_state.initialize_model_parallel(
-                tensor_parallel, pipeline_parallel, distributed_timeout_minutes=timeout_minutes
-            )
-            megatron_tp.model_parallel_cuda_manual_seed(seed)
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed, timeout_minutes)
         yield current_world()
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int, timeout_minutes: float) -> None:
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as megatron_tp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parallel_state.initialize_model_parallel(
+            tensor_parallel, pipeline_parallel, distributed_timeout_minutes=timeout_minutes
+        )
+        megatron_tp.model_parallel_cuda_manual_seed(seed)
+
+
+def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1, timeout_minutes: float = 10.0) -> World:
+    """Cut the ranks that are up in another way. Models of the old cut cannot be used any more; collective."""
+    from megatron.core import parallel_state
+
+    now = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if now != (tensor_parallel, pipeline_parallel):
+        parallel_state.destroy_model_parallel()
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed, timeout_minutes)
+    return current_world()
 
 
 def current_world() -> World:

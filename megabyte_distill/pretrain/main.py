@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,10 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
 
     try:
         settings = _settings(argv, defaults, rank, size)
+        if settings.run.dry_run:
+            if rank == 0:
+                _dry_run(settings, example, size)
+            return 0
         with world(
             tensor_parallel=settings.parallel.tensor_model_parallel_size,
             pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
@@ -84,6 +89,21 @@ def _settings(argv: Sequence[str], defaults: dict[str, object] | None, rank: int
     for text in warnings if rank == 0 else ():
         print(f"warning: {text}", file=sys.stderr, flush=True)
     return settings
+
+
+def _dry_run(settings: Settings, example: object, size: int) -> None:
+    from megabyte_distill.config.published import PUBLISHED_BACKBONES
+    from megabyte_distill.pretrain.dry_run import dry_run
+    from megabyte_distill.pretrain.example import Example
+
+    checkpoint, hf_teacher = settings.checkpoint, None
+    wanted = example.defaults(Path(checkpoint.save)) if isinstance(example, Example) and checkpoint.save else {}
+    if isinstance(example, Example) and checkpoint.load == wanted.get("load"):
+        # nobody named a teacher: the preset's own, else the embedded one
+        settings = replace(settings, checkpoint=replace(checkpoint, load=None))
+        is_published = settings.model.preset in PUBLISHED_BACKBONES
+        hf_teacher = None if is_published else example.folder / "teacher"
+    dry_run(settings, size, hf_teacher)
 
 
 def _save_folder(argv: Sequence[str], default: Path | None) -> Path:
@@ -138,22 +158,24 @@ def _watched(root: Path, settings: Settings, ranks: World) -> contextlib.Abstrac
     return watched(root, ranks, 60 * settings.parallel.distributed_timeout_minutes, report)
 
 
-def versions() -> str:
-    """What this job runs on, once in the log: libraries, device, optional packages."""
+def versions(kernels: str) -> str:
+    """What this job runs on, once in the log: libraries, optional packages, and the path of the kernels."""
     parts = [f"{name} {metadata.version(name)}" for name in ("megatron-core", "torch")]
     parts += [f"{name}: {state}" for name, state in optional.describe().items()]
-    return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: torch reference"
+    return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: {kernels}"
 
 
 def _train(settings: Settings, prepared: Prepared, ranks: World, position: Position) -> bool:
     """Run the selected stages; True where they are all complete, False where somebody stopped them."""
+    from megabyte_distill.kernels.selection import choose
     from megabyte_distill.pretrain.stage_runner import StageRunner
     from megabyte_distill.training.logging import MetricWriter, say
     from megabyte_distill.training.loop import StopReason
     from megabyte_distill.training.signals import stop_request
 
+    chosen = choose(settings.run.kernels, ranks.device)
     if ranks.is_main:
-        say(f" {versions()}")
+        say(f" {versions(str(chosen))}")
     limit = settings.run.exit_duration_in_mins
     board = settings.run.tensorboard_dir
     writer = MetricWriter(

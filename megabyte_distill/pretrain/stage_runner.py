@@ -15,11 +15,12 @@ from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_tea
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
-from megabyte_distill.runs import StageProgress, build_student, stage_progress
+from megabyte_distill.runs import StageProgress, backbone_overrides, build_student, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, say
@@ -98,11 +99,11 @@ class StageRunner:
             say(text)
 
     def _models(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> tuple[Student, Backbone | None]:
-        dtype = torch.bfloat16 if self.settings.run.bf16 else torch.float32
+        dtype = training_dtype(self.settings)
         verify = self.settings.checkpoint.verify_checkpoint
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
-        overrides = {"sequence_parallel": self.settings.parallel.sequence_parallel}
+        overrides = backbone_overrides(self.settings, config)
         student = build_student(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
@@ -113,11 +114,12 @@ class StageRunner:
             load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "", verify=verify)
             self._say(f" stage {stage.name} ({stage.title}) starts from {what}: {checkpoint}")
         student.to(device=self.world.device, dtype=dtype)
+        if config.recompute_byte_mixers:
+            recompute_byte_mixers(student)
         set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
         teacher: Backbone | None = None
         need = stage.teacher(config)
-        is_untouched = need is TeacherNeed.EMBEDDING or (stage.name == "1b" and config.freeze_backbone)
-        if need is not TeacherNeed.NONE and is_untouched and self.prepared.source is None:
+        if stage.keeps_backbone(config) and self.prepared.source is None:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = student.backbone  # type: ignore[assignment]
         elif need is not TeacherNeed.NONE:
@@ -138,6 +140,8 @@ class StageRunner:
                 bf16=settings.run.bf16,
                 use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
                 overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+                overlap_param_gather=settings.parallel.overlap_param_gather,
+                ddp_bucket_size=settings.parallel.ddp_bucket_size,
                 position=self.position,
             ),
             objective=stage.objective(config, teacher, self.prepared.token_bytes),

@@ -47,16 +47,19 @@ def log_line(
     nondeterministic: int | None = None,
     bytes_per_second: float,
     eta_seconds: float,
+    teraflops: float | None = None,
 ) -> str:
     """Megatron's line with our cells. Every average is printed, NaN and negative ones included.
 
     ``nondeterministic``: updates of which a second pass differed; None where none is checked.
+    ``teraflops``: a rank and second, where they were counted.
     """
     cells = [
         f"[{timestamp()}] stage {stage} iteration {iteration:7d}/{train_iters:7d}",
         f"consumed samples: {consumed_rows}",
         f"elapsed time per iteration (ms): {milliseconds:.1f}",
         f"bytes/s: {bytes_per_second:.0f}",
+        *([] if teraflops is None else [f"throughput per GPU (TFLOP/s/GPU): {teraflops:.4g}"]),
         f"ETA: {duration(eta_seconds)}",
         f"learning rate: {learning_rate:.6E}",
         f"global batch size: {global_batch_size}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from megabyte_distill.training.rerun import Rerun
 from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.step import StepReport, evaluate, train_step
+from megabyte_distill.training.throughput import FlopCount
 
 
 class StopReason(str, Enum):
@@ -126,6 +128,8 @@ class Loop:
     """Checked every ``check_invariants`` updates."""
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
+    _flops: float | None = None
+    """Of one update, on the average rank; counted on this process's first."""
 
     def resume(self, checkpoint: Path, *, with_optimizer: bool = True, with_rng: bool = True) -> None:
         """Continue from a checkpoint of this stage: optimizer, counters and position in the data.
@@ -199,8 +203,8 @@ class Loop:
         started = time.perf_counter()
         self.trained.position.begin(self.stage, self.progress.iteration + 1, "data")
         micro_batches = self.rows.next_micro_batches()
-        progress = self.progress
         report = self._step(micro_batches)
+        progress = self.progress
         progress.iteration += 1
         progress.consumed_rows += self.config.global_batch_size
         progress.consumed_bytes += self.config.bytes_per_update
@@ -225,11 +229,13 @@ class Loop:
         """One update, every ``rerun_check`` updates after a first pass whose result it must have."""
         iteration, interval = self.progress.iteration, self.run_config.rerun_check
         arguments = (self.trained, self.objective, micro_batches)
-        if not interval or (iteration + 1) % interval:
-            return train_step(*arguments, iteration, self.world)
-        rerun = Rerun(*arguments, self.world)
-        report = train_step(*arguments, iteration, self.world, inspect=rerun.compare)
-        if rerun.differences:
+        rerun = Rerun(*arguments, self.world) if interval and (iteration + 1) % interval == 0 else None
+        counts = self.run_config.log_throughput and self._flops is None
+        with FlopCount() if counts else contextlib.nullcontext() as count:
+            report = train_step(*arguments, iteration, self.world, inspect=None if rerun is None else rerun.compare)
+        if count is not None:
+            self._flops = self._mean_over_ranks(count.flops)
+        if rerun is not None and rerun.differences:
             self.progress.nondeterministic += 1
             if self.world.is_main:
                 say(
@@ -244,6 +250,11 @@ class Loop:
         if self.world.is_main:
             say(f" stage {self.stage} iteration {self.progress.iteration} is not finite and was skipped: {origin}")
         return origin
+
+    def _mean_over_ranks(self, value: int) -> float:
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(total)
+        return float(total) / self.world.size
 
     def _log(self, window: _Window, report: StepReport, *, force: bool = False) -> None:
         progress, config = self.progress, self.config
@@ -269,6 +280,7 @@ class Loop:
                     nan_iterations=progress.nan_iterations,
                     nondeterministic=progress.nondeterministic if self.run_config.rerun_check else None,
                     bytes_per_second=speed,
+                    teraflops=None if self._flops is None else self._flops / seconds / 1e12,
                     eta_seconds=seconds * (config.train_iters - progress.iteration),
                 )
             )
@@ -288,6 +300,7 @@ class Loop:
         at_end = iteration == config.train_iters
         if not config.eval_iters or not (at_end or (config.eval_interval and iteration % config.eval_interval == 0)):
             return
+        self.trained.gather_parameters()
         self.trained.position.at("evaluate")
         means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(), self.world))
         if means and self.world.is_main:
@@ -318,11 +331,12 @@ class Loop:
     def _check_weights(self) -> None:
         """TrainingFailure where a weight is not finite, which a finite loss and gradient do not rule out."""
         trained = list(trainable_parameters(self.trained.module))
-        bad = torch.stack([~torch.isfinite(parameter.detach()).all() for _, parameter in trained])
-        anywhere = bad.any().to(dtype=torch.int32)
+        bad = [~torch.isfinite(parameter.detach()).all() for _, parameter in trained]
+        here = torch.zeros((), dtype=torch.bool, device=self.world.device)  # a pipeline stage may train nothing
+        anywhere = torch.stack([here, *bad]).any().to(dtype=torch.int32)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         if anywhere.item():
-            names = [name for (name, _), is_bad in zip(trained, bad.tolist(), strict=True) if is_bad]
+            names = [name for (name, _), is_bad in zip(trained, bad, strict=True) if is_bad]
             raise TrainingFailure(
                 f"stage {self.stage}: {len(names)} weights are NaN or infinite after iteration "
                 f"{self.progress.iteration} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), which is not "
@@ -331,6 +345,7 @@ class Loop:
 
     def save(self) -> None:
         """Write this iteration's checkpoint, or begin to."""
+        self.trained.gather_parameters()
         self.trained.position.at("save")
         self._check_weights()
         loop = {

@@ -18,11 +18,13 @@ from megatron.core.transformer.enums import ModelType
 from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.parallel.pipeline import trains_before, trains_on_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
 
 BACKBONE_PARAMETERS = "*backbone.*"
+LAYER_PARAMETERS = "backbone.decoder."
 BACKBONE_GROUP = {"lr_mult": 2.0}
 """A mark, not a factor: megatron tells the groups of a checkpoint apart by their multipliers, and nothing here scales
 by them. Without it the backbone's group would be reloaded as a copy of the other one."""
@@ -38,6 +40,8 @@ class TrainerModel:
     ddp: DistributedDataParallel
     optimizer: Any
     config: StageConfig
+    gradient_arrives: bool
+    """Whether anything trains on the pipeline stages before this one."""
     position: Position
     """Told at which part of an update this rank is."""
 
@@ -67,10 +71,16 @@ class TrainerModel:
 
     def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool) -> Any:
         """megatron's description of the optimizer's state, beside that of the model's weights."""
-        state = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
-        for part in self._distributed_over_torch() if is_loading else ():
-            distributed_adam.own_step_counts(part)
-        return state
+        exact = self._distributed_over_torch()
+        if not exact:
+            return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        [part] = exact
+        return distributed_adam.describe(part, weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+
+    def gather_parameters(self) -> None:
+        """Under --overlap-param-gather the last update is whole only in the next forward; this makes it so at once."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
 
     def load_state_dict(self, loaded: Any) -> None:
         """Take up what a checkpoint held of :meth:`sharded_state_dict`, but for what the command line says now."""
@@ -105,6 +115,25 @@ def _finalizer(position: Position) -> Callable[..., None]:
     return finalize
 
 
+def _gather_before_forward(ddp: DistributedDataParallel) -> None:
+    """Let an update's first forward wait for all weights but the transformer layers'.
+
+    megatron waits where a module is called; the byte side, the embedding and the token head are also read by name.
+    """
+    early = {
+        id(group): group
+        for name, parameter in trainable_parameters(ddp.module)
+        if LAYER_PARAMETERS not in name
+        for group in [ddp.param_to_bucket_group[parameter]]
+    }
+
+    def gather(*_: Any) -> None:
+        for group in early.values():
+            group.finish_param_sync()
+
+    ddp.register_forward_pre_hook(gather)
+
+
 def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters that the stage trains."""
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
@@ -118,6 +147,9 @@ def wrap_for_training(
     bf16: bool = False,
     use_distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+    ddp_bucket_size: int | None = None,
+    use_gloo_process_groups: bool = True,
     position: Position | None = None,
 ) -> TrainerModel:
     """DDP and AdamW over the parameters with ``requires_grad``; frozen ones get no gradient buffer and no state.
@@ -125,17 +157,21 @@ def wrap_for_training(
     The optimizer class is megatron's choice: Transformer Engine's FusedAdam, NVIDIA apex's, torch's AdamW. Weight decay
     applies to every trained parameter (RECIPE section 3); parameters named ``backbone.*`` take ``backbone_peak_lr``.
     """
-    if not any(True for _ in trainable_parameters(module)):
+    if not any(trains_on_stages(module)):
         raise ValueError("no parameter of the model is trainable: nothing to optimise")
     module.model_type = ModelType.encoder_or_decoder
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        bucket_size=ddp_bucket_size,
     )
     position = position or Position()
     transformer.finalize_model_grads_func = _finalizer(position)
     ddp = DistributedDataParallel(transformer, ddp_config, module)
+    if overlap_param_gather:
+        _gather_before_forward(ddp)
     transformer.no_sync_func = ddp.no_sync if overlap_grad_reduce else None
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -149,11 +185,16 @@ def wrap_for_training(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
     )
     # given (even empty), not None, or megatron would exempt norms and biases from weight decay
     overrides = {ParamKey(name=BACKBONE_PARAMETERS): {"max_lr": config.backbone_peak_lr, **BACKBONE_GROUP}}
-    optimizer = megatron_optimizer.get_megatron_optimizer(optimizer_config, [ddp], config_overrides=overrides)
-    trained = TrainerModel(ddp=ddp, optimizer=optimizer, config=config, position=position)
+    optimizer = megatron_optimizer.get_megatron_optimizer(
+        optimizer_config, [ddp], config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
+    )
+    trained = TrainerModel(
+        ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module), position=position
+    )
     for part in trained._distributed_over_torch():
         distributed_adam.allocate_state(part)
     return trained

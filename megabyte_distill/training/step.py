@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.parallel.pipeline import is_first_stage, is_last_stage, pipeline_size, shared_along_pipeline
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.optimizer import TrainerModel
@@ -38,12 +41,21 @@ def global_counts(counts: list[dict[str, int]], world: World) -> dict[str, float
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def reduce_sums(reports: list[dict[str, Tensor]], world: World) -> dict[str, tuple[float, float]]:
-    """Add up (sum, count) pairs over micro-batches and data-parallel ranks."""
-    names = sorted({name for report in reports for name in report})
-    stacked = torch.stack([torch.stack([r[name].double() for r in reports if name in r]).sum(0) for name in names])
-    dist.all_reduce(stacked, group=world.data_parallel_group)
-    return {name: (total, count) for name, (total, count) in zip(names, stacked.tolist(), strict=True)}
+def reduce_sums(
+    reports: list[dict[str, Tensor]], world: World, *, from_first: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Add up (sum, count) pairs over micro-batches and data-parallel ranks; the same on every pipeline stage.
+
+    ``from_first``: whether the first stage made the reports; else the last did.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    if reports:
+        names = sorted({name for report in reports for name in report})
+        stacked = torch.stack([torch.stack([r[name].double() for r in reports if name in r]).sum(0) for name in names])
+        dist.all_reduce(stacked, group=world.data_parallel_group)
+        sums = {name: (total, count) for name, (total, count) in zip(names, stacked.tolist(), strict=True)}
+    shared: dict[str, tuple[float, float]] = shared_along_pipeline(sums, from_first=from_first)
+    return shared
 
 
 def _report(objective: Objective, losses: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
@@ -55,38 +67,91 @@ def _report(objective: Objective, losses: dict[str, Tensor], counts: dict[str, i
     }
 
 
-def forward_backward(
+def run_schedule(
     model: nn.Module,
     objective: Objective,
     rows: list[PackedRow],
     counts: list[dict[str, int]],
-    totals: dict[str, float],
-    position: Position,
+    totals: Mapping[str, float],
+    *,
+    gradient_arrives: bool = True,
+    forward_only: bool = False,
+    position: Position | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated.
 
-    ``counts``: terms of each row's losses; ``totals``: over all rows and ranks.
+    Args:
+        model: wrapped for training, or bare.
+        counts: terms of each row's losses.
+        totals: the same over all rows and ranks.
+        gradient_arrives: whether anything trains on the pipeline stages before this one.
+        forward_only: no gradients.
+        position: told which micro-batch is under way.
+
+    Returns:
+        One report a micro-batch on the stage where the losses are complete, none on the others.
     """
+    reports: list[dict[str, Tensor]] = []
+    at = (position or Position()).at
+
+    def total_of(losses: dict[str, Tensor], terms: dict[str, int]) -> Tensor:
+        reports.append(_report(objective, losses, terms))
+        parts = [(objective.weights[name] / max(totals[name], 1.0)) * loss for name, loss in losses.items()]
+        return torch.stack(parts).sum()
 
     def forward_step(iterator, module):  # type: ignore[no-untyped-def]
         number, (row, terms) = next(iterator)
-        position.at("forward", number)
+        link = stage_link(module, gradient_arrives)
+        at("forward", number)
+        output = stage_output(module, objective, row, link, lambda losses: total_of(losses, terms))
+        at("backward", number)
+        return output, _already_a_loss
 
-        def loss_of(losses: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            total = sum((objective.weights[name] / max(totals[name], 1.0)) * loss for name, loss in losses.items())
-            position.at("backward", number)
-            return total, torch.ones((), dtype=torch.int), _report(objective, losses, terms)  # type: ignore[return-value]
-
-        return objective.losses(module, row), loss_of
-
-    return get_forward_backward_func()(  # type: ignore[no-any-return]
+    get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=enumerate(zip(rows, counts, strict=True)),
         model=[model],
         num_microbatches=len(rows),
         seq_length=1,
         micro_batch_size=1,
-        forward_only=False,
+        forward_only=forward_only,
+    )
+    return reports
+
+
+def stage_output(
+    model: nn.Module,
+    objective: Objective,
+    row: PackedRow,
+    link: StageLink,
+    total_of: Callable[[dict[str, Tensor]], Tensor],
+) -> Tensor | None:
+    """A micro-batch on this pipeline stage: the total loss on the last one, what goes to the next on the others."""
+    if link.is_whole or not objective.on_first_stage:
+        losses = objective.losses(model, row, link)
+        return link.closed(total_of(losses)) if link.is_last else link.sent
+    total = total_of(objective.losses(model, row)) if link.is_first else link.receive_total()
+    return link.closed(total) if link.is_last else link.pass_on(total)
+
+
+def _already_a_loss(total: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What megatron's schedules ask of a loss function."""
+    return total, torch.ones((), dtype=torch.int, device=total.device), {}
+
+
+def stage_link(module: nn.Module, gradient_arrives: bool) -> StageLink:
+    """The link of one micro-batch at this stage, with what the schedule received for it."""
+    if pipeline_size() == 1:
+        return StageLink()
+    student: Any = getattr(module, "module", module)
+    config = student.config
+    return StageLink(
+        is_first=is_first_stage(),
+        is_last=is_last_stage(),
+        received=student.take_input(),
+        gradient_arrives=gradient_arrives,
+        dtype=config.pipeline_dtype,
+        cut=config.tensor_model_parallel_size if config.sequence_parallel else 1,
     )
 
 
@@ -119,8 +184,16 @@ def make_gradients(
     totals = totals or global_counts(counts, world)
     trained.ddp.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    reports = forward_backward(trained.ddp, objective, rows, counts, totals, trained.position)
-    sums = reduce_sums(reports, world)
+    reports = run_schedule(
+        trained.ddp,
+        objective,
+        rows,
+        counts,
+        totals,
+        gradient_arrives=trained.gradient_arrives,
+        position=trained.position,
+    )
+    sums = reduce_sums(reports, world, from_first=objective.on_first_stage)
     trained.optimizer.prepare_grads()
     return Gradients(sums, float(trained.optimizer.get_grad_norm()))
 
@@ -164,8 +237,8 @@ def evaluate(
     training = model.training
     model.eval()
     for rows in batches:
-        for row in rows:
-            losses = objective.losses(model, row)
-            reports.append(_report(objective, losses, objective.counts(row)))
+        counts = [objective.counts(row) for row in rows]
+        totals = dict.fromkeys(objective.weights, 1.0)
+        reports += run_schedule(model, objective, rows, counts, totals, forward_only=True)
     model.train(training)
-    return reduce_sums(reports, world)
+    return reduce_sums(reports, world, from_first=objective.on_first_stage)

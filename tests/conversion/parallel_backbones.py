@@ -38,8 +38,7 @@ def pipelined_logits(backbone: Backbone) -> Tensor | None:
     else:
         received = torch.empty(sum(LENGTHS), 1, backbone.backbone_config.hidden_size)
         dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
-        backbone.set_input_tensor(received)
-        hidden = backbone(None, cu_seqlens())
+        hidden = backbone(received, cu_seqlens())
     if not backbone.post_process:
         dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return None

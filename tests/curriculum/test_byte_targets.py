@@ -84,4 +84,4 @@ def test_the_gradient_of_the_exact_loss_is_softmax_minus_target(student: Student
     gradient = seen[0].reshape(-1, 512)
     assert torch.allclose(gradient[row.loss_mask].sum(-1), torch.zeros(int(row.loss_mask.sum())), atol=1e-5)
     assert not gradient[~row.loss_mask].any() and gradient[row.loss_mask].abs().sum() > 1
-    assert all(parameter.grad is None for parameter in exact._exact._teacher.parameters())
+    assert all(parameter.grad is None for parameter in exact._exact.teacher.parameters())

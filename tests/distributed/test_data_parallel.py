@@ -38,7 +38,12 @@ def assert_close(run: Path, alone: Path, stages: Sequence[str] = STAGES) -> None
         assert distance < 1e-4, (stage, distance)
 
 
-@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer", "--overlap-grad-reduce")])
+DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce")
+# buckets so small that the weights of one layer come in several
+GATHERED_LATE = (*DISTRIBUTED, "--overlap-param-gather", "--ddp-bucket-size", "1000")
+
+
+@pytest.mark.parametrize("optimizer", [(), DISTRIBUTED, GATHERED_LATE])
 def test_two_ranks_give_the_losses_of_one(job: Job, alone: Path, tmp_path: Path, optimizer: tuple[str, ...]) -> None:
     run = tmp_path / "run"
     done = run_command(torchrun(str(SCRIPT), *job.flags(run, *FLAGS, *optimizer), processes=2))

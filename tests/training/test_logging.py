@@ -40,6 +40,11 @@ def test_megatrons_cells_are_there() -> None:
         assert f"| {cell} |" in text, cell
 
 
+def test_throughput_is_shown_where_it_was_counted() -> None:
+    assert "TFLOP" not in line()
+    assert "| throughput per GPU (TFLOP/s/GPU): 123.5 |" in line(teraflops=123.45)
+
+
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "NAN"), (math.inf, "INF"), (-2.5, "-2.500000E+00")])
 def test_no_value_is_dropped(value: float, shown: str) -> None:
     assert f"| odd: {shown} |" in line(averages={"odd": value})

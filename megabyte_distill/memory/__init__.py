@@ -1,0 +1,1 @@
+"""What a rank will need before there is one: weights, gradients, optimizer and activations, from the code itself."""

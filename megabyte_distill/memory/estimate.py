@@ -1,0 +1,247 @@
+"""What each pipeline stage's ranks hold in each stage of the curriculum, from modules that are really built.
+
+A rank is pretended, its student, teacher, DDP and optimizer are built without memory, and one micro-batch goes
+forward and backward through them; every number is the size of a tensor that training would make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megabyte_distill.config import Settings, StageConfig
+from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.conversion.model_config import ModelConfig
+from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.memory.even_rows import even_row, even_tokens
+from megabyte_distill.memory.live_bytes import LiveBytes
+from megabyte_distill.memory.pretended import FusedAttention, WithoutValues, pretended_world, weightless
+from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.model.byte_stack import recompute_byte_mixers
+from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.runs import backbone_overrides, build_student, training_dtype
+from megabyte_distill.training.optimizer import TrainerModel, wrap_for_training
+from megabyte_distill.training.step import stage_link, stage_output
+
+MOMENTS = 2
+"""AdamW keeps that many fp32 numbers of each trained parameter, beside its fp32 master under bf16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes on a rank of one pipeline stage in one stage of the curriculum."""
+
+    stage: str
+    pipeline_rank: int
+    parameters: int
+    """Numbers, not bytes: the student's on this rank."""
+    trained: int
+    """Numbers that this stage trains."""
+    weights: int
+    """The student's."""
+    teacher: int
+    """A frozen copy beside it; 0 where there is none or the student's own backbone serves."""
+    gradients: int
+    optimizer: int
+    """Masters and moments."""
+    kept: int
+    """What one micro-batch keeps for its backward pass."""
+    in_flight: int
+    """Micro-batches whose forward is done and whose backward is not, at most."""
+    peak: int
+    """The most that one micro-batch's forward and backward have alive at once."""
+    sent: int
+    """Bytes that one micro-batch sends to the next pipeline stage; 0 on the last."""
+
+    @property
+    def activations(self) -> int:
+        """Bytes of the micro-batches in flight, one of them at its worst moment."""
+        return (self.in_flight - 1) * self.kept + max(self.kept, self.peak)
+
+    @property
+    def total(self) -> int:
+        """All of it. What an allocator wastes, NCCL's buffers and CUDA's own gigabyte or so come on top."""
+        return self.weights + self.teacher + self.gradients + self.optimizer + self.activations
+
+
+def estimate(
+    settings: Settings, backbone: BackboneConfig, *, world_size: int, bytes_per_chunk: float = 4.4
+) -> Iterator[RankMemory]:
+    """One entry a selected stage and pipeline rank, for a job of ``world_size`` ranks on rows of even chunks.
+
+    ValueError where sizes do not fit together, as training would say. Needs a process without process groups.
+    """
+    for name, config in settings.stages.items():
+        yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
+
+
+def _stage_memory(
+    settings: Settings,
+    backbone: BackboneConfig,
+    stage: Stage,
+    config: StageConfig,
+    world_size: int,
+    bytes_per_chunk: float,
+) -> Iterator[RankMemory]:
+    """Pipeline rank after pipeline rank: each one's payload is the next one's input."""
+    parallel = settings.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    data = parallel.data_parallel_size(world_size)
+    arriving: Tensor | None = None
+    gradient_arrives = False
+    for place in range(pipeline):
+        with pretended_world(
+            rank=place * tensor * data, tensor_parallel=tensor, pipeline_parallel=pipeline, data_parallel=data
+        ):
+            built = _build(settings, backbone, stage, config)
+            run = _run_micro_batch(built, stage, config, arriving, gradient_arrives, bytes_per_chunk)
+            yield RankMemory(
+                stage=stage.name,
+                pipeline_rank=place,
+                parameters=sum(parameter.numel() for parameter in built.student.parameters()),
+                trained=sum(parameter.numel() for parameter in built.student.parameters() if parameter.requires_grad),
+                weights=_bytes_of(_storages(built.student.parameters())),
+                teacher=_bytes_of(_storages(built.own_teacher.parameters())) if built.own_teacher else 0,
+                gradients=built.gradients,
+                optimizer=built.optimizer,
+                kept=run.kept,
+                in_flight=min(pipeline - place, config.micro_batches(data)),
+                peak=run.peak,
+                sent=0 if run.sent is None else run.sent.numel() * run.sent.element_size(),
+            )
+            arriving = run.sent
+            gradient_arrives = gradient_arrives or any(p.requires_grad for p in built.student.parameters())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """One rank's part of everything that training builds."""
+
+    student: Student
+    teacher: Backbone | None
+    own_teacher: Backbone | None
+    """The same, where it is not the student's backbone."""
+    gradients: int
+    optimizer: int
+
+
+def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: StageConfig) -> _Built:
+    overrides = {**backbone_overrides(settings, config), "perform_initialization": False}
+    byte_side = settings.model.byte_side_for(backbone.hidden_size)
+    dtype = training_dtype(settings)
+    own_teacher: Backbone | None = None
+    with weightless():
+        student = build_student(ModelConfig(backbone=backbone, byte_side=byte_side), overrides=overrides).to(dtype)
+        if config.recompute_byte_mixers:
+            recompute_byte_mixers(student)
+        set_trainable(student, stage.trains(config, backbone))
+        if stage.teacher(config) is not TeacherNeed.NONE and not stage.keeps_backbone(config):
+            own_teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(dtype)
+            own_teacher.requires_grad_(False).eval()
+        sizes = (0, 0)
+        if any(parameter.requires_grad for parameter in student.parameters()):
+            sizes = training_bytes(
+                wrap_for_training(
+                    student,
+                    student.config,
+                    config,
+                    bf16=settings.run.bf16,
+                    use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+                    overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+                    ddp_bucket_size=settings.parallel.ddp_bucket_size,
+                    use_gloo_process_groups=False,
+                )
+            )
+    teacher = own_teacher
+    if own_teacher is None and stage.teacher(config) is not TeacherNeed.NONE:
+        teacher = student.backbone  # type: ignore[assignment]
+    return _Built(student=student, teacher=teacher, own_teacher=own_teacher, gradients=sizes[0], optimizer=sizes[1])
+
+
+def training_bytes(trained: TrainerModel) -> tuple[int, int]:
+    """(bytes of gradients, bytes of the optimizer's masters and moments) on this rank; scalars are left out."""
+    gradients = sum(buffer.grad_data.untyped_storage().nbytes() for buffer in trained.ddp.buffers)
+    held = [parameter for group in trained.optimizer.param_groups for parameter in group["params"]]
+    weights = _storages(trained.module.parameters())
+    masters = {key: storage for key, storage in _storages(held).items() if key not in weights}
+    moments = MOMENTS * torch.float32.itemsize * sum(parameter.numel() for parameter in held)
+    return gradients, _bytes_of(masters) + moments
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one micro-batch takes on one rank."""
+
+    kept: int
+    peak: int
+    sent: Tensor | None
+    """Its payload, None on the last pipeline stage."""
+
+
+def _run_micro_batch(
+    built: _Built,
+    stage: Stage,
+    config: StageConfig,
+    arriving: Tensor | None,
+    gradient_arrives: bool,
+    bytes_per_chunk: float,
+) -> MicroBatch:
+    row = even_row(config, bytes_per_chunk)
+    student = built.student.train()
+    needs_table = stage.teacher(config) is TeacherNeed.FROZEN and stage.name.startswith("2")
+    table = even_tokens(built.teacher.backbone_config.vocab_size) if needs_table and built.teacher else None
+    with WithoutValues(), FusedAttention():  # type: ignore[no-untyped-call]
+        objective = stage.objective(config, built.teacher, table)
+        return measured(student, objective, row, arriving=arriving, gradient_arrives=gradient_arrives)
+
+
+def measured(
+    student: Student,
+    objective: Objective,
+    row: PackedRow,
+    *,
+    arriving: Tensor | None = None,
+    gradient_arrives: bool = False,
+) -> MicroBatch:
+    """One micro-batch forward and backward through this rank's part, gradients given up as soon as they are there.
+
+    ``arriving``: of the size that the pipeline stage before sends. Any device; needs process groups, also pretended.
+    """
+    # megatron's DDP adds each gradient to its buffer and drops it
+    handles = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        for parameter in student.parameters()
+        if parameter.requires_grad
+    ]
+    with LiveBytes() as live:
+        if arriving is not None:
+            student.set_input_tensor(torch.empty_like(arriving).requires_grad_())
+        link = stage_link(student, gradient_arrives)
+        out = stage_output(student, objective, row, link, lambda losses: torch.stack([*losses.values()]).sum())
+        assert out is not None
+        # what was sent on is freed by megatron's schedule
+        kept = live.now - (0 if link.is_last else out.numel() * out.element_size())
+        if out.requires_grad:
+            torch.autograd.backward(out, None if link.is_last else torch.empty_like(out))
+    for handle in handles:
+        handle.remove()
+    return MicroBatch(kept, live.peak, None if link.is_last else out.detach())
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Distinct storages: DDP makes many parameters views of one buffer."""
+    return {storage._cdata: storage for tensor in tensors for storage in [tensor.untyped_storage()]}
+
+
+def _bytes_of(storages: dict[int, torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,0 +1,63 @@
+"""A micro-batch of rows full of text cut into even chunks, and a vocabulary to go with it: shapes, not meaning."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.token_bytes import TokenBytes
+
+LETTER = ord("a")
+
+
+def even_row(config: StageConfig, bytes_per_chunk: float) -> PackedRow:
+    """The stage's micro-batch: each row one document of ``seq_length`` bytes, a chunk end every so many bytes.
+
+    ValueError for fewer than one byte a chunk.
+    """
+    if bytes_per_chunk < 1:
+        raise ValueError(f"--bytes-per-chunk {bytes_per_chunk}: a chunk has at least one byte")
+    size, rows = config.seq_length, config.micro_batch_size
+    bits = torch.zeros(size, dtype=torch.bool)
+    bits[(torch.arange(int(size / bytes_per_chunk) + 1) * bytes_per_chunk).long().clamp(max=size - 1)] = True
+    in_row = int(bits.sum())
+    chunks = in_row * rows
+    capacity = -(-chunks // config.chunk_bucket) * config.chunk_bucket
+    byte_ids = torch.full((size,), LETTER)
+    byte_ids[0] = BOS_BYTE
+    byte_ids = byte_ids.repeat(rows)
+    offsets = [row * in_row for row in range(rows + 1)] + ([capacity] if capacity > chunks else [])
+    nothing = torch.zeros(capacity, dtype=torch.int64)
+    return PackedRow(
+        byte_ids=byte_ids,
+        bits=bits.repeat(rows),
+        labels=torch.full((size * rows,), LETTER),
+        loss_mask=torch.ones(size * rows, dtype=torch.bool),
+        tokens=nothing,
+        token_labels=nothing,
+        token_mask=torch.arange(capacity) < chunks,
+        token_ends_document=torch.zeros(capacity, dtype=torch.bool),
+        cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * size,
+        cu_chunks=torch.tensor(offsets, dtype=torch.int32),
+        chunk_bucket=config.chunk_bucket,
+        documents=(-1,) * rows,
+    )
+
+
+@cache
+def even_tokens(vocab_size: int) -> TokenBytes:
+    """A vocabulary of that size whose tokens are distinct: numbers written in letters."""
+    tokens: list[bytes | None] = [bytes(_letters(number)) for number in range(vocab_size)]
+    return TokenBytes.from_list(tokens, end_of_text_id=0, bos_id=None)
+
+
+def _letters(number: int) -> list[int]:
+    digits = [LETTER + number % 26]
+    while number >= 26:
+        number //= 26
+        digits.append(LETTER + number % 26)
+    return digits
