@@ -25,7 +25,8 @@ from tests.distributed.ranks import run_ranks
 from tests.tiny_student import random_rows
 from tests.training.small_step import small_trainer
 
-ROWS = random_rows(4)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = [row.to(DEVICE) for row in random_rows(4)]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_a_chunk_is_told_by_the_byte_that_ends_it(world: World) -> None:
     name = "backbone.decoder.layers.1.pre_mlp_layernorm"
 
     def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output.index_fill(0, torch.tensor([2]), math.nan)
+        return output.index_fill(0, torch.tensor([2], device=output.device), math.nan)
 
     trained.module.get_submodule(name).register_forward_hook(hook)
     said = found(trained, objective, ROWS[:1], world)

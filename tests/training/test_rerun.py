@@ -19,7 +19,8 @@ from tests.pretrain.job import Job, assert_same_run
 from tests.tiny_student import random_rows
 from tests.training.small_step import small_trainer
 
-ROWS = random_rows(4)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = [row.to(DEVICE) for row in random_rows(4)]
 NORM = "byte_encoder.mixer.blocks.0.norm"
 
 
