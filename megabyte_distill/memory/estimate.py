@@ -7,6 +7,7 @@ forward and backward through them; every number is the size of a tensor that tra
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 from megabyte_distill.config import Settings, StageConfig
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.model_config import ModelConfig
+from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.memory.live_bytes import LiveBytes
 from megabyte_distill.memory.pretended import FusedAttention, WithoutValues, pretended_world, weightless
-from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.model.backbone import Backbone, padded_vocab_size, transformer_config
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.objectives.objective import Objective
@@ -77,6 +79,12 @@ def estimate(
 
     ValueError where sizes do not fit together, as training would say. Needs a process without process groups.
     """
+    check_parallel_sizes(
+        backbone,
+        padded_vocab_size(backbone),
+        tensor_parallel=settings.parallel.tensor_model_parallel_size,
+        pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
+    )
     for name, config in settings.stages.items():
         yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
 
@@ -101,6 +109,7 @@ def _stage_memory(
         ):
             built = _build(settings, backbone, stage, config)
             run = _run_micro_batch(built, stage, config, arriving, gradient_arrives, bytes_per_chunk)
+            gradients, optimizer = (0, 0) if built.trained is None else training_bytes(built.trained)
             yield RankMemory(
                 stage=stage.name,
                 pipeline_rank=place,
@@ -108,8 +117,8 @@ def _stage_memory(
                 trained=sum(parameter.numel() for parameter in built.student.parameters() if parameter.requires_grad),
                 weights=_bytes_of(_storages(built.student.parameters())),
                 teacher=_bytes_of(_storages(built.own_teacher.parameters())) if built.own_teacher else 0,
-                gradients=built.gradients,
-                optimizer=built.optimizer,
+                gradients=gradients,
+                optimizer=optimizer,
                 kept=run.kept,
                 in_flight=min(pipeline - place, config.micro_batches(data)),
                 peak=run.peak,
@@ -127,8 +136,8 @@ class _Built:
     teacher: Backbone | None
     own_teacher: Backbone | None
     """The same, where it is not the student's backbone."""
-    gradients: int
-    optimizer: int
+    trained: TrainerModel | None
+    """None where nothing of this rank trains."""
 
 
 def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: StageConfig) -> _Built:
@@ -144,24 +153,22 @@ def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: S
         if stage.teacher(config) is not TeacherNeed.NONE and not stage.keeps_backbone(config):
             own_teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(dtype)
             own_teacher.requires_grad_(False).eval()
-        sizes = (0, 0)
+        trained: TrainerModel | None = None
         if any(parameter.requires_grad for parameter in student.parameters()):
-            sizes = training_bytes(
-                wrap_for_training(
-                    student,
-                    student.config,
-                    config,
-                    bf16=settings.run.bf16,
-                    use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
-                    overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
-                    ddp_bucket_size=settings.parallel.ddp_bucket_size,
-                    use_gloo_process_groups=False,
-                )
+            trained = wrap_for_training(
+                student,
+                student.config,
+                config,
+                bf16=settings.run.bf16,
+                use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+                overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+                ddp_bucket_size=settings.parallel.ddp_bucket_size,
+                use_gloo_process_groups=False,
             )
     teacher = own_teacher
     if own_teacher is None and stage.teacher(config) is not TeacherNeed.NONE:
         teacher = student.backbone  # type: ignore[assignment]
-    return _Built(student=student, teacher=teacher, own_teacher=own_teacher, gradients=sizes[0], optimizer=sizes[1])
+    return _Built(student=student, teacher=teacher, own_teacher=own_teacher, trained=trained)
 
 
 def training_bytes(trained: TrainerModel) -> tuple[int, int]:
@@ -198,7 +205,8 @@ def _run_micro_batch(
     table = even_tokens(built.teacher.backbone_config.vocab_size) if needs_table and built.teacher else None
     with WithoutValues(), FusedAttention():  # type: ignore[no-untyped-call]
         objective = stage.objective(config, built.teacher, table)
-        return measured(student, objective, row, arriving=arriving, gradient_arrives=gradient_arrives)
+        with nullcontext() if built.trained is None else built.trained.ddp.no_sync():
+            return measured(student, objective, row, arriving=arriving, gradient_arrives=gradient_arrives)
 
 
 def measured(
@@ -213,11 +221,11 @@ def measured(
 
     ``arriving``: of the size that the pipeline stage before sends. Any device; needs process groups, also pretended.
     """
-    # megatron's DDP adds each gradient to its buffer and drops it
+    # megatron's DDP adds each gradient to its buffer and drops it; where there is none it is dropped all the same
     handles = [
         parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         for parameter in student.parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not hasattr(parameter, "main_grad")
     ]
     with LiveBytes() as live:
         if arriving is not None:
