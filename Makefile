@@ -3,6 +3,7 @@
 # make demo ARGS="--smoke"     flags for the run
 # make demo RANKS=1            processes that train; two where there are two cores, which on small updates is faster than
 #                              two threads and gives the same losses
+# make kernels     compile the fused kernels with nvcc, print their registers, fail on spills
 # make test | test-all | lint | clean
 #
 
@@ -17,11 +18,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo kernels test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	PET_NPROC_PER_NODE=$(RANKS) $(BIN)/torchrun examples/pretrain_byte_kd.sh $(if $(filter-out 0,$(FRESH)),--fresh) $(ARGS)
+
+# needs nvcc and no package, so it runs before anything is installed
+kernels:
+	$(PYTHON) -m megabyte_distill.kernels build
 
 test: $(INSTALLED_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout $(TEST_TIMEOUT) -m "not slow" $(ARGS)

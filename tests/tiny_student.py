@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.alphabet import PAD_BYTE
-from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, DechunkMode
+from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, ChunkPooling, DechunkMode
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import RowStream
@@ -67,9 +67,20 @@ def tiny_student(
     mode: DechunkMode = DechunkMode.HARD,
     *,
     tied: bool = False,
+    pooling: ChunkPooling = ChunkPooling.LAST,
+    ngrams: tuple[int, ...] = (),
 ) -> Student:
-    config = replace(BYTE_SIDE, byte_mixer=mixer, dechunk_mode=mode)
+    config = replace(
+        BYTE_SIDE,
+        byte_mixer=mixer,
+        dechunk_mode=mode,
+        chunk_pooling=pooling,
+        byte_ngram_tables=ngrams,
+        byte_ngram_rows=50,
+    )
     student = Student(config, tiny_backbone(tied_embeddings=tied))
+    if student.byte_encoder.ngram_table is not None:
+        nn.init.normal_(student.byte_encoder.ngram_table)
     nn.init.normal_(student.byte_decoder.residual.get_parameter("weight"), std=0.2)
     return student
 

@@ -170,6 +170,7 @@ def run_loop(args: argparse.Namespace, model: Backbone, ranks: World, stems: dic
     from megabyte_distill.training.loop import Loop
     from megabyte_distill.training.optimizer import wrap_for_training
     from megabyte_distill.training.rows import HeldOutRows, MicroBatches
+    from megabyte_distill.training.saving import Saver
     from megabyte_distill.training.signals import stop_request
 
     stage, folder = stage_config(args), args.work_dir / "lm"
@@ -190,7 +191,7 @@ def run_loop(args: argparse.Namespace, model: Backbone, ranks: World, stems: dic
             config=stage,
             run_config=RunConfig(log_interval=20),
             world=ranks,
-            folder=folder,
+            saver=Saver(folder=folder, world=ranks),
             writer=MetricWriter(args.work_dir if ranks.is_main else None),
             stop=stop,
             valid_rows=HeldOutRows(stream("valid", 1), stage, ranks),

@@ -10,6 +10,7 @@ from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale, BoundaryS
 from megabyte_distill.config.training import (
     CheckpointConfig,
     DataConfig,
+    KernelMode,
     ModelFlags,
     ParallelConfig,
     RunConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DechunkMode",
+    "KernelMode",
     "LrDecayStyle",
     "ModelFlags",
     "ParallelConfig",

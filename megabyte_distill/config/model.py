@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+MAX_NGRAM = 8
+"""Bytes of the longest hashed n-gram."""
+
 
 class ByteMixer(str, Enum):
     """Which layer mixes bytes along the sequence in the encoder and the decoder."""
@@ -27,12 +30,28 @@ class DechunkMode(str, Enum):
     """The paper's EMA, weighted by p at the chunk's end; it sees one byte ahead."""
 
 
+class ChunkPooling(str, Enum):
+    """What the backbone gets of a chunk's bytes; all three live in the teacher's embedding space."""
+
+    LAST = "last"
+    """The state of the byte that ends it (the paper's way)."""
+    MEAN_LAST = "mean_last"
+    """(mean of its bytes' states + the last one) / 2."""
+    MAX = "max"
+    """The elementwise maximum."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByteSideConfig:
     """Byte embedding, encoder, router and decoder. Defaults are the paper's; widths in units of features."""
 
     backbone_width: int = field(metadata={"help": "E: width of the teacher's hidden state"})
     byte_width: int = field(default=1536, metadata={"help": "D: width of the byte encoder and decoder"})
+    byte_ngram_tables: tuple[int, ...] = field(
+        default=(),
+        metadata={"help": "n of each hashed n-gram table added to the byte embedding, as 3,4,5,6,7,8; empty for none"},
+    )
+    byte_ngram_rows: int = field(default=32_768, metadata={"help": "rows of each n-gram table"})
     encoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the encoder"})
     decoder_layers: int = field(default=4, metadata={"help": "byte mixer blocks in the decoder"})
     byte_mixer: ByteMixer = field(default=ByteMixer.MAMBA2, metadata={"help": "layer that mixes bytes"})
@@ -54,6 +73,9 @@ class ByteSideConfig:
     )
     conv_ffn_hidden_size: int = field(default=4096, metadata={"help": "hidden width of the conv block's gated MLP"})
     norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the byte side's RMSNorms"})
+    chunk_pooling: ChunkPooling = field(
+        default=ChunkPooling.LAST, metadata={"help": "what the backbone gets of the states of a chunk's bytes"}
+    )
     dechunk_mode: DechunkMode = field(default=DechunkMode.HARD, metadata={"help": "how chunk states reach bytes"})
 
 
@@ -108,3 +130,8 @@ class BackboneConfig:
     """Counted from 0. RoPE is not scaled in them (OLMo 3)."""
     tied_embeddings: bool = False
     max_position_embeddings: int = 2048
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: W rounded up so that every tensor-parallel size up to 128 divides it."""
+        return -(-self.vocab_size // 128) * 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
 from megabyte_distill.config.model import ByteSideConfig
@@ -78,6 +79,10 @@ class CheckpointConfig:
     save_retain_interval: int = option(
         0, "updates between checkpoints that are kept beside the newest ones; 0 keeps none", unit="updates", low=0
     )
+    async_save: bool = option(False, "write checkpoints beside the training, from a copy in host memory")
+    verify_checkpoint: bool = option(
+        True, "before loading a checkpoint compare the hash of every file; off compares sizes only"
+    )
     no_load_optim: bool = option(False, "go on with a fresh optimizer instead of the checkpoint's")
     no_load_rng: bool = option(False, "go on without the checkpoint's random number state")
 
@@ -103,7 +108,9 @@ class ParallelConfig:
         low=1,
     )
     context_parallel_size: int = option(1, "ranks that share a sequence; 1 is the only size there is", low=1)
-    distributed_timeout_minutes: int = option(10, "how long a rank waits for the others", unit="minutes", low=1)
+    distributed_timeout_minutes: float = option(
+        10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
+    )
 
     @property
     def model_parallel_size(self) -> int:
@@ -126,6 +133,17 @@ class ParallelConfig:
         return world_size // model
 
 
+class KernelMode(str, Enum):
+    """Which implementation the byte side's operators run."""
+
+    AUTO = "auto"
+    """The fused kernels on a GPU for which they are built, torch everywhere else."""
+    FUSED = "fused"
+    """The fused kernels or an error; on a CPU their slow build for tests."""
+    REFERENCE = "reference"
+    """Torch."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """The run itself: which stages, in what precision, how it reports and when it stops."""
@@ -138,6 +156,9 @@ class RunConfig:
     fresh: bool = option(False, "remove what --save holds and start over")
     seed: int = option(1234, "seed of initialisation and of the order of the data", low=0)
     bf16: bool = option(False, "bfloat16 forward and backward with fp32 master weights")
+    kernels: KernelMode = option(
+        KernelMode.AUTO, "the byte side's operators: fused kernels, torch's (reference), or what fits the device (auto)"
+    )
     log_interval: int = option(10, "updates between log lines", unit="updates", low=1)
     log_throughput: bool = option(False, "show TFLOP/s per GPU in the log line, counted on each stage's first update")
     tensorboard_dir: str | None = option(None, "folder of tensorboard's events; none means SAVE/tensorboard")
@@ -157,6 +178,19 @@ class RunConfig:
     )
     max_nan_iterations: int = option(
         3, "stop at this many updates in a row without a finite loss and gradient", unit="updates", low=1
+    )
+
+    check_invariants: int = option(
+        0,
+        "updates between checks that weights agree over ranks and frozen ones are unchanged; 0 checks never",
+        unit="updates",
+        low=0,
+    )
+    rerun_check: int = option(
+        0,
+        "updates between checks that a second forward and backward pass gives the same bits; 0 checks never",
+        unit="updates",
+        low=0,
     )
 
     @property

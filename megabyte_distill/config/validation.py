@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from megabyte_distill.config.layers import SECTIONS
-from megabyte_distill.config.model import ByteMixer
+from megabyte_distill.config.model import MAX_NGRAM, ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
 from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, RecomputeGranularity, StageConfig
 from megabyte_distill.config.training import ParallelConfig, Settings
@@ -86,6 +86,9 @@ def _model(settings: Settings) -> Iterator[str]:
         elif item.name == "conv_dilations":
             if not value or min(value) < 1:
                 yield f"--{flag}: got {value}, expected one or more whole numbers from 1 up"
+        elif item.name == "byte_ngram_tables":
+            if not set(value) <= set(range(2, MAX_NGRAM + 1)) or list(value) != sorted(set(value)):
+                yield f"--{flag}: got {value}, expected different whole numbers from 2 to {MAX_NGRAM}, ascending"
         elif isinstance(value, int | float) and value <= 0:
             yield f"--{flag}: got {value}, expected more than 0"
     inner = side.byte_width * side.mamba_expand

@@ -147,12 +147,7 @@ def import_teacher(
     tokens = token_table(model.tokenizer, model.config.vocab_size)
     chosen = dtype or (torch.bfloat16 if model.stored_dtype is torch.float16 else model.stored_dtype)
     skeleton = backbone_skeleton(model.config, chosen)
-    check_parallel_sizes(
-        model.config,
-        skeleton.padded_vocab_size,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
-    )
+    check_parallel_sizes(model.config, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
     with (
         contextlib.closing(ParameterSource(model, skeleton, progress=progress)) as source,
         new_folder(megatron_path, overwrite=overwrite, marker=MODEL_CONFIG_FILE) as folder,

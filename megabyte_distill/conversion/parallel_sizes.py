@@ -6,39 +6,46 @@ from megabyte_distill.config.model import BackboneConfig, QkNorm
 
 
 def check_parallel_sizes(
-    config: BackboneConfig, padded_vocab_size: int, *, tensor_parallel: int, pipeline_parallel: int
+    config: BackboneConfig,
+    *,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    flags: tuple[str, str] = ("--tp", "--pp"),
 ) -> None:
     """ValueError that names everything that T = ``tensor_parallel`` ranks cannot share, or P stages not divide.
 
-    A checkpoint itself knows no sizes: this is about the model that will load it.
+    A checkpoint itself knows no sizes: this is about the model that will load it. ``flags``: their names in messages.
     """
-    for name, size in (("--tp", tensor_parallel), ("--pp", pipeline_parallel)):
+    tp, pp = flags
+    for name, size in ((tp, tensor_parallel), (pp, pipeline_parallel)):
         if size < 1:
             raise ValueError(f"{name} is {size}; expected 1 or more")
     divided = {
         "attention heads": config.num_attention_heads,
         "MLP's width": config.ffn_hidden_size,
-        "padded vocabulary": padded_vocab_size,
+        "padded vocabulary": config.padded_vocab_size,
     }
     problems = [
-        f"{name} {size} is not divisible by --tp {tensor_parallel}"
+        f"{name} {size} is not divisible by {tp} {tensor_parallel}"
         for name, size in divided.items()
         if size % tensor_parallel
     ]
-    problems += _group_problems(config, tensor_parallel)
+    problems += _group_problems(config, tensor_parallel, tp)
     if config.num_layers % pipeline_parallel:
-        problems.append(f"layers {config.num_layers} is not divisible by --pp {pipeline_parallel}")
+        problems.append(f"layers {config.num_layers} is not divisible by {pp} {pipeline_parallel}")
     if problems:
         raise ValueError(f"this {config.family} cannot be cut so: {'; '.join(problems)}; choose other sizes")
 
 
-def _group_problems(config: BackboneConfig, tensor_parallel: int) -> list[str]:
+def _group_problems(config: BackboneConfig, tensor_parallel: int, flag: str) -> list[str]:
     """megatron repeats query groups where there are fewer than ranks, but cannot cut a norm over all of them then."""
     groups = config.num_query_groups
     if groups % tensor_parallel == 0:
         return []
     if tensor_parallel % groups:
-        return [f"query groups {groups} neither divides --tp {tensor_parallel} nor is divisible by it"]
+        return [f"query groups {groups} neither divides {flag} {tensor_parallel} nor is divisible by it"]
     if config.qk_norm is QkNorm.FULL:
-        return [f"query groups {groups} is not divisible by --tp {tensor_parallel}, which its norm over all keys needs"]
+        return [
+            f"query groups {groups} is not divisible by {flag} {tensor_parallel}, which its norm over all keys needs"
+        ]
     return []

@@ -17,17 +17,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megabyte_distill.training.checkpoint import CheckpointError, check_shapes, readable, sharded_state_dict
-
-
-def stored_chunk(tensor: ShardedTensor) -> ChunkStorageMetadata:
-    """Where this process's part lies in the tensor that a checkpoint keeps; axes that megatron prepends are counted."""
-    sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-    return ChunkStorageMetadata(offsets=torch.Size(tensor.global_offset), sizes=torch.Size(sizes))
+from megabyte_distill.training.checkpoint import (
+    CheckpointError,
+    check_shapes,
+    readable,
+    sharded_state_dict,
+    verify_checkpoint,
+)
+from megabyte_distill.training.checkpoint_writer import stored_chunk
 
 
 class StoredParameters:
@@ -44,6 +45,7 @@ class StoredParameters:
             for name, entry in sharded_state_dict(module).items()
             if name.startswith(prefix) and isinstance(entry, ShardedTensor | ShardedTensorFactory)
         }
+        verify_checkpoint(checkpoint)
         check_shapes(self._parts(), checkpoint, padded=False)
         with readable(checkpoint):
             self._reader = FileSystemReader(checkpoint)

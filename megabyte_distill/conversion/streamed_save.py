@@ -8,29 +8,21 @@ so that the values can take its place at the moment they are written.
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megabyte_distill.config.model import BackboneConfig
-from megabyte_distill.conversion.streamed_load import stored_chunk
 from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.training.checkpoint_writer import CheckpointWriter, Entry, EntryPlanner, stored_chunk
 
 
 def backbone_skeleton(config: BackboneConfig, dtype: torch.dtype) -> Backbone:
@@ -40,29 +32,27 @@ def backbone_skeleton(config: BackboneConfig, dtype: torch.dtype) -> Backbone:
     return backbone
 
 
-class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class StreamedSave(CheckpointWriter):
     """A writer for ``training.checkpoint.save_checkpoint`` of a module without memory; of one process.
 
-    The folder has the keys, shapes, chunks and small files of megatron's own save; only the number of .distcp files
+    The folder has the keys, shapes, chunks and small files of any other save; only the number of .distcp files
     differs, one for each key. Memory stays within a few times the largest parameter.
     """
+
+    parts = 1
 
     def __init__(self, parameters: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
         """``parameters``: on the meta device, by name; ``read``: gives one of them with its values, same shape and
         dtype. It is called once for each name; what it raises ends the save.
         """
-        super().__init__("torch_dist", 1)
+        super().__init__()
         self._parameters, self._read = parameters, read
 
-    def save(self, sharded_state_dict: Mapping[str, Any], checkpoint_dir: str | Path) -> None:
-        """megatron calls it with everything that is to be written."""
-        planner = _Planner(list(nested_values(sharded_state_dict)), _Values(self._parameters, self._read))
-        writer = _FilePerKey(checkpoint_dir, per_thread_copy_ahead=0)
-        try:
-            state_dict_saver.save({}, storage_writer=writer, planner=planner)
-        except CheckpointException as error:  # torch's wrapper of what the ranks raised; this is the only one
-            [(original, _)] = error.failures.values()
-            raise original from None
+    def planner(self, entries: Sequence[Entry]) -> EntryPlanner:
+        return _Planner(entries, _Values(self._parameters, self._read))
+
+    def storage(self, folder: Path) -> FileSystemWriter:
+        return _FilePerKey(folder, per_thread_copy_ahead=0)
 
 
 class _Values:
@@ -89,40 +79,15 @@ def _storage_of(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-class _Planner(DefaultSavePlanner):
-    """Plans megatron's sharded tensors and objects as they are; asks for values when one is written."""
+class _Planner(EntryPlanner):
+    """Asks for values when one is written."""
 
-    def __init__(self, entries: list[ShardedTensor | ShardedObject], values: _Values) -> None:
-        super().__init__(flatten_state_dict=False)
+    def __init__(self, entries: Sequence[Entry], values: _Values) -> None:
+        super().__init__(entries)
         self._values = values
-        self._entries = {_index(entry): entry for entry in entries if is_main_replica(entry.replica_id)}
 
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(index, entry) for index, entry in self._entries.items()])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        entry = self._entries[dataclasses.replace(write_item.index, index=None)]
-        if isinstance(entry, ShardedObject):
-            content = io.BytesIO()
-            torch.save([entry.data], content)
-            return content
+    def values(self, entry: ShardedTensor) -> Tensor:
         return self._values.of(entry.data).view(stored_chunk(entry).sizes)
-
-
-def _index(entry: ShardedTensor | ShardedObject) -> MetadataIndex:
-    if isinstance(entry, ShardedObject):
-        return MetadataIndex(entry.unique_key)
-    return MetadataIndex(entry.key, torch.Size(entry.global_offset))
-
-
-def _write_item(index: MetadataIndex, entry: ShardedTensor | ShardedObject) -> WriteItem:
-    if isinstance(entry, ShardedObject):
-        return WriteItem(index=index, type=WriteItemType.BYTE_IO)
-    data = TensorWriteData(
-        chunk=stored_chunk(entry), properties=TensorProperties(dtype=entry.dtype), size=torch.Size(entry.global_shape)
-    )
-    return WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
 
 
 class _FilePerKey(FileSystemWriter):
@@ -140,10 +105,7 @@ class _FilePerKey(FileSystemWriter):
         for number, items in enumerate(by_key.values()):
             prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
             part = dataclasses.replace(plan, items=items, storage_data=prefix)
-            try:
-                results += super().write_data(part, planner).wait()
-            except RuntimeError as error:  # torch's, about its own format, once the file could not be written
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            results += super().write_data(part, planner).wait()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

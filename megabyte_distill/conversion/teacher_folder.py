@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
@@ -39,6 +38,7 @@ from megabyte_distill.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from megabyte_distill.training.checkpoint_writer import CheckpointWriter
 
 BACKBONE_PREFIX = "backbone."
 _STAGE_NAME = "teacher"
@@ -77,7 +77,7 @@ def save_teacher(
     token_bytes: TokenBytes,
     tokenizer_source: Path,
     *,
-    writer: TorchDistSaveShardedStrategy | None = None,
+    writer: CheckpointWriter | None = None,
 ) -> None:
     """Writes the layout above into ``folder``, weights in the backbone's dtype.
 
@@ -117,11 +117,16 @@ def find_teacher(folder: Path) -> StoredTeacher:
 
 
 def load_teacher(
-    folder: Path, *, dtype: torch.dtype | None = None, overrides: Mapping[str, object] | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overrides: Mapping[str, object] | None = None,
+    verify: bool = True,
 ) -> Teacher:
     """The teacher of a converted folder, or the backbone of a run's stage (RUN/1b), in ``dtype`` (default: as stored).
 
-    ``overrides``: fields of megatron's TransformerConfig (parallel sizes, dtype). Needs process groups
+    ``overrides``: fields of megatron's TransformerConfig (parallel sizes, dtype); ``verify``: as in
+    ``load_checkpoint``. Needs process groups
     (``parallel.process_groups.world``). ValueError where the folder is no such checkpoint or does not fit its own
     model_config.json.
     """
@@ -130,7 +135,7 @@ def load_teacher(
     fields = {"perform_initialization": False, **(overrides or {})}
     transformer: TransformerConfig = transformer_config(config, **fields)
     backbone = Backbone(config, transformer).to(dtype or stored_dtype(checkpoint))
-    load_checkpoint(checkpoint, TeacherHolder(backbone), prefix=BACKBONE_PREFIX)
+    load_checkpoint(checkpoint, TeacherHolder(backbone), prefix=BACKBONE_PREFIX, verify=verify)
     return Teacher(backbone.to(current_world().device), config, tokens)
 
 

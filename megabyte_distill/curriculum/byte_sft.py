@@ -17,7 +17,7 @@ from megabyte_distill.model.student import Boundaries, Gold, Parts, RouterDecide
 from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
-from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_soft_nll
+from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_nlls
 from megabyte_distill.objectives.objective import Sums
 
 BYTE_LOSS = "byte ce"
@@ -80,7 +80,7 @@ class ByteSft:
         outputs = done.outputs
         assert outputs.logits is not None
         targets = None if exact is None or done.teacher is None else exact.of(row, done.teacher)
-        losses = {BYTE_LOSS: self._byte_loss(outputs.logits, row, targets)}
+        losses = {BYTE_LOSS: self._byte_loss(outputs.logits, row, targets, training=model.training)}
         if ROUTER_LOSS in self.weights:
             assert outputs.p is not None
             mask = boundary_positions(row)
@@ -88,15 +88,21 @@ class ByteSft:
             self._measures["boundary f1"] = f1_pair(decide(outputs.p.detach(), row.byte_ids), row)
         return losses
 
-    def _byte_loss(self, logits: Tensor, row: PackedRow, targets: ExactTargets | None) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (targets is None or self._alpha < 1.0)):
-            hard = joint_nll(logits, row)
-        self._measures = {MEASURE: joint_bits_pair(hard, row)}
+    def _byte_loss(self, logits: Tensor, row: PackedRow, targets: ExactTargets | None, *, training: bool) -> Tensor:
+        # in training the loss is the last to read the logits
         if targets is None:
+            hard = joint_nll(logits, row, overwrite_logits=training)
+            self._measures = {MEASURE: joint_bits_pair(hard, row)}
             return hard[row.loss_mask].sum()
-        self._measures[REPLACED] = (targets.replaced, row.loss_mask.sum())
-        soft = joint_soft_nll(logits, targets.distribution)
-        mixed = soft if self._alpha == 1.0 else self._alpha * soft + (1.0 - self._alpha) * hard
+        only_soft = self._alpha == 1.0
+        hard, soft = joint_nlls(
+            logits, row, targets.distribution, hard_has_gradient=not only_soft, overwrite_logits=True
+        )
+        self._measures = {
+            MEASURE: joint_bits_pair(hard, row),
+            REPLACED: (targets.replaced, row.loss_mask.sum()),
+        }
+        mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard
         return mixed[row.loss_mask].sum()
 
     def measures(self) -> Sums:

@@ -128,7 +128,7 @@ class TorchBackbone(nn.Module):
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
-            return packed_attention(query, key, value, lengths, reach.window)
+            return packed_attention(query, key, value, lengths, reach.window, cu_seqlens=cu_seqlens.to(torch.int32))
 
         states: Tensor = self.model(x, self._rotations(packed_positions(cu_seqlens, x.shape[0])), attend)
         return states

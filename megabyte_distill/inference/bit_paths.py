@@ -135,6 +135,7 @@ def copy_rows(state: StudentState, source: Tensor, target: Tensor) -> None:
     """Overwrite the rows ``target`` [N] of a state with its rows ``source`` [N], in place; the two are disjoint."""
     state.encoder.put(target, state.encoder.select(source))
     state.decoder.put(target, state.decoder.select(source))
+    state.pool.put(target, state.pool.select(source))
     state.dechunk.put(target, state.dechunk.select(source))
     state.r_previous[target] = state.r_previous[source]
     cache = state.cache

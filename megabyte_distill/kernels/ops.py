@@ -1,7 +1,7 @@
 """Every operator the byte side calls; the model knows these signatures and nothing behind them.
 
-All are plain torch and run on any device. A fused implementation takes the place of one of these bodies, and
-``reference.py`` stays the definition that it must agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
+All are plain torch and run on any device. Where a fused implementation was put in place (``dispatch``), it runs instead
+of a body here; ``reference.py`` is the definition that both agree with. Accumulation is in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.config.model import ChunkPooling, DechunkMode
+from megabyte_distill.kernels.chunk_index import ChunkIndex, index_chunks, threshold_bits
+from megabyte_distill.kernels.chunk_pooling import pool_rows
+from megabyte_distill.kernels.dispatch import fused
 from megabyte_distill.kernels.recurrence import linear_recurrence
 from megabyte_distill.kernels.segment_conv import segment_conv
 from megabyte_distill.kernels.ssm_scan import ssm_scan
 
 __all__ = [
+    "ChunkIndex",
     "accumulation_dtype",
+    "boundary_bits",
     "byte_embedding",
+    "chunk_index",
     "chunk_pool",
     "dechunk",
+    "dechunk_residual",
+    "joint_cross_entropies",
     "joint_cross_entropy",
+    "ngram_embedding",
     "rms_norm",
     "routing_probabilities",
     "segment_conv",
@@ -34,6 +43,7 @@ __all__ = [
 
 P_CLAMP = 1e-4
 """The EMA's weights stay this far from 0 and 1 (RECIPE section 2)."""
+_NO_NULL_GROUP = "dechunk got mode official without null_group; pass the [E] state read before the first end"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,10 +63,30 @@ def byte_embedding(
     Returns:
         [P, D] in fp32 (fp64 for an fp64 table): a residual stream; in norm_weight's dtype if normed.
     """
+    run = fused("byte_embedding", byte_ids, table, added, norm_weight)
+    if run is not None:
+        result: Tensor = run(byte_ids, table, added, norm_weight, eps)
+        return result
     rows = F.embedding(byte_ids, table).to(accumulation_dtype(table.dtype))
     if added is not None:
         rows = rows + added
     return rows if norm_weight is None else rms_norm(rows, norm_weight, eps)
+
+
+def ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
+    """Rows of ``table`` [256, D] for byte_ids [P], plus the rows ``indices`` [P, T] int64 of ``ngram_table`` [N, D].
+
+    Returns:
+        [P, D] in fp32 (fp64 for fp64 tables): a residual stream.
+    """
+    run = fused("ngram_embedding", byte_ids, indices, table, ngram_table)
+    if run is not None:
+        result: Tensor = run(byte_ids, indices, table, ngram_table)
+        return result
+    rows = F.embedding(byte_ids, table).to(accumulation_dtype(table.dtype))
+    for index in indices.unbind(1):
+        rows = rows + F.embedding(index, ngram_table)
+    return rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -102,6 +132,10 @@ def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
     Returns:
         [P] fp32 (fp64 for fp64 inputs) in [0, 1]. No gradient flows at a segment's last byte.
     """
+    run = fused("routing_probabilities", q, k, cu_seqlens)
+    if run is not None:
+        result: Tensor = run(q, k, cu_seqlens)
+        return result
     dtype = accumulation_dtype(q.dtype)
     if q.shape[0] == 0:
         return q.new_zeros(0, dtype=dtype)
@@ -117,11 +151,51 @@ def pair_cosine(q: Tensor, k: Tensor) -> Tensor:
     return F.cosine_similarity(q, k, dim=-1, eps=1e-8)
 
 
-def chunk_pool(r: Tensor, ends: Tensor, num_chunks: int) -> Tensor:
-    """Each chunk's last byte state: r [P, E] at ends [M]; zero rows from ``num_chunks`` on. Returns [M, E]."""
-    pooled = r.index_select(0, ends[:num_chunks])
-    padding = ends.shape[0] - num_chunks
-    return F.pad(pooled, (0, 0, 0, padding)) if padding else pooled
+def boundary_bits(
+    p: Tensor, byte_ids: Tensor, is_text: Tensor | None = None, threshold: float = 0.5, start_byte: int | None = None
+) -> Tensor:
+    """Where the router ends a chunk: bits [P] bool, p above the threshold.
+
+    Args:
+        p: [P] routing probabilities.
+        byte_ids: [P] int64.
+        is_text: [P] bool; each run of what is not text is one chunk, whatever its p. None: all is text.
+        threshold: in units of p.
+        start_byte: this byte always ends a chunk; None for no such byte.
+    """
+    run = fused("boundary_bits", p, byte_ids, is_text) or threshold_bits
+    bits: Tensor = run(p, byte_ids, is_text, threshold, start_byte)
+    return bits
+
+
+def chunk_index(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkIndex:
+    """The chunks that bits [P] bool cut segments cu_seqlens [S+1] into, padded to a multiple of ``bucket`` chunks.
+
+    Their number depends on the data: it is read back to the host once.
+    """
+    run = fused("chunk_index", bits, cu_seqlens) or index_chunks
+    index: ChunkIndex = run(bits, cu_seqlens, bucket)
+    return index
+
+
+def chunk_pool(
+    r: Tensor, begins: Tensor, ends: Tensor, num_chunks: int, pooling: ChunkPooling = ChunkPooling.LAST
+) -> Tensor:
+    """One state a chunk from the states of its bytes.
+
+    Args:
+        r: [P, E] states of the bytes.
+        begins, ends: [M] int64, a chunk's first and last byte; not read from ``num_chunks`` on.
+        num_chunks: real chunks; the rest is padding.
+        pooling: last: the end byte's state. mean_last: the mean of mean and last. max: elementwise; the gradient goes
+            to the first byte that has the maximum.
+
+    Returns:
+        [M, E] in r's dtype, accumulated in fp32; zero rows on padding.
+    """
+    run = fused("chunk_pool", r, begins, ends) or pool_rows
+    pooled: Tensor = run(r, begins, ends, num_chunks, pooling)
+    return pooled
 
 
 def dechunk(
@@ -162,9 +236,45 @@ def dechunk(
         ending = ends.index_select(0, chunk_of_byte) == index_P
         return torch.cat((states, h)).index_select(0, chunk_of_byte + ending * h.shape[0])
     if null_group is None:
-        raise ValueError("dechunk got mode official without null_group; pass the [E] state read before the first end")
+        raise ValueError(_NO_NULL_GROUP)
     table = torch.cat((null_group.to(h.dtype)[None], states))
     return table.index_select(0, chunk_of_byte + 1)
+
+
+def dechunk_residual(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    *,
+    ends: Tensor,
+    chunk_of_byte: Tensor,
+    starts: Tensor,
+    mode: DechunkMode,
+    null_group: Tensor | None = None,
+) -> Tensor:
+    """:func:`dechunk`, :func:`straight_through_confidence` and the residual from the encoder in one.
+
+    Args:
+        h, p, ends, chunk_of_byte, starts, mode, null_group: as in :func:`dechunk`.
+        confidence: [P] probability of the decision taken; only its gradient counts.
+        residual: [P, E] added to what each byte reads.
+
+    Returns:
+        [P, E] in h's dtype.
+
+    Raises:
+        ValueError: in official mode without null_group.
+    """
+    if mode is DechunkMode.OFFICIAL and null_group is None:
+        raise ValueError(_NO_NULL_GROUP)
+    layout = {"ends": ends, "chunk_of_byte": chunk_of_byte, "starts": starts}
+    run = fused("dechunk_residual", h, p, confidence, residual, null_group)
+    if run is not None:
+        result: Tensor = run(h, p, confidence, residual, **layout, mode=mode, null_group=null_group)
+        return result
+    s = dechunk(h, p, **layout, mode=mode, null_group=null_group)
+    return straight_through_confidence(s, confidence) + residual
 
 
 def straight_through_confidence(s: Tensor, p_selected: Tensor) -> Tensor:
@@ -192,17 +302,43 @@ class _StraightThrough(torch.autograd.Function):
         return grad, (grad.to(dtype) * s.to(dtype)).sum(-1).to(ctx.p_dtype)
 
 
-def joint_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def joint_cross_entropy(logits: Tensor, targets: Tensor, *, overwrite_logits: bool = False) -> Tensor:
     """Nats of each byte's target under softmax(logits), not reduced.
 
     Args:
         logits: [P, 512].
         targets: [P] int64 joint classes, or [P, 512] floating distributions over them.
+        overwrite_logits: nobody else needs the logits, so that the backward may put their gradient in their place.
 
     Returns:
         [P] fp32 (fp64 for fp64 logits): the cross-entropy −Σ target · log softmax.
     """
+    is_soft = targets.is_floating_point()
+    labels, distribution = (None, targets) if is_soft else (targets, None)
+    run = fused("joint_cross_entropies", logits, labels, distribution)
+    if run is not None:
+        result: Tensor = run(logits, labels, distribution, overwrite_logits)[int(is_soft)]
+        return result
     dtype = accumulation_dtype(logits.dtype)
-    if targets.is_floating_point():
-        targets = targets.to(dtype)
-    return F.cross_entropy(logits.to(dtype), targets, reduction="none")
+    return F.cross_entropy(logits.to(dtype), targets.to(dtype) if is_soft else targets, reduction="none")
+
+
+def joint_cross_entropies(
+    logits: Tensor,
+    labels: Tensor,
+    distribution: Tensor,
+    *,
+    hard_has_gradient: bool = True,
+    overwrite_logits: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`joint_cross_entropy` against labels [P] and against a distribution [P, 512], each [P], in one pass.
+
+    Without ``hard_has_gradient`` the first is a measure only.
+    """
+    run = fused("joint_cross_entropies", logits, labels, distribution)
+    if run is not None:
+        hard, soft = run(logits, labels, distribution, overwrite_logits)
+        return (hard if hard_has_gradient else hard.detach()), soft
+    with torch.set_grad_enabled(torch.is_grad_enabled() and hard_has_gradient):
+        hard = joint_cross_entropy(logits, labels)
+    return hard, joint_cross_entropy(logits, distribution)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.config.model import ChunkPooling, DechunkMode
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,16 +27,44 @@ def byte_embedding(byte_ids: Tensor, table: Tensor, added: Tensor | None = None)
     return rows if added is None else rows + added
 
 
+def ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
+    """table[byte] + the sum of ngram_table[indices], row by row."""
+    rows = [table[int(byte)] + ngram_table[own].sum(0) for byte, own in zip(byte_ids, indices, strict=True)]
+    return torch.stack(rows) if rows else table[:0]
+
+
 def routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(1 − cos(q_t, k_{t+1})) / 2 inside a segment, 1 at its last byte; [P]."""
+    """(1 − cos(q_t, k_{t+1})) / 2 inside a segment, 1 at its last byte; [P]. A zero row has cosine 0 with all."""
     lasts = {int(edge) - 1 for edge in cu_seqlens[1:]}
     p = []
     for t in range(q.shape[0]):
         if t in lasts:
             p.append(q.new_ones(()))
         else:
-            p.append((1 - q[t] @ k[t + 1] / (q[t].norm() * k[t + 1].norm())) / 2)
-    return torch.stack(p)
+            lengths = q[t].norm().clamp(min=1e-8) * k[t + 1].norm().clamp(min=1e-8)
+            p.append((1 - q[t] @ k[t + 1] / lengths) / 2)
+    return torch.stack(p) if p else q.new_zeros(0)
+
+
+def chunk_pool(r: Tensor, bits: Tensor, cu_seqlens: Tensor, pooling: ChunkPooling) -> Tensor:
+    """Walks the bytes of each segment from the bits alone; r [P, E], bits [P] -> [chunks, E], without padding."""
+    out = []
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        chunk: list[Tensor] = []
+        for t in range(first, last):
+            chunk.append(r[t])
+            if not bool(bits[t]):
+                continue
+            rows = torch.stack(chunk)
+            if pooling is ChunkPooling.LAST:
+                out.append(rows[-1])
+            elif pooling is ChunkPooling.MEAN_LAST:
+                out.append((rows.mean(0) + rows[-1]) / 2)
+            else:
+                first_largest = (rows == rows.max(0).values).to(torch.int8).argmax(0)
+                out.append(rows.gather(0, first_largest[None])[0])
+            chunk = []
+    return torch.stack(out) if out else r[:0]
 
 
 def dechunk(
@@ -63,6 +91,22 @@ def dechunk(
                 read = null_group
             out.append(read)
     return torch.stack(out)
+
+
+def dechunk_residual(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    bits: Tensor,
+    cu_seqlens: Tensor,
+    mode: DechunkMode,
+    null_group: Tensor | None = None,
+) -> Tensor:
+    """What each byte reads, times a factor that is one and whose gradient is confidence's, plus residual."""
+    s = dechunk(h, p, bits, cu_seqlens, mode, null_group)
+    one = 1 + confidence - confidence.detach()
+    return s * one.to(s.dtype)[:, None] + residual
 
 
 def segment_conv(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, dilation: int = 1) -> Tensor:
@@ -98,4 +142,6 @@ def joint_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     logs = logits - logits.exp().sum(-1, keepdim=True).log()
     if targets.is_floating_point():
         return -(targets * logs).sum(-1)
+    if not targets.numel():
+        return logs.sum(-1)
     return -torch.stack([row[int(target)] for row, target in zip(logs, targets, strict=True)])

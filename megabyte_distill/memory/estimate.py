@@ -23,7 +23,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.memory.live_bytes import LiveBytes
 from megabyte_distill.memory.pretended import FusedAttention, WithoutValues, pretended_world, weightless
-from megabyte_distill.model.backbone import Backbone, padded_vocab_size, transformer_config
+from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.objectives.objective import Objective
@@ -81,7 +81,6 @@ def estimate(
     """
     check_parallel_sizes(
         backbone,
-        padded_vocab_size(backbone),
         tensor_parallel=settings.parallel.tensor_model_parallel_size,
         pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -32,13 +33,15 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     qkv_format: str = "sbhd"
     lengths: list[int] = field(default_factory=list)
     """Segment lengths on the host, one copy for all layers."""
+    cu_seqlens: Tensor | None = None
+    """The same, cumulated, on the device [S + 1] int32."""
     rotations: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
     """Of :class:`RotaryTable`."""
 
     @classmethod
     def of(cls, cu_seqlens: Tensor) -> PackedSegments:
         """Of cumulative lengths [S + 1]; rotations are still to be set."""
-        return cls(lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+        return cls(lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), cu_seqlens=cu_seqlens.to(torch.int32))
 
 
 @dataclass
@@ -86,7 +89,8 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
         rotations = self.reach.choose(packed_seq_params.rotations)
         query, key = (rotate(x[:, 0], rotations) for x in (query, key))
         if isinstance(packed_seq_params, PackedSegments):
-            out = packed_attention(query, key, value[:, 0], packed_seq_params.lengths, window, scale)
+            lengths, cu_seqlens = packed_seq_params.lengths, packed_seq_params.cu_seqlens
+            out = packed_attention(query, key, value[:, 0], lengths, window, scale, cu_seqlens)
         else:
             # rows stand on the sequence axis
             cache, rows = packed_seq_params.cache, packed_seq_params.rows

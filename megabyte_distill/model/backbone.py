@@ -62,11 +62,6 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
     return TransformerConfig(**{**fields, **overrides})
 
 
-def padded_vocab_size(config: BackboneConfig) -> int:
-    """Rows of an embedding table: W rounded up so that tensor-parallel sizes which are powers of two divide it."""
-    return -(-config.vocab_size // 128) * 128
-
-
 class Backbone(MegatronModule):  # type: ignore[misc]
     """Decoder-only transformer over packed vectors [M, E], with its token embedding and head beside it.
 
@@ -110,8 +105,8 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table."""
-        return padded_vocab_size(self.backbone_config)
+        """Rows of the embedding table over all tensor-parallel ranks."""
+        return self.backbone_config.padded_vocab_size
 
     def set_input_tensor(self, tensor: Any) -> None:
         """Megatron's schedules call it; what a later stage works on is an argument of :meth:`forward`."""

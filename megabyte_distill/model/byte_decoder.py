@@ -13,8 +13,7 @@ from megabyte_distill.kernels.ops import (
     P_CLAMP,
     accumulation_dtype,
     byte_embedding,
-    dechunk,
-    straight_through_confidence,
+    dechunk_residual,
 )
 from megabyte_distill.kernels.segments import Segments
 from megabyte_distill.model.byte_stack import ByteMixerStack, StackState
@@ -70,17 +69,18 @@ class ByteDecoder(nn.Module):
         Returns:
             [P, 512] in the parameters' dtype.
         """
-        s = dechunk(
+        z = dechunk_residual(
             h,
             p,
+            self._confidence(p, bits),
+            self.residual(r),
             ends=layout.ends,
             chunk_of_byte=layout.chunk_of_byte,
             starts=layout.starts,
             mode=self.mode,
             null_group=self.null_group,
         )
-        s = straight_through_confidence(s, self._confidence(p, bits))
-        x = byte_embedding(byte_ids, self.embedding.weight, self._combine(s, r))
+        x = byte_embedding(byte_ids, self.embedding.weight, self.input(z))
         logits: Tensor = self.head(self.norm(self.mixer(x, Segments(cu_seqlens, byte_ids.shape[0]))))
         return logits
 
@@ -90,7 +90,7 @@ class ByteDecoder(nn.Module):
 
     def step(self, s: Tensor, r: Tensor, byte_ids: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         """One byte of each row: s [R, E] (:func:`dechunk_step`), r [R, E], byte_ids [R] -> (logits [R, 512], state)."""
-        x = byte_embedding(byte_ids, self.embedding.weight, self._combine(s, r))
+        x = byte_embedding(byte_ids, self.embedding.weight, self.input(s + self.residual(r)))
         x, state = self.mixer.step(x, state)
         return self.head(self.norm(x)), state
 
@@ -103,11 +103,6 @@ class ByteDecoder(nn.Module):
         if self.mode is DechunkMode.OFFICIAL:
             return torch.maximum(p, 1.0 - p)
         return torch.where(bits, p, 1.0 - p)
-
-    def _combine(self, s: Tensor, r: Tensor) -> Tensor:
-        """[.., D] from the state read and the encoder's own."""
-        result: Tensor = self.input(s + self.residual(r))
-        return result
 
 
 @dataclass(frozen=True, slots=True)

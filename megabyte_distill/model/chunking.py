@@ -1,4 +1,4 @@
-"""From boundary bits to a packed layout of chunks, and the chunks' states."""
+"""From boundary bits to a packed layout of chunks, and the chunks' states; ``pool_step`` is the same byte by byte."""
 
 from __future__ import annotations
 
@@ -7,24 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megabyte_distill.kernels.ops import chunk_pool
+from megabyte_distill.config.model import ChunkPooling
+from megabyte_distill.kernels.ops import ChunkIndex, accumulation_dtype, chunk_index, chunk_pool
+from megabyte_distill.model.row_state import RowState
 
-
-@dataclass(frozen=True, slots=True)
-class ChunkLayout:
-    """The M chunks of a packed row; M is a multiple of the bucket; from ``num_chunks`` on they are padding."""
-
-    ends: Tensor
-    """[M] int64, the byte that ends chunk j; P − 1 for padding."""
-    chunk_of_byte: Tensor
-    """[P] int64, the last chunk of the byte's segment that ended at or before it; −1 before the segment's first end
-    (reached only when BOS is not an end: the official way)."""
-    cu_chunks: Tensor
-    """[S'+1] int32, first chunk of each segment, then M; padding is one last dummy segment."""
-    num_chunks: int
-    """Real chunks."""
-    starts: Tensor
-    """[M] bool, first chunk of a segment (of the dummy one as well)."""
+ChunkLayout = ChunkIndex
+"""The M chunks of a packed row. −1 in chunk_of_byte is reached only when BOS is not an end: the official way."""
 
 
 def chunk_layout(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkLayout:
@@ -35,27 +23,43 @@ def chunk_layout(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkLayout:
     """
     if bucket < 1:
         raise ValueError(f"chunk bucket is {bucket}; it counts chunks and must be at least 1")
-    ends = bits.nonzero()[:, 0]
-    num_chunks = ends.shape[0]
-    padding = -num_chunks % bucket
-    ended = torch.nn.functional.pad(bits.to(torch.int64).cumsum(0), (1, 0))
-    offsets = cu_seqlens.to(torch.int64)
-    cu_chunks = ended[offsets]
-    index_P = torch.arange(bits.shape[0], device=bits.device)
-    segment = torch.searchsorted(offsets[1:].contiguous(), index_P, right=True)
-    chunk_of_byte = ended[1:] - 1
-    chunk_of_byte = chunk_of_byte.masked_fill(chunk_of_byte < cu_chunks[segment], -1)
-    segment_of_chunk = segment[ends]
-    starts = torch.ones_like(ends, dtype=torch.bool)
-    starts[1:] = segment_of_chunk[1:] != segment_of_chunk[:-1]
-    if padding:
-        ends = torch.nn.functional.pad(ends, (0, padding), value=bits.shape[0] - 1)
-        cu_chunks = torch.nn.functional.pad(cu_chunks, (0, 1), value=num_chunks + padding)
-        starts = torch.nn.functional.pad(starts, (0, padding))
-        starts[num_chunks] = True
-    return ChunkLayout(ends, chunk_of_byte, cu_chunks.to(torch.int32), num_chunks, starts)
+    return chunk_index(bits, cu_seqlens, bucket)
 
 
-def pool_chunks(r: Tensor, layout: ChunkLayout) -> Tensor:
-    """The state of each chunk's last byte, r [P, E] -> [M, E]; zero rows where the layout is padding."""
-    return chunk_pool(r, layout.ends, layout.num_chunks)
+def pool_chunks(r: Tensor, layout: ChunkLayout, pooling: ChunkPooling = ChunkPooling.LAST) -> Tensor:
+    """The state of each chunk from those of its bytes, r [P, E] -> [M, E]; zero rows where the layout is padding."""
+    return chunk_pool(r, layout.begins, layout.ends, layout.num_chunks, pooling)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState(RowState):
+    """What a row remembers of the chunk that its last byte did not end."""
+
+    value: Tensor
+    """[R, E] fp32, the sum or the maximum of the chunk's states so far; [R, 0] where only the last one counts."""
+    count: Tensor
+    """[R] int64, the chunk's bytes so far."""
+
+
+def init_pool_state(
+    rows: int, width: int, pooling: ChunkPooling, device: torch.device, dtype: torch.dtype
+) -> PoolState:
+    """The state of ``rows`` sequences in front of their BOS; dtype is that of the encoder's states."""
+    kept = 0 if pooling is ChunkPooling.LAST else width
+    value = torch.zeros(rows, kept, device=device, dtype=accumulation_dtype(dtype))
+    return PoolState(value, torch.zeros(rows, device=device, dtype=torch.int64))
+
+
+def pool_step(state: PoolState, r: Tensor, ended: Tensor, pooling: ChunkPooling) -> tuple[Tensor, PoolState]:
+    """One byte of each row: r [R, E], ended [R] bool -> (the chunk's state if it ends here [R, E], the next state)."""
+    if pooling is ChunkPooling.LAST:
+        return r, state
+    wide, begins = r.to(state.value.dtype), (state.count == 0)[:, None]
+    count = state.count + 1
+    if pooling is ChunkPooling.MEAN_LAST:
+        value = state.value + wide
+        pooled = (value / count[:, None] + wide) / 2
+    else:
+        pooled = value = torch.where(begins, wide, torch.maximum(state.value, wide))
+    following = PoolState(value.masked_fill(ended[:, None], 0.0), count.masked_fill(ended, 0))
+    return pooled.to(r.dtype), following

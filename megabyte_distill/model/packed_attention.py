@@ -5,8 +5,11 @@ megatron's layers in training and the transformer of a Hugging Face export both 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +121,7 @@ def packed_attention(
     lengths: Sequence[int],
     window: int | None = None,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Causal attention inside each of several segments, grouped queries included.
 
@@ -127,19 +131,59 @@ def packed_attention(
         lengths: of the segments, N in all.
         window: positions each attends to, its own included; None for all.
         scale: of the products; default 1 / √d.
+        cu_seqlens: [S + 1] int32, the lengths cumulated, where they are at hand on the device: on a GPU all segments go
+            through torch's flash attention in one call then, in bf16 and fp16.
 
     Returns:
         [N, heads · d].
     """
-    repeat = query.shape[1] // key.shape[1]
+    if cu_seqlens is not None and _flash_takes(query):
+        return _flash(query, key, value, cu_seqlens, max(lengths, default=0), window, scale)
+    key, value = (_one_per_head(x, query) for x in (key, value))
     # [1, heads, N, d]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    if repeat > 1:
-        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
     parts = [torch.split(x, list(lengths), dim=2) for x in (query, key, value)]
     out = [_segment(q, k, v, window, scale) for q, k, v in zip(*parts, strict=True)]
     joined = out[0] if len(out) == 1 else torch.cat(out, dim=2)
     return joined[0].transpose(0, 1).reshape(joined.shape[2], -1)
+
+
+def _one_per_head(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values [N, groups, d], repeated so that each head of the query has its own."""
+    repeat = query.shape[1] // x.shape[1]
+    return x.repeat_interleave(repeat, dim=1) if repeat > 1 else x
+
+
+@functools.cache
+def _flash_options() -> frozenset[str] | None:
+    """Names of the arguments of torch's attention over packed segments; None where this torch has none with windows."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = frozenset(inspect.signature(varlen_attn).parameters)
+    return names if "window_size" in names else None
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """Whether the fused attention can run: torch 2.11 or newer, a GPU, 16 bits, heads of up to 256."""
+    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[0] > 0
+    return fits and query.shape[2] % 8 == 0 and query.shape[2] <= 256 and _flash_options() is not None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, window: int | None, scale: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
+    if "enable_gqa" in (_flash_options() or ()):
+        options["enable_gqa"] = key.shape[1] != query.shape[1]
+    else:
+        key, value = (_one_per_head(x, query) for x in (key, value))
+    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+    assert isinstance(out, Tensor)  # no auxiliary results were asked for
+    return out.reshape(out.shape[0], -1)
 
 
 def _segment(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:

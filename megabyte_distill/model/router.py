@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.model import ByteSideConfig
-from megabyte_distill.kernels.ops import pair_cosine, routing_probabilities
+from megabyte_distill.kernels.ops import boundary_bits, pair_cosine, routing_probabilities
 from megabyte_distill.model.feed_forward import SwiGLU
 from megabyte_distill.model.linears import LinearFactory
 
@@ -29,10 +29,11 @@ class Router(nn.Module):
         return ((1.0 - pair_cosine(self.q(r_previous), self.k(r_next))) / 2.0).clamp(0.0, 1.0)
 
 
-def decide(p: Tensor, byte_ids: Tensor, threshold: float = 0.5, official: bool = False) -> Tensor:
+def decide(
+    p: Tensor, byte_ids: Tensor, threshold: float = 0.5, official: bool = False, is_text: Tensor | None = None
+) -> Tensor:
     """bits [P] bool: p above the threshold, and BOS always ends a chunk except in the official way.
 
-    A segment's last byte ends a chunk because its p is 1.
+    A segment's last byte ends a chunk because its p is 1. With ``is_text`` [P] bool every run of PAD is one chunk.
     """
-    bits = p > threshold
-    return bits if official else bits | (byte_ids == BOS_BYTE)
+    return boundary_bits(p, byte_ids, is_text, threshold, None if official else BOS_BYTE)

@@ -15,11 +15,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megabyte_distill.config.model import ByteSideConfig, DechunkMode
+from megabyte_distill.config.model import ByteSideConfig, ChunkPooling, DechunkMode
 from megabyte_distill.model.byte_decoder import ByteDecoder, DechunkState, dechunk_step, init_dechunk_state
-from megabyte_distill.model.byte_encoder import ByteEncoder
+from megabyte_distill.model.byte_encoder import ByteEncoder, EncoderState
 from megabyte_distill.model.byte_stack import StackState
-from megabyte_distill.model.chunking import ChunkLayout, chunk_layout, pool_chunks
+from megabyte_distill.model.chunking import (
+    ChunkLayout,
+    PoolState,
+    chunk_layout,
+    init_pool_state,
+    pool_chunks,
+    pool_step,
+)
 from megabyte_distill.model.linears import LinearFactory
 from megabyte_distill.model.router import Router, decide
 
@@ -83,7 +90,8 @@ class StudentOutputs:
     r: Tensor | None = None
     """[P, E] encoder states, in the teacher's embedding space; None where only those at chunk ends were needed."""
     chunks: Tensor | None = None
-    """[M, E] encoder states at chunk ends, zero on padding; None where the router ran and nothing behind it."""
+    """[M, E] states of the chunks, pooled from their bytes' states, zero on padding; None where the router ran and
+    nothing behind it."""
     p: Tensor | None = None
     """[P] fp32 routing probabilities."""
     bits: Tensor | None = None
@@ -99,8 +107,9 @@ class StudentOutputs:
 class StudentState:
     """What R rows remember between bytes. :meth:`Student.step` updates it in place."""
 
-    encoder: StackState
+    encoder: EncoderState
     decoder: StackState
+    pool: PoolState
     dechunk: DechunkState
     cache: Any
     r_previous: Tensor
@@ -111,6 +120,7 @@ class StudentState:
         return StudentState(
             encoder=self.encoder.select(rows),
             decoder=self.decoder.select(rows),
+            pool=self.pool.select(rows),
             dechunk=self.dechunk.select(rows),
             cache=self.cache.select(rows),
             r_previous=self.r_previous[rows],
@@ -120,6 +130,7 @@ class StudentState:
         """Overwrite the rows [K] int64 with those of ``sub`` in order, in place."""
         self.encoder.put(rows, sub.encoder)
         self.decoder.put(rows, sub.decoder)
+        self.pool.put(rows, sub.pool)
         self.dechunk.put(rows, sub.dechunk)
         self.cache.put(rows, sub.cache)
         self.r_previous[rows] = sub.r_previous
@@ -140,9 +151,11 @@ class Student(nn.Module):
         """
         super().__init__()
         self.byte_side_config = config
+        self.pooling = ChunkPooling(config.chunk_pooling)
         self.pre_process: bool = getattr(backbone, "pre_process", True)
         self.post_process: bool = getattr(backbone, "post_process", True)
-        seeds = [int(seed) for seed in torch.randint(2**31, (3,))]
+        # on the CPU also where transformers builds on the meta device
+        seeds = torch.randint(2**31, (3,), device="cpu").tolist()
         # not "decoder": megatron's schedules take a module of that name for a transformer block
         for name, part, seed, is_here in (
             ("byte_encoder", ByteEncoder, seeds[0], self.pre_process),
@@ -228,13 +241,17 @@ class Student(nn.Module):
         x = self.byte_encoder.mix(row.byte_ids, cu_seqlens)
         needs_p = self._needs_p(boundaries, parts)
         # the encoder's head works byte by byte: where only chunk ends are read, it runs only there
-        r = self.byte_encoder.project(x) if needs_p or Parts.DECODER in parts else None
+        only_ends = self.pooling is ChunkPooling.LAST and not needs_p and Parts.DECODER not in parts
+        r = None if only_ends else self.byte_encoder.project(x)
         p = self.router(r, cu_seqlens) if needs_p else None
         if parts == Parts.ENCODER | Parts.ROUTER:
             return StudentOutputs(r=r, p=p)
         bits = self._bits(row, boundaries, p)
         layout = chunk_layout(bits, cu_seqlens, row.chunk_bucket)
-        chunks = self.byte_encoder.project(pool_chunks(x, layout)) if r is None else pool_chunks(r, layout)
+        if r is None:
+            chunks = self.byte_encoder.project(pool_chunks(x, layout))
+        else:
+            chunks = pool_chunks(r, layout, self.pooling)
         return StudentOutputs(r=r, chunks=chunks, p=p, bits=bits, layout=layout)
 
     def _bits(self, row: ByteRow, boundaries: Boundaries, p: Tensor | None) -> Tensor:
@@ -243,10 +260,7 @@ class Student(nn.Module):
         if isinstance(boundaries, Given):
             return self._checked(boundaries.bits, row)
         assert p is not None
-        bits = decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official)
-        # every run of PAD is one chunk whatever the router thinks of it
-        before = torch.nn.functional.pad(row.loss_mask[:-1], (1, 0), value=True)
-        return torch.where(row.loss_mask, bits, before)
+        return decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official, is_text=row.loss_mask)
 
     def _checked(self, bits: Tensor, row: ByteRow) -> Tensor:
         """ValueError where a segment's first byte is no end: there is no chunk that its bytes could read."""
@@ -263,6 +277,7 @@ class Student(nn.Module):
         return StudentState(
             encoder=self.byte_encoder.init_state(rows),
             decoder=self.byte_decoder.init_state(rows),
+            pool=init_pool_state(rows, width, self.pooling, device, dtype),
             dechunk=init_dechunk_state(rows, width, device, dtype),
             cache=self.backbone.init_cache(rows),  # type: ignore[operator]
             r_previous=torch.zeros(rows, width, device=device, dtype=dtype),
@@ -281,14 +296,16 @@ class Student(nn.Module):
         p_previous = torch.ones(rows.shape[0], device=r.device)
         if self._mode is DechunkMode.CAUSAL:
             p_previous = self.router.step(state.r_previous[rows], r)
+        chunks, pool = pool_step(state.pool.select(rows), r, bits, self.pooling)
         h = torch.zeros_like(r)
         ended = bits.nonzero()[:, 0]
         if ended.shape[0]:
-            h[ended] = self.backbone.step(r[ended], state.cache, rows[ended]).to(h.dtype)  # type: ignore[operator]
+            h[ended] = self.backbone.step(chunks[ended], state.cache, rows[ended]).to(h.dtype)  # type: ignore[operator]
         s, dechunk = dechunk_step(state.dechunk.select(rows), bits, h, p_previous, self._mode)
         logits, decoder = self.byte_decoder.step(s, r, byte_ids, state.decoder.select(rows))
         state.encoder.put(rows, encoder)
         state.decoder.put(rows, decoder)
+        state.pool.put(rows, pool)
         state.dechunk.put(rows, dechunk)
         state.r_previous[rows] = r
         return logits

@@ -8,17 +8,24 @@ from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import text_positions
-from megabyte_distill.kernels.ops import joint_cross_entropy
+from megabyte_distill.kernels.ops import joint_cross_entropies, joint_cross_entropy
 
 
-def joint_nll(logits: Tensor, row: PackedRow) -> Tensor:
-    """Negative log-likelihood [P] in nats, fp32, of the row's joint labels; meaningless on PAD."""
-    return joint_cross_entropy(logits, row.labels)
+def joint_nll(logits: Tensor, row: PackedRow, *, overwrite_logits: bool = False) -> Tensor:
+    """Negative log-likelihood [P] in nats, fp32, of the row's joint labels; meaningless on PAD.
+
+    With ``overwrite_logits`` nobody else reads the logits: their gradient may take their place.
+    """
+    return joint_cross_entropy(logits, row.labels, overwrite_logits=overwrite_logits)
 
 
-def joint_soft_nll(logits: Tensor, distribution: Tensor) -> Tensor:
-    """Cross-entropy [P] in nats, fp32, of logits [P, 512] against a distribution [P, 512] over the joint classes."""
-    return joint_cross_entropy(logits, distribution)
+def joint_nlls(
+    logits: Tensor, row: PackedRow, distribution: Tensor, *, hard_has_gradient: bool, overwrite_logits: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(:func:`joint_nll`, the cross-entropy against a distribution [P, 512] over the joint classes), each [P]."""
+    return joint_cross_entropies(
+        logits, row.labels, distribution, hard_has_gradient=hard_has_gradient, overwrite_logits=overwrite_logits
+    )
 
 
 def joint_bits_pair(nll: Tensor, row: PackedRow) -> tuple[Tensor, int]:

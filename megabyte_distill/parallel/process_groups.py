@@ -95,42 +95,37 @@ def world(
         warnings.simplefilter("ignore")
         _init_torch(datetime.timedelta(minutes=timeout_minutes))
     try:
-        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed, timeout_minutes)
         yield current_world()
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int) -> None:
+def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int, timeout_minutes: float) -> None:
     from megatron.core import parallel_state
     from megatron.core import tensor_parallel as megatron_tp
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+        parallel_state.initialize_model_parallel(
+            tensor_parallel, pipeline_parallel, distributed_timeout_minutes=timeout_minutes
+        )
         megatron_tp.model_parallel_cuda_manual_seed(seed)
 
 
-@contextlib.contextmanager
-def regrouped(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1) -> Iterator[World]:
-    """The ranks that are up, cut in another way; afterwards as before. Models of one cut know nothing of another."""
+def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1, timeout_minutes: float = 10.0) -> World:
+    """Cut the ranks that are up in another way. Models of the old cut cannot be used any more; collective."""
     from megatron.core import parallel_state
 
-    before = (
+    now = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    if before == (tensor_parallel, pipeline_parallel):
-        yield current_world()
-        return
-    parallel_state.destroy_model_parallel()
-    try:
-        _init_model_parallel(tensor_parallel, pipeline_parallel, seed)
-        yield current_world()
-    finally:
+    if now != (tensor_parallel, pipeline_parallel):
         parallel_state.destroy_model_parallel()
-        _init_model_parallel(*before, seed)
+        _init_model_parallel(tensor_parallel, pipeline_parallel, seed, timeout_minutes)
+    return current_world()
 
 
 def current_world() -> World:

@@ -22,7 +22,7 @@ from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
-from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.parallel.process_groups import World, regroup
 from megabyte_distill.pretrain.prepare import Prepared, data_sets
 from megabyte_distill.runs import GENERATES_FROM, RunStudents, load_run_teacher, load_students, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
@@ -55,11 +55,18 @@ class StageRow:
 def closing_report(settings: Settings, prepared: Prepared, world: World) -> None:
     """Measure, write and print the summary where all stages are complete and ``summary_bytes`` asks for one.
 
-    All ranks load (checkpoints are read collectively); then the ranks that share the first copy of the model measure,
-    the main one writes, and the others leave.
+    Measuring knows no pipeline stages: the ranks are cut anew, by tensor parallelism alone. All of them load
+    (checkpoints are read collectively); then the ranks that share the first copy of the model measure, the main one
+    writes, and the others leave.
     """
     if not settings.run.summary_bytes or settings.data.mock_data or not _finished(prepared.root):
         return
+    parallel = settings.parallel
+    world = regroup(
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        pipeline_parallel=1,
+        timeout_minutes=parallel.distributed_timeout_minutes,
+    )
     students = load_students(prepared.root)
     teacher = load_run_teacher(prepared.root, prepared.teacher).backbone
     if world.data_parallel_rank != 0:

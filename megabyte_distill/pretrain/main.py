@@ -18,7 +18,9 @@ from megabyte_distill.config.command_line import HELP_FLAGS
 from megabyte_distill.config.run_config import settings_to_dict
 from megabyte_distill.parallel import cpu_megatron
 from megabyte_distill.parallel.cpu_memory import keep_large_buffers
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import FailureElsewhere, World, on_main_rank, torchrun_environment, world
+from megabyte_distill.parallel.watch import PeerLost, is_lost_contact, watched
 from megabyte_distill.pretrain.failure import quiet_known_warnings, report_failure
 from megabyte_distill.pretrain.run_lock import only_job
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
 
     example = Example(example_folder) if example_folder is not None else None
     defaults = example.defaults(_save_folder(argv, example_run)) if example is not None else None
-    from megabyte_distill.training.loop import TrainingFailure
+    from megabyte_distill.training.failures import TrainingFailure
 
     try:
         settings = _settings(argv, defaults, rank, size)
@@ -66,8 +68,11 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
     except OSError as trouble:  # a full disk, a folder that may not be written
         report_failure(f"{trouble}; what was saved before is untouched, the same command goes on from it", rank=rank)
         return EXIT_FAILURE
-    except RuntimeError as lost:
-        if size == 1 or "onnection" not in str(lost):
+    except PeerLost as lost:
+        report_failure(str(lost), rank=rank, everywhere=not lost.speaks)
+        return EXIT_FAILURE
+    except RuntimeError as lost:  # before the ranks were watched
+        if size == 1 or not is_lost_contact(lost):
             raise
         report_failure("another rank has ended; what stopped it is in its own message", rank=rank)
         return EXIT_FAILURE
@@ -131,34 +136,46 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
     from megabyte_distill.pretrain.closing import closing_report, print_saved_summary
     from megabyte_distill.pretrain.prepare import check_held_out, prepare_run
 
+    position = Position()
     with contextlib.ExitStack() as stack:
         if settings.checkpoint.save is not None:
             root = Path(settings.checkpoint.save)
             on_main_rank(ranks, lambda: stack.enter_context(only_job(root)))
+            position = stack.enter_context(_watched(root, settings, ranks))
         _prepare_example(settings, example, ranks)
         prepared = prepare_run(settings, ranks)
         check_held_out(settings, prepared)
-        if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, ranks):
+        if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, ranks, position):
+            position.at("closing report")
             closing_report(settings, prepared, ranks)
     return 0
 
 
-def versions() -> str:
-    """What this job runs on, once in the log: libraries, device, optional packages."""
+def _watched(root: Path, settings: Settings, ranks: World) -> contextlib.AbstractContextManager[Position]:
+    def report(message: str) -> None:
+        report_failure(message, rank=ranks.rank)
+
+    return watched(root, ranks, 60 * settings.parallel.distributed_timeout_minutes, report)
+
+
+def versions(kernels: str) -> str:
+    """What this job runs on, once in the log: libraries, optional packages, and the path of the kernels."""
     parts = [f"{name} {metadata.version(name)}" for name in ("megatron-core", "torch")]
     parts += [f"{name}: {state}" for name, state in optional.describe().items()]
-    return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: torch reference"
+    return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: {kernels}"
 
 
-def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
+def _train(settings: Settings, prepared: Prepared, ranks: World, position: Position) -> bool:
     """Run the selected stages; True where they are all complete, False where somebody stopped them."""
+    from megabyte_distill.kernels.selection import choose
     from megabyte_distill.pretrain.stage_runner import StageRunner
     from megabyte_distill.training.logging import MetricWriter, say
     from megabyte_distill.training.loop import StopReason
     from megabyte_distill.training.signals import stop_request
 
+    chosen = choose(settings.run.kernels, ranks.device)
     if ranks.is_main:
-        say(f" {versions()}")
+        say(f" {versions(str(chosen))}")
     limit = settings.run.exit_duration_in_mins
     board = settings.run.tensorboard_dir
     writer = MetricWriter(
@@ -175,6 +192,7 @@ def _train(settings: Settings, prepared: Prepared, ranks: World) -> bool:
                 world=ranks,
                 writer=writer,
                 stop=stop,
+                position=position,
                 deadline=time.monotonic() + 60 * limit if limit else math.inf,
             )
             for name in (stage for stage in STAGE_ORDER if stage in settings.stages):

@@ -18,6 +18,7 @@ from megabyte_distill.conversion.model_config import (
     read_model_config,
     write_model_config,
 )
+from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
@@ -74,6 +75,12 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
     source = load if load.is_dir() and is_run(load) else None
     teacher = teacher_path(load) if source is not None else load
     backbone = read_model_config(teacher).backbone
+    check_parallel_sizes(
+        backbone,
+        tensor_parallel=settings.parallel.tensor_model_parallel_size,
+        pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
+        flags=("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
+    )
     table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
     _check_place(root, teacher, source, fresh=settings.run.fresh)
     # only now, when the command is known to have a teacher to start over from

@@ -17,14 +17,17 @@ from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
 from megabyte_distill.runs import StageProgress, backbone_overrides, build_student, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
+from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, say
 from megabyte_distill.training.loop import Loop, StopReason
 from megabyte_distill.training.optimizer import wrap_for_training
 from megabyte_distill.training.rows import HeldOutRows, MicroBatches
+from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 
 
@@ -37,6 +40,7 @@ class StageRunner:
     world: World
     writer: MetricWriter
     stop: StopRequest
+    position: Position
     deadline: float = math.inf
 
     def run(self, name: str) -> StopReason:
@@ -54,6 +58,7 @@ class StageRunner:
                 f"{config.train_iters} is not beyond it; give --{name}.train-iters more than that, or remove "
                 f"{self.prepared.root / name} to train the stage anew"
             )
+        self.position.begin(name, 0, "load")
         student, teacher = self._models(stage, config, progress)
         loop = self._loop(stage, config, student, teacher)
         if progress is not None:
@@ -95,17 +100,18 @@ class StageRunner:
 
     def _models(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> tuple[Student, Backbone | None]:
         dtype = training_dtype(self.settings)
+        verify = self.settings.checkpoint.verify_checkpoint
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
         overrides = backbone_overrides(self.settings, config)
         student = build_student(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
-            load_checkpoint(own.checkpoint, student)
+            load_checkpoint(own.checkpoint, student, verify=verify)
         else:
             ckpt_step = self.settings.checkpoint.ckpt_step
             checkpoint, what = starting_point(self.prepared, stage.name, ckpt_step)
-            load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "")
+            load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "", verify=verify)
             self._say(f" stage {stage.name} ({stage.title}) starts from {what}: {checkpoint}")
         student.to(device=self.world.device, dtype=dtype)
         if config.recompute_byte_mixers:
@@ -117,7 +123,7 @@ class StageRunner:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = student.backbone  # type: ignore[assignment]
         elif need is not TeacherNeed.NONE:
-            teacher = load_teacher(self.prepared.teacher, dtype=dtype, overrides=overrides).backbone
+            teacher = load_teacher(self.prepared.teacher, dtype=dtype, overrides=overrides, verify=verify).backbone
             teacher.requires_grad_(False).eval()
         return student, teacher
 
@@ -136,21 +142,27 @@ class StageRunner:
                 overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
                 overlap_param_gather=settings.parallel.overlap_param_gather,
                 ddp_bucket_size=settings.parallel.ddp_bucket_size,
+                position=self.position,
             ),
             objective=stage.objective(config, teacher, self.prepared.token_bytes),
             rows=MicroBatches(train, config, world, document_mask=mask),
             config=config,
             run_config=settings.run,
             world=world,
-            folder=self.prepared.root / stage.name,
+            saver=Saver(
+                folder=self.prepared.root / stage.name,
+                world=world,
+                background=settings.checkpoint.async_save,
+                keep_last_checkpoints=settings.checkpoint.keep_last_checkpoints,
+                save_retain_interval=settings.checkpoint.save_retain_interval,
+                texts={RUN_CONFIG_NAME: run_config_text(settings)},
+            ),
             writer=self.writer,
             stop=self.stop,
             deadline=self.deadline,
-            texts={RUN_CONFIG_NAME: run_config_text(settings)},
             extra_state=self._identity(stage.name),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
-            keep_last_checkpoints=settings.checkpoint.keep_last_checkpoints,
-            save_retain_interval=settings.checkpoint.save_retain_interval,
+            invariants=Invariants(student, world) if settings.run.check_invariants else None,
         )
 
     def _identity(self, name: str) -> dict[str, Any]:

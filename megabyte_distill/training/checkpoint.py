@@ -4,7 +4,8 @@ Layout of a stage's (or a converted teacher's) folder::
 
     latest_checkpointed_iteration.txt     the number of the newest complete checkpoint
     iter_0000100/                         all weights; the optimizer of what trained; loop state; run_config.yaml
-    iter_0000200.incomplete/              a save that was interrupted: ignored, and removed by the next save
+    iter_0000100/manifest.json            size and hash of each of these files
+    iter_0000200.incomplete/              a save under way or interrupted: ignored, and removed by the next save
 """
 
 from __future__ import annotations
@@ -12,30 +13,48 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megabyte_distill.training.save_processes import tied_to_this_process
+from megabyte_distill.parallel.watch import is_lost_contact
+from megabyte_distill.training import rng
+from megabyte_distill.training.checkpoint_writer import CheckpointWriter, Written
+from megabyte_distill.training.manifest import (
+    MANIFEST_FILE,
+    ManifestError,
+    check_files,
+    manifest_text,
+    read_manifest,
+    records_of,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE_FILE = "loop_state.json"
 _INCOMPLETE = ".incomplete"
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Of the distributed optimizer's state; its default cannot be saved any more."""
+_LISTED = "files are listed"
+"""Entry of the loop state: such a checkpoint has a manifest, and without it is damaged. Older ones have none."""
 _ANY_FAILURE = (Exception, CheckpointException)
 """torch's CheckpointException is not an Exception."""
+
+
+class OptimizerState(Protocol):
+    """What has a state that is saved beside the weights: optimizer.TrainerModel."""
+
+    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool) -> Any: ...
+
+    def load_state_dict(self, loaded: Any) -> None: ...
 
 
 class CheckpointError(ValueError):
@@ -143,64 +162,129 @@ def _barrier_with_failures(error: BaseException | None, doing: str) -> None:
         raise CheckpointError(f"{doing} failed ({where}); earlier checkpoints are untouched") from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingSave:
+    """A checkpoint whose tensors are being written. It does not exist before :meth:`finish` has come back."""
+
+    final: Path
+    texts: Mapping[str, str]
+    writer: CheckpointWriter
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written."""
+        return self.final.with_name(self.final.name + _INCOMPLETE)
+
+    def is_done(self) -> bool:
+        """Whether this rank has written its part, so that it would not wait in :meth:`finish` for its own disk."""
+        return self.writer.is_done()
+
+    def finish(self) -> Path:
+        """Wait until all ranks have written their parts, put the checkpoint in place and have the tracker name it.
+
+        Collective. A failure on any rank (a full disk) raises CheckpointError on every rank, removes what was written
+        and leaves earlier checkpoints.
+        """
+        saving = f"saving {self.final} ({_room(self.final.parent)})"
+        with self._removed_on_failure():
+            error: BaseException | None = None
+            written: Written | None = None
+            try:
+                written = self.writer.wait()
+            except _ANY_FAILURE as caught:  # every kind must reach the other ranks, or they wait for ever
+                error = caught
+            _barrier_with_failures(error, saving)
+            ranks: list[Written] | None = [written] * dist.get_world_size() if dist.get_rank() == 0 else None  # type: ignore[list-item]
+            dist.gather_object(written, ranks)
+            try:
+                if ranks is not None:
+                    self._list_files(ranks)
+                    fsync_tree(self.partial)
+            except _ANY_FAILURE as caught:
+                error = caught
+            _barrier_with_failures(error, saving)
+        try:
+            if dist.get_rank() == 0:
+                _put_in_place(self.partial, self.final)
+                _write_atomically(self.final.parent / TRACKER, f"{int(self.final.name.removeprefix('iter_'))}\n")
+                fsync(self.final.parent)
+        except OSError as caught:
+            error = caught
+        _barrier_with_failures(error, f"finishing {self.final}")
+        return self.final
+
+    def _list_files(self, ranks: list[Written]) -> None:
+        """Write the metadata of the tensors, the small files, and the manifest of everything."""
+        records = self.writer.complete(ranks)
+        for name, text in self.texts.items():
+            _write_atomically(self.partial / name, text)
+        records.update(records_of(path for path in self.partial.iterdir() if path.name not in records))
+        _write_atomically(self.partial / MANIFEST_FILE, manifest_text(records))
+
+    @contextmanager
+    def _removed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
+
+def begin_save(
+    folder: Path,
+    iteration: int,
+    model: nn.Module,
+    *,
+    optimizer: OptimizerState | None,
+    loop: Mapping[str, Any],
+    texts: Mapping[str, str],
+    writer: CheckpointWriter | None = None,
+) -> PendingSave:
+    """Have all ranks write ``folder/iter_N``; it is complete once ``finish`` of what is returned has come back.
+
+    ``loop``: JSON-able state of the loop; ``texts``: further small files by name (run_config.yaml); ``writer``: writes
+    the tensors, by default before this function returns; with ``CheckpointWriter(background=True)`` a copy of the state
+    as it is now is written while the model trains on.
+    """
+    final = iteration_folder(folder, iteration)
+    small = {STATE_FILE: json.dumps({**loop, _LISTED: True}, indent=1), **texts}
+    save = PendingSave(final=final, texts=small, writer=writer or CheckpointWriter())
+    error: BaseException | None = None
+    try:
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"iter_*{_INCOMPLETE}"):
+                shutil.rmtree(leftover)
+            save.partial.mkdir()
+    except OSError as caught:
+        error = caught
+    _barrier_with_failures(error, f"creating {save.partial}")
+    try:
+        weights = sharded_state_dict(model)
+        state: dict[str, Any] = {"model": weights, rng.KEY: rng.sharded_rng_state()}
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False)
+        dist_checkpointing.save(state, str(save.partial), sharded_strategy=save.writer)
+    except _ANY_FAILURE as caught:
+        error = caught
+    with save._removed_on_failure():
+        _barrier_with_failures(error, f"saving {final} ({_room(folder)})")
+    return save
+
+
 def save_checkpoint(
     folder: Path,
     iteration: int,
     model: nn.Module,
     *,
-    optimizer: Any | None,
+    optimizer: OptimizerState | None,
     loop: Mapping[str, Any],
     texts: Mapping[str, str],
-    writer: TorchDistSaveShardedStrategy | None = None,
+    writer: CheckpointWriter | None = None,
 ) -> Path:
-    """Write ``folder/iter_N`` from all ranks; on return it is complete and the tracker names it.
-
-    ``loop``: JSON-able state of the loop; ``texts``: further small files by name (run_config.yaml); ``writer``: writes
-    the tensors (default: megatron's own, from memory). A failure on any rank (a full disk) raises CheckpointError on
-    every rank, removes what was written and leaves earlier checkpoints.
-    """
-    final = iteration_folder(folder, iteration)
-    partial = final.with_name(final.name + _INCOMPLETE)
-    main = dist.get_rank() == 0
-    error: BaseException | None = None
-    try:
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(f"iter_*{_INCOMPLETE}"):
-                shutil.rmtree(leftover, ignore_errors=True)  # a killed job's writer may still be at it
-            partial.mkdir()
-    except OSError as caught:
-        error = caught
-    _barrier_with_failures(error, f"creating {partial}")
-    try:
-        weights = sharded_state_dict(model)
-        state: dict[str, Any] = {"model": weights, "rng": torch.get_rng_state()}
-        if optimizer is not None:
-            state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=False, metadata=_OPTIMIZER_FORMAT)
-        with tied_to_this_process():
-            dist_checkpointing.save(state, str(partial), sharded_strategy=writer)
-        if main:
-            _write_atomically(partial / STATE_FILE, json.dumps(dict(loop), indent=1))
-            for name, text in texts.items():
-                _write_atomically(partial / name, text)
-            fsync_tree(partial)
-    except _ANY_FAILURE as caught:  # every kind must reach the other ranks, or they wait for ever
-        error = caught
-    try:
-        _barrier_with_failures(error, f"saving {final} ({_room(folder)})")
-    except CheckpointError:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    try:
-        if main:
-            _put_in_place(partial, final)
-            _write_atomically(folder / TRACKER, f"{iteration}\n")
-            fsync(folder)
-    except OSError as caught:
-        error = caught
-    _barrier_with_failures(error, f"finishing {final}")
-    return final
+    """:func:`begin_save` and ``finish`` in one: on return the checkpoint is complete and the tracker names it."""
+    return begin_save(folder, iteration, model, optimizer=optimizer, loop=loop, texts=texts, writer=writer).finish()
 
 
 def remove_old_checkpoints(folder: Path, *, keep_last: int, retain_interval: int = 0) -> list[Path]:
@@ -234,11 +318,51 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 def read_loop_state(checkpoint: Path) -> dict[str, Any]:
     """The loop's JSON state of a complete checkpoint."""
+    state = _loop_state(checkpoint)
+    state.pop(_LISTED, None)
+    return state
+
+
+def _loop_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); choose another checkpoint with --ckpt-step") from error
+
+
+def verify_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
+    """CheckpointError that names every file of a complete checkpoint which is not as it was written, and what to do.
+
+    Collective. Sizes are always compared; ``hashes``: the content too, each file read by one of the ranks. A checkpoint
+    of an earlier version, which listed no files, is let through with a warning: what can be wrong with it then shows
+    when it is loaded, as it did in that version.
+    """
+    try:
+        records = read_manifest(checkpoint)
+        if records is None and _loop_state(checkpoint).get(_LISTED):
+            raise ManifestError(f"{MANIFEST_FILE} is missing")
+        check_files(checkpoint, records or {}, hashes=hashes)
+    except ManifestError as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}. {_way_out(checkpoint)}") from error
+    if records is None and dist.get_rank() == 0:
+        warnings.warn(f"{checkpoint} has no {MANIFEST_FILE} and is loaded unverified", stacklevel=2)
+
+
+def _way_out(checkpoint: Path) -> str:
+    """What to do about a damaged checkpoint: the earlier ones that are there."""
+    earlier = [
+        int(path.name.removeprefix("iter_"))
+        for path in sorted(checkpoint.parent.glob("iter_*"))
+        if path.name < checkpoint.name and (path / "metadata.json").exists() and not path.name.endswith(_INCOMPLETE)
+    ]
+    if not earlier:
+        return f"{checkpoint.parent} holds no earlier one: copy it again from where it came, or make it anew"
+    numbers = ", ".join(map(str, earlier[-5:]))
+    return (
+        f"Earlier ones: {numbers}. Take one with --ckpt-step {earlier[-1]} where --load names the folder; where a run "
+        f"is to go on from it, write its number into {checkpoint.parent / TRACKER}"
+    )
 
 
 @contextmanager
@@ -247,6 +371,8 @@ def readable(checkpoint: Path, name: str = "") -> Iterator[None]:
     try:
         yield
     except _ANY_FAILURE as error:  # megatron, torch and the file system each raise their own kind
+        if is_lost_contact(error):
+            raise
         what = f"{name} of {checkpoint}" if name else f"{checkpoint}"
         raise CheckpointError(
             f"{what} cannot be loaded ({_reason(error)}): it is damaged, or made with "
@@ -281,11 +407,13 @@ def check_shapes(wanted: Iterable[tuple[str, Any]], checkpoint: Path, *, padded:
         )
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "") -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "", verify: bool = True) -> dict[str, Any]:
     """Load weights (those whose names start with ``prefix``); return the loop's state.
 
-    Shapes are checked before anything is changed; CheckpointError names every tensor that does not fit.
+    Files (with ``verify`` their hashes too) and shapes are checked before anything is changed; CheckpointError names
+    every file that is damaged and every tensor that does not fit.
     """
+    verify_checkpoint(checkpoint, hashes=verify)
     weights = {name: t for name, t in sharded_state_dict(model).items() if name.startswith(prefix)}
     check_shapes(weights.items(), checkpoint)
     with readable(checkpoint):
@@ -297,21 +425,20 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "") -> 
     return read_loop_state(checkpoint)
 
 
-def load_training_state(checkpoint: Path, model: nn.Module, optimizer: Any | None, *, with_rng: bool) -> None:
+def load_training_state(
+    checkpoint: Path, model: nn.Module, optimizer: OptimizerState | None, *, with_rng: bool
+) -> str | None:
     """Load what a checkpoint holds beside ``model``'s weights, which are loaded already.
 
-    ``optimizer``: the one built on the model, or None to leave it fresh; ``with_rng``: the generator's state too.
+    ``optimizer``: the one built on the model, or None to leave it fresh; ``with_rng``: the generators' states too.
+    Returns what of the latter could not be taken up exactly.
     """
-    wanted: dict[str, Any] = {"rng": torch.get_rng_state()} if with_rng else {}
     if optimizer is not None:
-        wanted["optimizer"] = optimizer.sharded_state_dict(
-            sharded_state_dict(model), is_loading=True, metadata=_OPTIMIZER_FORMAT
-        )
-    if not wanted:
-        return
-    with readable(checkpoint):
-        loaded = dist_checkpointing.load(wanted, str(checkpoint))
-    if optimizer is not None:
+        wanted = optimizer.sharded_state_dict(sharded_state_dict(model), is_loading=True)
+        with readable(checkpoint):
+            loaded = dist_checkpointing.load({"optimizer": wanted}, str(checkpoint))
         optimizer.load_state_dict(loaded["optimizer"])
-    if with_rng and "rng" in loaded:
-        torch.set_rng_state(loaded["rng"])
+    if not with_rng:
+        return None
+    with readable(checkpoint):
+        return rng.load_rng_state(checkpoint)

@@ -18,15 +18,13 @@ from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.config.training import RunConfig
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
-from megabyte_distill.parallel.process_groups import World, on_main_rank
-from megabyte_distill.training.checkpoint import (
-    load_training_state,
-    read_loop_state,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.training.checkpoint import load_training_state, read_loop_state
+from megabyte_distill.training.failures import TrainingFailure
+from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, log_line, say
 from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
+from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.step import StepReport, evaluate, train_step
 from megabyte_distill.training.throughput import FlopCount
@@ -39,10 +37,6 @@ class StopReason(str, Enum):
     SIGNAL = "signal"
     DURATION = "duration"
     INTERVAL = "interval"
-
-
-class TrainingFailure(RuntimeError):
-    """Training cannot go on; the message names the stage, the update and the batch."""
 
 
 class RowSource(Protocol):
@@ -115,19 +109,16 @@ class Loop:
     config: StageConfig
     run_config: RunConfig
     world: World
-    folder: Path
+    saver: Saver
     writer: MetricWriter
     stop: StopRequest
     deadline: float = math.inf
     """time.monotonic() at which --exit-duration-in-mins is over."""
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """Small files for each checkpoint: run_config.yaml."""
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Written into each checkpoint's state: hashes of what it was made from."""
     valid_rows: Callable[[], list[list[PackedRow]]] = list
-    keep_last_checkpoints: int = 0
-    """0 keeps all."""
-    save_retain_interval: int = 0
+    invariants: Invariants | None = None
+    """Checked every ``check_invariants`` updates."""
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
     _flops: float | None = None
@@ -140,9 +131,10 @@ class Loop:
         """
         if with_optimizer:
             self._check_optimizer(checkpoint)
-        optimizer = self.trained.optimizer if with_optimizer else None
-        with self.trained.own_settings():
-            load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        optimizer = self.trained if with_optimizer else None
+        inexact = load_training_state(checkpoint, self.trained.module, optimizer, with_rng=with_rng)
+        if inexact and self.world.is_main:
+            say(f" warning: {inexact}")
         state = read_loop_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self._window = _Window.from_state(state["window"]) if "window" in state else _Window()
@@ -158,24 +150,37 @@ class Loop:
                 f"{checkpoint} was saved {words[0]} {flag}, this run is started {words[1]} it, and the two save other "
                 f"states; start it {words[0]} {flag}, or begin with a fresh optimizer: --no-load-optim"
             )
-        if self.trained.reloads_inexactly:
-            raise ValueError(
-                f"stage {self.stage} cannot go on from {checkpoint}: the state that {flag} saves does not load exactly "
-                "where the optimizer is torch's AdamW. Begin with a fresh optimizer (--no-load-optim), install "
-                f"Transformer Engine or NVIDIA apex, or train the stage again without {flag} (remove its folder)"
-            )
 
     def run(self) -> StopReason:
-        """Train; on return the state is saved, whatever the reason."""
+        """Train; on return the state is saved, whatever the reason.
+
+        Where training fails on all ranks alike, a save that is under way is finished first. A failure of one rank alone
+        leaves it unfinished, and the checkpoint before is the latest.
+        """
         self.trained.module.train()
         window = self._window
         if not window.updates:
             window.started = time.perf_counter()
+        if self.invariants is not None:
+            self.invariants.check(f"stage {self.stage} before its first update here", gradients=False)
+        try:
+            reason = self._updates(window)
+        except Exception as failure:
+            if self.world.size == 1 or isinstance(failure, TrainingFailure):
+                self.saver.finish()
+            raise
+        self.saver.finish()
+        return reason
+
+    def _updates(self, window: _Window) -> StopReason:
         while self.progress.iteration < self.config.train_iters:
             report = self._update(window)
             self._log(window, report)
+            self._check_invariants(report)
             self._evaluate_if_due()
-            reason = self._reason_to_stop()
+            reason, all_written = self._agree()
+            if all_written:
+                self.saver.finish()
             if reason is not None:
                 self.save()
                 return reason
@@ -189,6 +194,7 @@ class Loop:
 
     def _update(self, window: _Window) -> StepReport:
         started = time.perf_counter()
+        self.trained.position.begin(self.stage, self.progress.iteration + 1, "data")
         micro_batches = self.rows.next_micro_batches()
         counts = self.run_config.log_throughput and self._flops is None
         with FlopCount() if counts else contextlib.nullcontext() as count:
@@ -201,8 +207,8 @@ class Loop:
         progress.consumed_bytes += self.config.bytes_per_update
         progress.seconds += time.perf_counter() - started
         progress.skipped += report.skipped
-        progress.nan_iterations += not report.is_finite
-        progress.nan_in_a_row = 0 if report.is_finite else progress.nan_in_a_row + 1
+        progress.nan_iterations += report.skipped
+        progress.nan_in_a_row = progress.nan_in_a_row + 1 if report.skipped else 0
         window.add(report)
         if progress.nan_in_a_row >= self.run_config.max_nan_iterations:
             self._log(window, report, force=True)
@@ -252,33 +258,44 @@ class Loop:
         window.sums.clear()
         window.updates, window.started = 0, time.perf_counter()
 
+    def _check_invariants(self, report: StepReport) -> None:
+        iteration, interval = self.progress.iteration, self.run_config.check_invariants
+        if self.invariants is not None and interval and iteration % interval == 0:
+            # what is not finite is counted and explained elsewhere
+            self.invariants.check(f"stage {self.stage} iteration {iteration}", gradients=not report.skipped)
+
     def _evaluate_if_due(self) -> None:
         config, iteration = self.config, self.progress.iteration
         at_end = iteration == config.train_iters
         if not config.eval_iters or not (at_end or (config.eval_interval and iteration % config.eval_interval == 0)):
             return
         self.trained.gather_parameters()
+        self.trained.position.at("evaluate")
         means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(), self.world))
         if means and self.world.is_main:
             shown = " | ".join(f"{name}: {value:.6E}" for name, value in means.items())
             say(f" validation at stage {self.stage} iteration {iteration} | {shown} |")
             self.writer.write(self.stage, iteration, {f"validation {name}": value for name, value in means.items()})
 
-    def _reason_to_stop(self) -> StopReason | None:
-        """All ranks agree: where any rank has a reason, the gravest one is everybody's."""
+    def _agree(self) -> tuple[StopReason | None, bool]:
+        """(why to stop, whether every rank has written its part of a save under way), the same on all ranks.
+
+        Where any rank has a reason, the gravest one is everybody's.
+        """
         interval = self.run_config.exit_interval
         reason = 0
         if self.stop:
-            reason = 1
+            reason = 3
         elif time.monotonic() > self.deadline:
             reason = 2
         elif interval and self.progress.iteration % interval == 0:
-            reason = 3
+            reason = 1
+        is_writing = self.saver.is_writing()
         if self.world.size > 1:
-            answer = torch.tensor([reason], device=self.world.device)
+            answer = torch.tensor([reason, int(is_writing)], device=self.world.device)
             dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-            reason = int(answer.item())
-        return (None, StopReason.SIGNAL, StopReason.DURATION, StopReason.INTERVAL)[reason]
+            reason, is_writing = int(answer[0]), bool(answer[1])
+        return (None, StopReason.INTERVAL, StopReason.DURATION, StopReason.SIGNAL)[reason], not is_writing
 
     def _check_weights(self) -> None:
         """TrainingFailure where a weight is not finite, which a finite loss and gradient do not rule out."""
@@ -295,9 +312,10 @@ class Loop:
                 f"saved; its batch: {self.rows.describe_last()}. The last checkpoint is from before; lower --lr"
             )
 
-    def save(self) -> Path:
-        """Write this iteration's checkpoint."""
+    def save(self) -> None:
+        """Write this iteration's checkpoint, or begin to."""
         self.trained.gather_parameters()
+        self.trained.position.at("save")
         self._check_weights()
         loop = {
             "stage": self.stage,
@@ -308,19 +326,4 @@ class Loop:
             "distributed_optimizer": self.trained.is_distributed,
             **self.extra_state,
         }
-        path = save_checkpoint(
-            self.folder,
-            self.progress.iteration,
-            self.trained.module,
-            optimizer=self.trained.optimizer,
-            loop=loop,
-            texts=self.texts,
-        )
-        if self.world.is_main:
-            say(f" saved {path}")
-        if self.keep_last_checkpoints:
-            keep, retain = self.keep_last_checkpoints, self.save_retain_interval
-            on_main_rank(
-                self.world, lambda: remove_old_checkpoints(self.folder, keep_last=keep, retain_interval=retain)
-            )
-        return path
+        self.saver.save(self.progress.iteration, self.trained.module, self.trained, loop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.parallel.pipeline import trains_before, trains_on_stages
+from megabyte_distill.parallel.positions import Position
+from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
 
 BACKBONE_PARAMETERS = "*backbone.*"
@@ -26,6 +28,8 @@ LAYER_PARAMETERS = "backbone.decoder."
 BACKBONE_GROUP = {"lr_mult": 2.0}
 """A mark, not a factor: megatron tells the groups of a checkpoint apart by their multipliers, and nothing here scales
 by them. Without it the backbone's group would be reloaded as a copy of the other one."""
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Of the distributed optimizer's state; its default cannot be saved any more."""
 _SETTINGS_OF_A_GROUP = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
@@ -38,6 +42,8 @@ class TrainerModel:
     config: StageConfig
     gradient_arrives: bool
     """Whether anything trains on the pipeline stages before this one."""
+    position: Position
+    """Told at which part of an update this rank is."""
 
     @property
     def module(self) -> nn.Module:
@@ -54,8 +60,7 @@ class TrainerModel:
         return max(rates)
 
     @contextmanager
-    def own_settings(self) -> Iterator[None]:
-        """Around loading the optimizer: what the command line says now wins over what the checkpoint was made with."""
+    def _own_settings(self) -> Iterator[None]:
         before = [{name: group[name] for name in _SETTINGS_OF_A_GROUP if name in group} for group in self._groups()]
         yield
         for group, own in zip(self._groups(), before, strict=True):
@@ -64,18 +69,28 @@ class TrainerModel:
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups  # type: ignore[no-any-return]
 
+    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool) -> Any:
+        """megatron's description of the optimizer's state, beside that of the model's weights."""
+        exact = self._distributed_over_torch()
+        if not exact:
+            return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        [part] = exact
+        return distributed_adam.describe(part, weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+
     def gather_parameters(self) -> None:
         """Under --overlap-param-gather the last update is whole only in the next forward; this makes it so at once."""
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
 
-    @property
-    def reloads_inexactly(self) -> bool:
-        """True for megatron's distributed optimizer over torch's AdamW, whose saved state cannot be loaded again.
-
-        (A KeyError in megatron-core 0.16.1; with the missing entry filled in, the next update differs.)
-        """
-        return any(type(part.optimizer).__module__.startswith("torch.optim") for part in self._distributed_parts())
+    def load_state_dict(self, loaded: Any) -> None:
+        """Take up what a checkpoint held of :meth:`sharded_state_dict`, but for what the command line says now."""
+        exact = self._distributed_over_torch()
+        with self._own_settings():
+            if exact:
+                [part] = exact
+                distributed_adam.load_state(part, loaded)
+            else:
+                self.optimizer.load_state_dict(loaded)
 
     @property
     def is_distributed(self) -> bool:
@@ -86,10 +101,18 @@ class TrainerModel:
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
+    def _distributed_over_torch(self) -> list[Any]:
+        return [part for part in self._distributed_parts() if distributed_adam.is_over_torch(part)]
 
-def _finalize_without_rescaling(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Reduce gradients; the loss was divided by the global count before the backward, so nothing is scaled here."""
-    finalize_model_grads(model, None, **kwargs)
+
+def _finalizer(position: Position) -> Callable[..., None]:
+    """Reduces gradients; the loss was divided by the global count before the backward, so nothing is scaled here."""
+
+    def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+        position.at("reduce")
+        finalize_model_grads(model, None, **kwargs)
+
+    return finalize
 
 
 def _gather_before_forward(ddp: DistributedDataParallel) -> None:
@@ -127,6 +150,7 @@ def wrap_for_training(
     overlap_param_gather: bool = False,
     ddp_bucket_size: int | None = None,
     use_gloo_process_groups: bool = True,
+    position: Position | None = None,
 ) -> TrainerModel:
     """DDP and AdamW over the parameters with ``requires_grad``; frozen ones get no gradient buffer and no state.
 
@@ -143,7 +167,8 @@ def wrap_for_training(
         overlap_param_gather=overlap_param_gather,
         bucket_size=ddp_bucket_size,
     )
-    transformer.finalize_model_grads_func = _finalize_without_rescaling
+    position = position or Position()
+    transformer.finalize_model_grads_func = _finalizer(position)
     ddp = DistributedDataParallel(transformer, ddp_config, module)
     if overlap_param_gather:
         _gather_before_forward(ddp)
@@ -167,4 +192,9 @@ def wrap_for_training(
     optimizer = megatron_optimizer.get_megatron_optimizer(
         optimizer_config, [ddp], config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
     )
-    return TrainerModel(ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module))
+    trained = TrainerModel(
+        ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module), position=position
+    )
+    for part in trained._distributed_over_torch():
+        distributed_adam.allocate_state(part)
+    return trained

@@ -16,6 +16,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import is_first_stage, is_last_stage, pipeline_size, shared_along_pipeline
+from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.optimizer import TrainerModel
 
@@ -28,11 +29,7 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     skipped: bool
-
-    @property
-    def is_finite(self) -> bool:
-        """False where a loss or the gradient is NaN or infinite."""
-        return math.isfinite(self.grad_norm) and all(math.isfinite(total) for total, _ in self.sums.values())
+    """True where a loss or the gradient was NaN or infinite; the weights are as they were."""
 
 
 def global_counts(counts: list[dict[str, int]], world: World) -> dict[str, float]:
@@ -79,6 +76,7 @@ def run_schedule(
     *,
     gradient_arrives: bool = True,
     forward_only: bool = False,
+    position: Position | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated.
 
@@ -88,11 +86,13 @@ def run_schedule(
         totals: the same over all rows and ranks.
         gradient_arrives: whether anything trains on the pipeline stages before this one.
         forward_only: no gradients.
+        position: told which micro-batch is under way.
 
     Returns:
         One report a micro-batch on the stage where the losses are complete, none on the others.
     """
     reports: list[dict[str, Tensor]] = []
+    at = (position or Position()).at
 
     def total_of(losses: dict[str, Tensor], terms: dict[str, int]) -> Tensor:
         reports.append(_report(objective, losses, terms))
@@ -100,13 +100,16 @@ def run_schedule(
         return torch.stack(parts).sum()
 
     def forward_step(iterator, module):  # type: ignore[no-untyped-def]
-        row, terms = next(iterator)
+        number, (row, terms) = next(iterator)
         link = stage_link(module, gradient_arrives)
-        return stage_output(module, objective, row, link, lambda losses: total_of(losses, terms)), _already_a_loss
+        at("forward", number)
+        output = stage_output(module, objective, row, link, lambda losses: total_of(losses, terms))
+        at("backward", number)
+        return output, _already_a_loss
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=zip(rows, counts, strict=True),
+        data_iterator=enumerate(zip(rows, counts, strict=True)),
         model=[model],
         num_microbatches=len(rows),
         seq_length=1,
@@ -152,23 +155,75 @@ def stage_link(module: nn.Module, gradient_arrives: bool) -> StageLink:
     )
 
 
-def train_step(
-    trained: TrainerModel, objective: Objective, rows: list[PackedRow], iteration: int, world: World
-) -> StepReport:
-    """One update from this rank's micro-batches; a non-finite gradient leaves the weights as they are (skipped)."""
-    learning_rate = trained.set_learning_rate(iteration)
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What a forward and backward pass over an update's rows gave; the gradients themselves lie in the optimizer."""
+
+    sums: dict[str, tuple[float, float]]
+    norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """False where a loss or the gradient is NaN or infinite."""
+        return math.isfinite(self.norm) and all(math.isfinite(total) for total, _ in self.sums.values())
+
+
+def make_gradients(
+    trained: TrainerModel,
+    objective: Objective,
+    rows: list[PackedRow],
+    world: World,
+    totals: dict[str, float] | None = None,
+) -> Gradients:
+    """Gradients of this rank's micro-batches, reduced over ranks, in place of those of any pass before.
+
+    ``totals``: what the losses are divided by, where ``rows`` are only a part of an update.
+    """
     counts = [objective.counts(row) for row in rows]
-    totals = global_counts(counts, world)
+    trained.position.at("count")
+    totals = totals or global_counts(counts, world)
     trained.ddp.zero_grad_buffer()
     trained.optimizer.zero_grad()
-    reports = run_schedule(trained.ddp, objective, rows, counts, totals, gradient_arrives=trained.gradient_arrives)
+    reports = run_schedule(
+        trained.ddp,
+        objective,
+        rows,
+        counts,
+        totals,
+        gradient_arrives=trained.gradient_arrives,
+        position=trained.position,
+    )
     sums = reduce_sums(reports, world, from_first=objective.on_first_stage)
     trained.optimizer.prepare_grads()
-    grad_norm = float(trained.optimizer.get_grad_norm())
-    finite = math.isfinite(grad_norm) and all(math.isfinite(total) for total, _ in sums.values())
-    if finite:
+    return Gradients(sums, float(trained.optimizer.get_grad_norm()))
+
+
+def train_step(
+    trained: TrainerModel,
+    objective: Objective,
+    rows: list[PackedRow],
+    iteration: int,
+    world: World,
+    *,
+    inspect: Callable[[Gradients], None] | None = None,
+) -> StepReport:
+    """One update from this rank's micro-batches; a non-finite gradient leaves the weights as they are (skipped).
+
+    ``inspect``: called when the gradients are there and nothing was updated yet.
+    """
+    learning_rate = trained.set_learning_rate(iteration)
+    gradients = make_gradients(trained, objective, rows, world)
+    if inspect is not None:
+        inspect(gradients)
+    trained.position.at("step")
+    if gradients.is_finite:
         trained.optimizer.step()
-    return StepReport(sums=sums, grad_norm=grad_norm, learning_rate=learning_rate, skipped=not finite)
+    return StepReport(
+        sums=gradients.sums,
+        grad_norm=gradients.norm,
+        learning_rate=learning_rate,
+        skipped=not gradients.is_finite,
+    )
 
 
 @torch.no_grad()

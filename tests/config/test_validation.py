@@ -31,7 +31,6 @@ MOCK = "--mock-data "
         (MOCK + "--tensor-model-parallel-size 2", "1 ranks cannot be cut into groups"),
         (MOCK + "--save-retain-interval 5", "is about --keep-last-checkpoints"),
         (MOCK + "--sequence-parallel", "cuts over tensor-parallel ranks"),
-        (MOCK + "--pipeline-model-parallel-size 4", "the student's pipeline is not built yet"),
         (MOCK + "--overlap-param-gather", "give --use-distributed-optimizer and --overlap-grad-reduce as well"),
         (MOCK + "--context-parallel-size 2", "each segment's chunks would have to divide by 2 × 2"),
         (MOCK + "--recompute-method block", "is about --recompute-granularity full; give that"),

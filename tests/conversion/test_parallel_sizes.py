@@ -46,7 +46,7 @@ def config(**fields: Any) -> BackboneConfig:
     ("tensor", "pipeline", "fields"), [(1, 1, {}), (2, 3, {}), (8, 6, {}), (2, 1, {"qk_norm": QkNorm.FULL})]
 )
 def test_sizes_that_fit_are_accepted(tensor: int, pipeline: int, fields: dict[str, Any]) -> None:
-    check_parallel_sizes(config(**fields), 256, tensor_parallel=tensor, pipeline_parallel=pipeline)
+    check_parallel_sizes(config(**fields), tensor_parallel=tensor, pipeline_parallel=pipeline)
 
 
 @pytest.mark.parametrize(
@@ -71,5 +71,5 @@ def test_sizes_that_do_not_fit_are_named_all_at_once(
     tensor: int, pipeline: int, fields: dict[str, Any], says: list[str]
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        check_parallel_sizes(config(**fields), 256, tensor_parallel=tensor, pipeline_parallel=pipeline)
+        check_parallel_sizes(config(**fields), tensor_parallel=tensor, pipeline_parallel=pipeline)
     assert all(part in str(caught.value) for part in says), caught.value

@@ -18,6 +18,7 @@ from megabyte_distill.conversion.streamed_save import backbone_skeleton
 from megabyte_distill.conversion.teacher_folder import TeacherHolder, find_teacher, load_teacher
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.training.checkpoint import CheckpointError, save_checkpoint
+from tests.training.older import without_manifest
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -82,7 +83,13 @@ def test_a_damaged_file_is_named_and_nothing_is_written(teacher: Path, tmp_path:
     checkpoint = find_teacher(teacher).checkpoint
     largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=r"backbone\.\S+ of \S+iter_0000000 cannot be loaded .*damaged"):
+    with pytest.raises(CheckpointError, match=r"iter_0000000 is damaged: \S+\.distcp has \S+ bytes instead of"):
+        export_teacher(teacher, tmp_path / "hf")
+    without_manifest(checkpoint)
+    with (
+        pytest.warns(UserWarning, match="loaded unverified"),
+        pytest.raises(CheckpointError, match=r"backbone\.\S+ of \S+iter_0000000 cannot be loaded .*damaged"),
+    ):
         export_teacher(teacher, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 

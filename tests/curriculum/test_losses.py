@@ -55,7 +55,7 @@ def test_stages_run_in_the_order_that_chains() -> None:
 def test_counts_are_the_number_of_summed_terms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every elementwise loss becomes one, so that a sum is the number of its terms."""
 
-    def ones(first: Tensor, *_: object) -> Tensor:
+    def ones(first: Tensor, *_: object, **__: object) -> Tensor:
         return torch.ones(first.shape[0])
 
     monkeypatch.setattr(embedding_alignment, "alignment_squared_error", ones)

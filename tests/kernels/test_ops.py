@@ -88,7 +88,7 @@ def test_confidence_gradient_by_hand() -> None:
 
 def test_chunk_pool_keeps_last_bytes_and_zeroes_padding() -> None:
     r = torch.randn(6, 3)
-    pooled = ops.chunk_pool(r, torch.tensor([0, 3, 5, 5]), num_chunks=3)
+    pooled = ops.chunk_pool(r, torch.tensor([0, 1, 4, 6]), torch.tensor([0, 3, 5, 5]), num_chunks=3)
     assert torch.equal(pooled[:3], r[[0, 3, 5]])
     assert not pooled[3].any()
 

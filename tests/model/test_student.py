@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.data.micro_batch import concatenate_rows
 from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.model.student import (
@@ -72,6 +72,59 @@ def test_a_packed_row_equals_its_documents_alone(mixer: ByteMixer, mode: Dechunk
     assert packed.layout.num_chunks == hidden.shape[0] + 1
     together, apart = row_gradients(student, [row], boundaries), row_gradients(student, alone, boundaries)
     assert_same(together, apart, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("pooling", [ChunkPooling.MEAN_LAST, ChunkPooling.MAX])
+@pytest.mark.parametrize("mode", [DechunkMode.HARD, DechunkMode.OFFICIAL])
+@pytest.mark.parametrize("boundaries", [Gold(), RouterDecides()], ids=["gold", "router"])
+def test_pooling_stays_inside_documents_and_text(
+    pooling: ChunkPooling, mode: DechunkMode, boundaries: Boundaries
+) -> None:
+    student = tiny_student(mode=mode, pooling=pooling).double()
+    row = padded_row()
+    used, alone = int(row.loss_mask.sum()), segments_alone(row)
+    with torch.no_grad():
+        packed = student(row, boundaries).logits[:used]
+        single = torch.cat([student(document, boundaries).logits for document in alone])
+        padded = student(replace(with_other_padding(row), chunk_bucket=50), boundaries).logits[:used]
+        last = tiny_student(mode=mode).double()
+        last.load_state_dict(student.state_dict())
+        other = last(row, boundaries).logits[:used]
+    torch.testing.assert_close(packed, single, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(packed, other)
+    together, apart = row_gradients(student, [row], boundaries), row_gradients(student, alone, boundaries)
+    assert_same(together, apart, rtol=1e-8, atol=1e-10)
+
+
+def test_ngrams_stay_inside_documents_and_learn() -> None:
+    student, row = tiny_student(ngrams=(3, 8)).double(), padded_row()
+    used, alone = int(row.loss_mask.sum()), segments_alone(row)
+    with torch.no_grad():
+        packed = student(row).logits[:used]
+        single = torch.cat([student(document).logits for document in alone])
+    torch.testing.assert_close(packed, single, rtol=1e-9, atol=1e-9)
+    together, apart = row_gradients(student, [row], Gold()), row_gradients(student, alone, Gold())
+    assert_same(together, apart, rtol=1e-8, atol=1e-10)
+    assert together["byte_encoder.ngram_table"].any(dim=1).sum() > 30
+
+
+def test_new_ngram_tables_change_nothing_at_first() -> None:
+    row = padded_row()
+    plain, with_tables = tiny_student(), tiny_student(ngrams=(3, 4))
+    assert with_tables.byte_encoder.ngram_table is not None
+    nn.init.zeros_(with_tables.byte_encoder.ngram_table)
+    with_tables.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(with_tables(row).logits, plain(row).logits)
+
+
+@pytest.mark.parametrize("pooling", list(ChunkPooling))
+def test_the_encoder_alone_pools_as_the_whole_student_does(pooling: ChunkPooling) -> None:
+    student, row = tiny_student(pooling=pooling).double(), padded_row()
+    with torch.no_grad():
+        alone, whole = student(row, parts=Parts.ENCODER), student(row)
+    torch.testing.assert_close(alone.chunks, whole.chunks, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("document_mask", [True, False])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.student import Given, Student, StudentState
 from tests.tiny_student import random_rows, segments_alone, tiny_student
@@ -62,6 +62,28 @@ def test_steps_of_a_ragged_batch_equal_forward(mixer: ByteMixer, mode: DechunkMo
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pooling", [ChunkPooling.MEAN_LAST, ChunkPooling.MAX])
+@pytest.mark.parametrize("mode", STEPPED_MODES)
+def test_steps_of_a_ragged_batch_pool_as_forward_does(pooling: ChunkPooling, mode: DechunkMode) -> None:
+    student, texts = tiny_student(mode=mode, pooling=pooling), documents()
+    bits = [any_bits(document) for document in texts]
+    stepped = read(student, [document.byte_ids for document in texts], bits)
+    for got, document, own in zip(stepped, texts, bits, strict=True):
+        with torch.no_grad():
+            expected = student(document, Given(own)).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ngrams", [(3, 4, 5, 6, 7, 8), (2,)])
+def test_steps_of_a_ragged_batch_hash_the_ngrams_that_forward_does(ngrams: tuple[int, ...]) -> None:
+    student, texts = tiny_student(ngrams=ngrams), documents()
+    stepped = read(student, [document.byte_ids for document in texts], [document.bits for document in texts])
+    for got, document in zip(stepped, texts, strict=True):
+        with torch.no_grad():
+            expected = student(document).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("mode", STEPPED_MODES)
 def test_steps_equal_the_packed_row_of_the_same_documents(mixer: ByteMixer, mode: DechunkMode) -> None:
@@ -80,8 +102,9 @@ def advance(student: Student, state: StudentState, byte_ids: list[int], bit: boo
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("mode", STEPPED_MODES)
-def test_selected_rows_go_their_own_way(mixer: ByteMixer, mode: DechunkMode) -> None:
-    student = tiny_student(mixer, mode)
+@pytest.mark.parametrize("pooling", list(ChunkPooling))
+def test_selected_rows_go_their_own_way(mixer: ByteMixer, mode: DechunkMode, pooling: ChunkPooling) -> None:
+    student = tiny_student(mixer, mode, pooling=pooling)
     state = student.init_state(2)
     advance(student, state, [BOS_BYTE, BOS_BYTE], True)
     advance(student, state, [7, 8], True)
@@ -94,8 +117,9 @@ def test_selected_rows_go_their_own_way(mixer: ByteMixer, mode: DechunkMode) -> 
     torch.testing.assert_close(advance(student, state, [9, 9]), untouched)
 
 
-def test_rows_that_are_not_named_stay_where_they_are() -> None:
-    student = tiny_student(ByteMixer.MAMBA2, DechunkMode.CAUSAL)
+@pytest.mark.parametrize("pooling", list(ChunkPooling))
+def test_rows_that_are_not_named_stay_where_they_are(pooling: ChunkPooling) -> None:
+    student = tiny_student(ByteMixer.MAMBA2, DechunkMode.CAUSAL, pooling=pooling)
     state, alone = student.init_state(3), student.init_state(1)
     advance(student, state, [BOS_BYTE] * 3, True)
     advance(student, alone, [BOS_BYTE], True)

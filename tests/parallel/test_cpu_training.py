@@ -77,7 +77,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(world: World) ->
     before = {name: value.clone() for name, value in backbone.named_parameters()}
 
     class Broken(TokenCrossEntropy):
-        def losses(self, model: torch.nn.Module, row: object) -> dict[str, torch.Tensor]:
+        def losses(self, model: torch.nn.Module, row: object, link: object = None) -> dict[str, torch.Tensor]:
             return {"lm loss": super().losses(model, row)["lm loss"] * torch.nan}  # type: ignore[arg-type]
 
     report = train_step(trained, Broken(), random_rows(1), 0, world)

@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_named(refused, begun: Path) -> None:  # type: i
     shards = sorted(checkpoint.glob("*.distcp"))
     for shard in shards:
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    refused(says=(str(checkpoint), "cannot be loaded", "earlier one"))
+    refused(says=(str(checkpoint), "is damaged", f"{shards[0].name} has", "bytes instead of", "no earlier one"))
     (checkpoint / "loop_state.json").write_text("{")
     refused(says=("loop_state.json", "cannot be read"))
 

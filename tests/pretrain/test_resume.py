@@ -20,11 +20,12 @@ def test_a_second_run_gives_the_same_digits(job: Job, finished: Path, run: Path)
     assert_same_run(run, finished)
 
 
+@pytest.mark.parametrize("more", [(), ("--async-save",)])
 def test_stopping_at_every_interval_changes_nothing(
-    job: Job, finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    job: Job, finished: Path, run: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
 ) -> None:
     for _ in range(2 * len(STAGES)):
-        assert job.run(run, "--exit-interval", "3") == 0
+        assert job.run(run, "--exit-interval", "3", *more) == 0
         printed = capsys.readouterr().out
         if "stopped (interval)" not in printed:
             break

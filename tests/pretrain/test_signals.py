@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.job import ROOT, SCRIPT, Job, assert_same_run, environment, torchrun
+from tests.distributed.test_data_parallel import assert_close
+from tests.pretrain.job import ROOT, SCRIPT, Job, assert_same_run, environment, run_command, torchrun
 
 LONG = ("--1a.train-iters", "2000", "--1a.eval-interval", "0", "--1a.save-interval", "0", "--stages", "1a")
 PATIENCE = 120.0
+GRACE = 30.0
+"""Seconds that torchrun grants its ranks."""
 
 
 @contextmanager
@@ -58,13 +61,26 @@ def test_a_plain_process_stops_with_a_checkpoint_and_exit_code_0(
     assert (run / "1a" / "latest_checkpointed_iteration.txt").exists()
 
 
-def test_torchrun_passes_the_signal_on_and_the_run_goes_on(job: Job, finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "more"), [(1, ()), (2, ("--async-save", "--save-interval", "1"))])
+def test_torchrun_passes_the_signal_on_and_the_run_goes_on(
+    job: Job, finished: Path, tmp_path: Path, processes: int, more: tuple[str, ...]
+) -> None:
+    """On two ranks a save is under way at nearly every moment. The ranks exit with 0, torchrun itself with 1."""
     run = tmp_path / "run"
-    flags = job.flags(run)
-    with started(torchrun(str(SCRIPT), *flags)) as process:
+    flags = job.flags(run, *more)
+    with started(torchrun(str(SCRIPT), *flags, processes=processes)) as process:
         wait_for_updates(run, process)
         os.kill(process.pid, signal.SIGTERM)
+        sent = time.monotonic()
         printed, _ = process.communicate(timeout=PATIENCE)
+    assert time.monotonic() - sent < GRACE
     assert "stopped (signal, SIGTERM" in printed, printed
-    assert job.run(run) == 0
-    assert_same_run(run, finished)
+    assert "exitcode" not in printed.replace("exitcode  : 0", ""), printed
+    assert not list(run.glob("*/*.incomplete"))
+    if processes == 1:
+        assert job.run(run) == 0
+        assert_same_run(run, finished)
+        return
+    done = run_command(torchrun(str(SCRIPT), *flags, processes=processes))
+    assert done.returncode == 0, done.stderr
+    assert_close(run, finished)

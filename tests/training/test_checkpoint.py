@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from megabyte_distill.training.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from tests.training.older import without_manifest
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +121,85 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_rest(
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
 
 
-def test_a_damaged_shard_or_metadata_is_named(world: World, tmp_path: Path) -> None:
-    path = save(tmp_path, 1, model())
+def test_what_cannot_be_read_without_a_manifest_is_named(world: World, tmp_path: Path) -> None:
+    path = without_manifest(save(tmp_path, 1, model()))
     for shard in path.glob("*.distcp"):
         os.truncate(shard, shard.stat().st_size // 3)
-    with pytest.raises(CheckpointError, match=r"iter_0000001 cannot be loaded.*latest_checkpointed_iteration"):
+    with (
+        pytest.warns(UserWarning, match=r"has no manifest\.json and is loaded unverified"),
+        pytest.raises(CheckpointError, match=r"iter_0000001 cannot be loaded.*latest_checkpointed_iteration"),
+    ):
         load_checkpoint(path, model())
     (path / ".metadata").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="cannot be loaded"):
         load_checkpoint(path, model())
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_with_a_warning(world: World, tmp_path: Path) -> None:
+    net, other = model(), model()
+    path = without_manifest(save(tmp_path, 1, net))
+    with pytest.warns(UserWarning, match="loaded unverified"):
+        load_checkpoint(path, other)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+FILES = ("__0_0_0.distcp", ".metadata", "common.pt", "metadata.json", "loop_state.json", "a.yaml")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_any_file_is_found(world: World, tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1, model())
+    path = save(tmp_path, 3, model())
+    flip(path / name)
+    other = model()
+    before = [parameter.clone() for parameter in other.parameters()]
+    with pytest.raises(CheckpointError, match=r"iter_0000003 is damaged") as caught:
+        load_checkpoint(path, other)
+    assert f"the content of {name} has changed since it was written" in str(caught.value)
+    assert "Earlier ones: 1." in str(caught.value) and "--ckpt-step 1" in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_truncated_or_missing_file_is_found_also_without_hashes(world: World, tmp_path: Path, verify: bool) -> None:
+    path = save(tmp_path, 1, model())
+    size = (path / "__0_1_0.distcp").stat().st_size
+    os.truncate(path / "__0_1_0.distcp", size - 1)
+    (path / "common.pt").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, model(), verify=verify)
+    assert f"__0_1_0.distcp has {size - 1:,} bytes instead of {size:,}" in str(caught.value)
+    assert "common.pt is missing" in str(caught.value)
+    assert "holds no earlier one" in str(caught.value)
+
+
+def test_without_hashes_a_changed_byte_passes(world: World, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, model())
+    flip(path / "a.yaml")
+    assert load_checkpoint(path, model(), verify=False) == {"n": 1}
+
+
+def test_a_lost_or_damaged_manifest_is_no_older_checkpoint(world: World, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, model())
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text()[:40])
+    with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json cannot be read"):
+        load_checkpoint(path, model())
+    manifest.unlink()
+    with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json is missing"):
+        load_checkpoint(path, model())
+
+
+def test_every_file_is_listed(world: World, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, model())
+    listed = set(json.loads((path / "manifest.json").read_text())["files"])
+    assert listed == {file.name for file in path.iterdir()} - {"manifest.json"} == {*FILES, "__0_1_0.distcp"}
 
 
 def test_saving_starts_no_lasting_process(world: World, tmp_path: Path) -> None:

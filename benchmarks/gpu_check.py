@@ -1,0 +1,309 @@
+"""Everything that needs a GPU in one go of a few minutes: are the fused kernels right and fast, does training run.
+
+    bash benchmarks/gpu_check.sh [--only ops,curriculum,timing,fp8] [--minutes 6]
+
+Prints as it goes; a section that fails or runs out of time does not stop the others. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by deterministic mode
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from kernel_cases import CASES, Case, Sizes  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megabyte_distill import optional  # noqa: E402
+from megabyte_distill.config.training import KernelMode  # noqa: E402
+from megabyte_distill.kernels.selection import choose  # noqa: E402
+
+SMALL = (Sizes(rows=1000, byte_width=264, backbone_width=1024), Sizes(rows=5003, byte_width=1024, backbone_width=4104))
+FP32_TOLERANCE = 1e-5
+BF16_VALUES, BF16_GRADIENTS, BF16_FLOOR = 2.0, 3.0, 2.0**-9
+"""As in tests/kernels/comparison.py: against the error of torch's own operators in the same dtype."""
+REPEATS = 20
+SLEEP_CYCLES = 5_000_000
+"""About 3 ms in which the host queues a whole forward and backward pass, so that its own time is not measured."""
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16, as the vendor states them."""
+_SPEED = re.compile(r"stage (\w+) iteration +\d+/ *\d+ .*?bytes/s: (\d+)")
+
+
+class Clock:
+    """What is left of the time for the whole check."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds, at least 1."""
+        return max(1.0, self._end - time.monotonic())
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are NaN inside, so that a number nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def values_and_gradients(case: Case, leaves: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """[result, a gradient for every leaf (zeros where there is none)]."""
+    own = list(case.leaves if leaves is None else leaves)
+    result = case.run(*own)
+    grads = torch.autograd.grad(result, own, case.upstream.to(result.dtype), allow_unused=True)
+    return [result.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(own, grads, strict=True))]
+
+
+def norm(x: Tensor) -> float:
+    return float(x.double().norm())
+
+
+def wrong_in(case: Case, device: torch.device) -> list[str]:
+    """What differs between the fused operator and fp64, beyond what torch's own operators in this dtype do."""
+    low = case.leaves[0].dtype is torch.bfloat16
+    choose(KernelMode.FUSED, device)
+    with poisoned_memory():
+        got = values_and_gradients(case)
+        again = values_and_gradients(case)
+    choose(KernelMode.REFERENCE, device)
+    naive = values_and_gradients(case)
+    truth = values_and_gradients(case, [leaf.detach().double().requires_grad_() for leaf in case.leaves])
+    problems = []
+    for place, (mine, second, other, exact) in enumerate(zip(got, again, naive, truth, strict=True)):
+        what = f"gradient {place - 1}" if place else "result"
+        error, size = norm(mine.double() - exact), norm(exact)
+        factor = (BF16_GRADIENTS if place else BF16_VALUES) if low else 1.0
+        allowed = factor * norm(other.double() - exact) + (BF16_FLOOR if low else FP32_TOLERANCE) * size
+        if not error <= allowed:
+            problems.append(f"{what}: error {error:.3g} of {size:.3g}, allowed {allowed:.3g}")
+        if not torch.equal(mine, second):
+            problems.append(f"{what}: two runs differ")
+    return problems
+
+
+def check_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """Every operator, fp32 and bf16, ragged sizes and the full one, fresh random inputs."""
+    seed = int(time.time())
+    torch.manual_seed(seed)
+    print(f"seed {seed}")
+    results: dict[str, Any] = {}
+    for name, make in CASES.items():
+        problems = []
+        for dtype in (torch.float32, torch.bfloat16):
+            for sizes in (*SMALL, Sizes(rows=20_000, backbone_width=1024)):
+                try:
+                    found = wrong_in(make(sizes, dtype, device), device)
+                except Exception as error:  # the next operator must still be checked
+                    traceback.print_exc()
+                    found = [f"{type(error).__name__}: {error}"]
+                problems += [f"{str(dtype).removeprefix('torch.')}, {sizes.rows} rows: {text}" for text in found]
+        print(
+            f"{name:20} {'right' if not problems else 'WRONG'}",
+            *problems,
+            sep="\n    " if problems else " ",
+            flush=True,
+        )
+        results[name] = problems or "right"
+    return results
+
+
+def median_ms(run: Callable[[int], object]) -> float:
+    """Median device time of run(i), i counting up so that inputs can rotate."""
+    times = []
+    for i in range(3):
+        run(i)
+    for i in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(SLEEP_CYCLES)
+        start.record()
+        run(i)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[REPEATS // 2]
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written ones."""
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    milliseconds = median_ms(lambda _: target.copy_(source))
+    return 2 * source.numel() * source.element_size() / milliseconds * 1e3
+
+
+def timed(cases: Sequence[Case], compiled: bool) -> tuple[float, float]:
+    """(milliseconds forward, forward and backward) of whatever path is in place; inputs rotate over ``cases``."""
+    runs = [torch.compile(case.run, fullgraph=False, dynamic=False) if compiled else case.run for case in cases]
+
+    def forward(i: int) -> Tensor:
+        place = i % len(cases)
+        return runs[place](*cases[place].leaves)  # type: ignore[no-any-return]
+
+    def both(i: int) -> object:
+        case = cases[i % len(cases)]
+        return torch.autograd.grad(forward(i), case.leaves, case.upstream, allow_unused=True)
+
+    with torch.no_grad():
+        forward_ms = median_ms(forward)
+    return forward_ms, median_ms(both)
+
+
+def time_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """Every operator in bf16 at full size: eager, torch.compile, fused, and the least time its bytes need."""
+    rate = copy_rate(device)
+    print(f"copy rate {rate / 1e12:.2f} TB/s (bytes read and written)")
+    header = "".join(f"{name:>9}" for name in ("floor ms", "eager", "compile", "fused"))
+    print(f"{'operator, bf16':28}{header}{'of copy rate':>14}{'vs compile':>12}")
+    results: dict[str, Any] = {"copy_rate": rate}
+    for name, make in CASES.items():
+        try:
+            cases = [make(Sizes(), torch.bfloat16, device) for _ in range(2)]
+            results[name] = time_one(name, cases, rate, device, clock)
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = f"{type(error).__name__}: {error}"
+    return results
+
+
+def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device, clock: Clock) -> dict[str, Any]:
+    times: dict[str, tuple[float, float]] = {}
+    choose(KernelMode.FUSED, device)
+    times["fused"] = timed(cases, compiled=False)
+    choose(KernelMode.REFERENCE, device)
+    times["eager"] = timed(cases, compiled=False)
+    if clock.left() > 60:
+        torch._dynamo.reset()
+        try:
+            times["compile"] = timed(cases[:1], compiled=True)
+        except Exception as error:
+            print(f"    torch.compile: {type(error).__name__}: {str(error)[:300]}")
+    case = cases[0]
+    floors = (case.forward_floor / rate * 1e3, (case.forward_floor + case.backward_floor) / rate * 1e3)
+    for place, what in enumerate(("forward", "fwd+bwd")):
+        cells = "".join(f"{times[k][place]:9.3f}" if k in times else f"{'-':>9}" for k in ("eager", "compile", "fused"))
+        fused = times["fused"][place]
+        gain = f"{times['compile'][place] / fused:11.2f}x" if "compile" in times else f"{'-':>12}"
+        print(f"{name:20}{what:8}{floors[place]:9.3f}{cells}{floors[place] / fused:13.0%} {gain}", flush=True)
+    return {"floor_ms": floors, **times}
+
+
+def check_curriculum(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """The whole curriculum on the embedded example in bf16, a few updates a stage, with the fused kernels."""
+    results: dict[str, Any] = {}
+    for kernels in ("fused", "reference"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"),
+                *("examples/pretrain_byte_kd.sh", "--smoke", "--bf16", "--kernels", kernels, "--save", f"{folder}/run"),
+            ]
+            started = time.monotonic()
+            output, code = run_limited(command, min(150.0, clock.left()))
+            seconds = time.monotonic() - started
+            lines = output.splitlines()
+            shown = lines if code else [line for line in lines if "iteration" in line or "kernels:" in line][-12:]
+            print(f"--kernels {kernels}: exit code {code} in {seconds:.0f} s", *shown[-60:], sep="\n  ", flush=True)
+            results[kernels] = {"exit_code": code, "seconds": seconds, "bytes_per_second": speeds(output)}
+    return results
+
+
+def run_limited(command: Sequence[str], seconds: float) -> tuple[str, int]:
+    """(what a command printed, its exit code) after at most so many seconds; 124 where it was stopped."""
+    # the example's process group needs no network beyond this machine
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            timeout=seconds,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""
+        return said.decode(errors="replace") if isinstance(said, bytes) else said, 124
+    return done.stdout, done.returncode
+
+
+def speeds(output: str) -> dict[str, float]:
+    """Last bytes/s of each stage in a log."""
+    return {stage: float(value) for stage, value in _SPEED.findall(output)}
+
+
+def check_fp8(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """One FP8 product through Transformer Engine, where it is installed."""
+    if optional.usable("transformer_engine") is None:
+        print("transformer_engine is not usable here")
+        return {"transformer_engine": None}
+    te = optional.usable("transformer_engine.pytorch")
+    assert te is not None
+    layer = te.Linear(1024, 1024, bias=False, params_dtype=torch.bfloat16)
+    x = torch.randn(256, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with te.fp8_autocast(enabled=True):
+        y = layer(x)
+    y.float().square().mean().backward()
+    error = norm(y.detach() - x.detach() @ layer.weight.detach().t()) / norm(y.detach())
+    print(f"FP8 product: relative error {error:.3f} against bf16")
+    return {"relative_error": error}
+
+
+SECTIONS: dict[str, Callable[[torch.device, Clock], dict[str, Any]]] = {
+    "ops": check_ops,
+    "curriculum": check_curriculum,
+    "timing": time_ops,
+    "fp8": check_fp8,
+}
+"""In this order: what must be right before what is nice to know."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sections asked for; 0 where all of them ran and nothing was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas (all)")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time for everything together (6)")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("no GPU is visible here: nothing to check", file=sys.stderr)
+        return 2
+    clock, device = Clock(arguments.minutes), torch.device("cuda", torch.cuda.current_device())
+    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    print(f"{results['gpu']}, torch {torch.__version__}, kernels: {choose(KernelMode.AUTO, device)}", flush=True)
+    failed = []
+    for name in arguments.only.split(","):
+        print(f"\n== {name} ({clock.left():.0f} s left)", flush=True)
+        try:
+            results[name] = SECTIONS[name](device, clock)
+        except Exception as error:  # the other sections must still run
+            traceback.print_exc()
+            results[name] = f"{type(error).__name__}: {error}"
+            failed.append(name)
+    wrong = [name for name, found in dict(results.get("ops", {})).items() if found != "right"]
+    if failed or wrong:
+        print(f"failed: {', '.join(failed + wrong)}")
+    print(json.dumps(results))
+    return 1 if failed or wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,103 @@
+"""F1's second form: byte rows plus hashed n-gram rows in one launch, with both gradients (csrc/ngram_embedding.cu)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabyte_distill.config.model import MAX_NGRAM
+from megabyte_distill.kernels.dispatch import FusedOp
+from megabyte_distill.kernels.fused.arguments import WIDTHS, dtype_code, dtype_refusal, scratch, width_refusal
+from megabyte_distill.kernels.library import library_for, prepared
+
+
+def fused_ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
+    """``ops.ngram_embedding``; an id or an index outside its table gives a row of NaN."""
+    stream: Tensor = torch.ops.megabyte.ngram_embedding(byte_ids, indices, table, ngram_table)
+    return stream
+
+
+def refusal(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> str | None:
+    """Why the kernel cannot take these, or None."""
+    if not 1 <= indices.shape[1] <= MAX_NGRAM:
+        return f"got {indices.shape[1]} n-gram tables, expected 1 to {MAX_NGRAM}"
+    return dtype_refusal(table, ngram_table) or width_refusal(table.shape[1])
+
+
+FUSED = FusedOp(run=fused_ngram_embedding, refusal=refusal, limits=f"fp32 or bf16, {WIDTHS}, up to {MAX_NGRAM} tables")
+
+
+@torch.library.custom_op("megabyte::ngram_embedding", mutates_args=())
+def _forward(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
+    """Residual stream [P, D] fp32."""
+    rows, width = byte_ids.shape[0], table.shape[1]
+    stream = scratch(table, rows, width)
+    library_for(table).call(
+        "ngram_embedding_forward",
+        prepared(byte_ids),
+        prepared(indices),
+        prepared(table),
+        prepared(ngram_table),
+        stream,
+        rows,
+        width,
+        table.shape[0],
+        ngram_table.shape[0],
+        indices.shape[1],
+        dtype_code(table),
+    )
+    return stream
+
+
+@_forward.register_fake
+def _(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
+    return scratch(table, byte_ids.shape[0], table.shape[1])
+
+
+@torch.library.custom_op("megabyte::ngram_embedding_backward", mutates_args=())
+def _backward(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
+    """Gradient of the n-gram table [N, D]."""
+    size, width = ngram_table.shape
+    values, order = indices.flatten().sort(stable=True)
+    runs = torch.searchsorted(values, torch.arange(size + 1, device=indices.device))
+    d_ngram_table = ngram_table.new_empty(size, width)
+    library_for(ngram_table).call(
+        "ngram_embedding_backward",
+        prepared(d_stream),
+        order,
+        runs,
+        d_ngram_table,
+        width,
+        size,
+        indices.shape[1],
+        dtype_code(ngram_table),
+    )
+    return d_ngram_table
+
+
+@_backward.register_fake
+def _(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
+    return ngram_table.new_empty(ngram_table.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, d_stream: Tensor) -> tuple[Tensor | None, ...]:
+    byte_ids, indices, table, ngram_table = ctx.saved_tensors
+    d_table = d_ngram_table = None
+    if ctx.needs_input_grad[2]:
+        no_scale = scratch(table, 0)
+        only_table = [True, False, False]
+        d_table, _, _ = torch.ops.megabyte.byte_embedding_backward(
+            d_stream, None, byte_ids, table, None, None, no_scale, only_table
+        )
+    if ctx.needs_input_grad[3]:
+        d_ngram_table = torch.ops.megabyte.ngram_embedding_backward(d_stream, indices, ngram_table)
+    return None, None, d_table, d_ngram_table
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,194 @@
+"""Every stage's first three updates, from one checkpoint, on the ranks that run this file, at each way to cut them.
+
+    torchrun --nproc-per-node N tests/distributed/stage_cases.py START OUTPUT
+
+Writes to OUTPUT, by layout and case: losses, gradient norms, and what of the backbone changed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from megabyte_distill.config.model import ByteMixer, DechunkMode  # noqa: E402 - after the path is set
+from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig  # noqa: E402
+from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
+from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
+from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
+from megabyte_distill.data.mock import MockDataset  # noqa: E402
+from megabyte_distill.data.packing import PackedRow  # noqa: E402
+from megabyte_distill.model.backbone import Backbone, transformer_config  # noqa: E402
+from megabyte_distill.model.student import RouterDecides, Student, set_trainable  # noqa: E402
+from megabyte_distill.parallel.process_groups import World, regroup, world  # noqa: E402
+from megabyte_distill.runs import build_student  # noqa: E402
+from megabyte_distill.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from megabyte_distill.training.optimizer import wrap_for_training  # noqa: E402
+from megabyte_distill.training.step import evaluate, train_step  # noqa: E402
+from tests.tiny_student import BACKBONE, BYTE_SIDE, VOCAB_SIZE, enlarged, random_rows  # noqa: E402
+
+ROWS, UPDATES, ROW_BYTES, BUCKET = 4, 3, 48, 8
+MARGIN = 1e-4
+"""Where the router decides, p stays this far from its threshold, or rounding would decide."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to cut the ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+
+LAYOUTS: dict[int, dict[str, Layout]] = {
+    1: {"one rank": Layout()},
+    2: {
+        "TP2": Layout(tensor=2),
+        "PP2": Layout(pipeline=2),
+        "TP2 + SP": Layout(tensor=2, sequence_parallel=True),
+        "DP2": Layout(),
+        "DP2 + distributed optimizer": Layout(distributed_optimizer=True),
+    },
+    4: {
+        "TP2 x PP2": Layout(tensor=2, pipeline=2),
+        "TP2 x PP2 + SP": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+        "PP4": Layout(pipeline=4),
+        "PP2 x DP2 + distributed optimizer": Layout(pipeline=2, distributed_optimizer=True),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage with some of its settings."""
+
+    stage: str
+    fields: dict[str, Any]
+    mixer: ByteMixer = ByteMixer.CONV
+    mode: DechunkMode = DechunkMode.HARD
+    tied: bool = False
+
+
+_ROUTER = {"boundary_source": BoundarySource.ROUTER}
+CASES = {
+    "1a": Case("1a", {}),
+    "1b": Case("1b", {}),
+    "1b tied": Case("1b", {}, tied=True),
+    "1b frozen": Case("1b", {"freeze_backbone": True}, ByteMixer.MAMBA2),
+    "1c": Case("1c", {}),
+    "2a": Case("2a", {}, ByteMixer.MAMBA2),
+    "2a router, causal, exact": Case("2a", {**_ROUTER, "byte_targets": ByteTargets.EXACT}, mode=DechunkMode.CAUSAL),
+    "2b": Case("2b", {}),
+    "2b router, causal": Case("2b", _ROUTER, mode=DechunkMode.CAUSAL),
+    "2b router, official": Case("2b", _ROUTER, mode=DechunkMode.OFFICIAL),
+    "2b frozen, mixed": Case("2b", {"freeze_backbone": True, "byte_targets": ByteTargets.MIXED}),
+}
+
+
+def model_config(case: Case) -> ModelConfig:
+    """Four layers, so that four pipeline stages have one each."""
+    byte_side = replace(BYTE_SIDE, byte_mixer=case.mixer, dechunk_mode=case.mode)
+    return ModelConfig(backbone=replace(BACKBONE, num_layers=4, tied_embeddings=case.tied), byte_side=byte_side)
+
+
+def start_folder(start: Path, case: Case) -> Path:
+    return start / f"{case.mixer.value}_{case.mode.value}_{case.tied}"
+
+
+def write_starts(start: Path) -> None:
+    """On one rank: a checkpoint for each kind of model among the cases."""
+    for case in CASES.values():
+        if not start_folder(start, case).exists():
+            torch.manual_seed(5)
+            student = enlarged(build_student(model_config(case)))
+            save_checkpoint(start_folder(start, case), 1, student, optimizer=None, loop={}, texts={})
+
+
+def _teacher(case: Case, student: Student, overrides: dict[str, Any], start: Path) -> Backbone:
+    """The backbone itself where it is frozen from the start; else a copy with other weights."""
+    if case.stage == "1a" or case.fields.get("freeze_backbone"):
+        return student.backbone  # type: ignore[return-value]
+    config = model_config(case).backbone
+    holder = torch.nn.Module()
+    holder.backbone = Backbone(config, transformer_config(config, **overrides))
+    load_checkpoint(start_folder(start, case) / "iter_0000001", holder, prefix="backbone.")
+    with torch.no_grad():
+        for parameter in holder.backbone.parameters():
+            parameter.mul_(1.25)
+    holder.requires_grad_(False)
+    return holder.backbone
+
+
+def _margin(student: Student, rows: list[PackedRow]) -> float:
+    """How near p comes to the threshold. On one rank."""
+    with torch.no_grad():
+        return min(float((student(row, RouterDecides()).p - 0.5).abs().min()) for row in rows)
+
+
+def _mine(rows: list[PackedRow], here: World) -> list[PackedRow]:
+    return rows[here.data_parallel_rank :: here.data_parallel_size]
+
+
+def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, Any]:
+    """Three updates; the same on every rank but for what each knows of its own weights."""
+    overrides = {"sequence_parallel": layout.sequence_parallel}
+    student = build_student(model_config(case), overrides=overrides)
+    load_checkpoint(start_folder(start, case) / "iter_0000001", student)
+    stage, config = STAGES[case.stage], StageConfig(lr=1e-3, global_batch_size=ROWS, **case.fields)
+    set_trainable(student, stage.trains(config, model_config(case).backbone))
+    needs = stage.teacher(config) is not TeacherNeed.NONE
+    teacher = _teacher(case, student, overrides, start) if needs else None
+    objective = stage.objective(config, teacher, MockDataset(VOCAB_SIZE, seed=0).table)
+    trained = wrap_for_training(student, student.config, config, use_distributed_optimizer=layout.distributed_optimizer)
+    student.train()
+    frozen = {name: p.detach().clone() for name, p in student.named_parameters() if not p.requires_grad}
+    rows = random_rows(ROWS * UPDATES, row_bytes=ROW_BYTES, bucket=BUCKET, seed=13)
+    result: dict[str, Any] = {"losses": [], "grad_norms": [], "margin": 1.0}
+    is_decided = here.size == 1 and case.fields.get("boundary_source") is BoundarySource.ROUTER
+    for update in range(UPDATES):
+        batch = rows[update * ROWS : (update + 1) * ROWS]
+        if is_decided:
+            result["margin"] = min(result["margin"], _margin(student, batch))
+        report = train_step(trained, objective, _mine(batch, here), update, here)
+        result["losses"].append({name: total / count for name, (total, count) in report.sums.items()})
+        result["grad_norms"].append(report.grad_norm)
+    held_out = evaluate(student, objective, [_mine(rows[:ROWS], here)], here)
+    result["held out"] = {name: total / count for name, (total, count) in held_out.items()}
+    now = dict(student.named_parameters())
+    result["changed"] = [name for name, before in frozen.items() if not torch.equal(before, now[name])]
+    return result
+
+
+def _of_all_ranks(result: dict[str, Any], here: World) -> dict[str, Any]:
+    """The main rank's figures, and the frozen parameters that changed anywhere."""
+    changed: list[list[str]] = [[] for _ in range(here.size)]
+    dist.all_gather_object(changed, result["changed"])
+    return {**result, "changed": sorted({name for names in changed for name in names})}
+
+
+def run_all(start: Path) -> dict[str, dict[str, Any]]:
+    """By layout and case."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, layout in LAYOUTS[dist.get_world_size()].items():
+        here = regroup(tensor_parallel=layout.tensor, pipeline_parallel=layout.pipeline)
+        results[name] = {
+            title: _of_all_ranks(run_case(case, layout, here, start), here) for title, case in CASES.items()
+        }
+    return results
+
+
+if __name__ == "__main__":
+    with world():
+        figures = run_all(Path(sys.argv[1]))
+        if dist.get_rank() == 0:
+            Path(sys.argv[2]).write_text(json.dumps(figures, indent=1))

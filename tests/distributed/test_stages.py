@@ -1,0 +1,86 @@
+"""Each stage's first updates are the same however two or four ranks are cut: tensor, pipeline, sequence, data."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabyte_distill.parallel.process_groups import world
+from tests.distributed.stage_cases import CASES, LAYOUTS, MARGIN, run_all, write_starts
+from tests.pretrain.job import run_command, torchrun
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints written by one rank; the others are cut out of them."""
+    folder = tmp_path_factory.mktemp("start")
+    with world():
+        write_starts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(start: Path) -> dict[str, Any]:
+    with world():
+        return run_all(start)["one rank"]
+
+
+@pytest.fixture(scope="module")
+def found(start: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Ranks are started once a world size and run everything."""
+    results: dict[str, Any] = {}
+    for ranks in (2, 4):
+        output = tmp_path_factory.mktemp("ranks") / f"{ranks}.json"
+        program = Path(__file__).with_name("stage_cases.py")
+        done = run_command(torchrun(str(program), str(start), str(output), processes=ranks), timeout=280)
+        assert done.returncode == 0, done.stderr[-4000:]
+        results.update(json.loads(output.read_text()))
+    return results
+
+
+def flat(value: Any, path: str = "") -> dict[str, float]:
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{path}/{i}").items()}
+    return {path: float(value)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", [*LAYOUTS[2], *LAYOUTS[4]])
+def test_losses_and_gradient_norms_are_those_of_one_rank(
+    found: dict[str, Any], alone: dict[str, Any], layout: str, case: str
+) -> None:
+    figures = ("losses", "grad_norms", "held out")
+    ours = flat({name: found[layout][case][name] for name in figures})
+    theirs = flat({name: alone[case][name] for name in figures})
+    assert ours.keys() == theirs.keys() and len(theirs) > 6
+    far = {
+        name: (ours[name], value)
+        for name, value in theirs.items()
+        if not math.isclose(ours[name], value, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    }
+    assert not far, far
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "router" in name])
+def test_no_boundary_was_decided_by_rounding(alone: dict[str, Any], case: str) -> None:
+    assert alone[case]["margin"] > MARGIN
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS[2], *LAYOUTS[4]])
+def test_what_is_frozen_stays_bit_identical(found: dict[str, Any], layout: str) -> None:
+    assert {case: result["changed"] for case, result in found[layout].items()} == {case: [] for case in CASES}
+
+
+def test_the_losses_move(alone: dict[str, Any]) -> None:
+    """Three updates that changed nothing would agree as well."""
+    for result in alone.values():
+        name = next(iter(result["losses"][0]))
+        assert result["losses"][0][name] != result["losses"][2][name] and min(result["grad_norms"]) > 0

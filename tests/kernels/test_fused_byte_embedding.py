@@ -1,0 +1,119 @@
+"""F1 on the CPU build of the CUDA sources against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megabyte_distill.kernels import ops, reference
+from megabyte_distill.kernels.fused import byte_embedding
+from megabyte_distill.kernels.library import Library, calls
+from tests.kernels.comparison import (
+    assert_agrees,
+    assert_registered_well,
+    assert_same_in_any_order,
+    values_and_gradients,
+)
+
+EPS = 1e-5
+VARIANTS = {"table": (False, False), "added": (True, False), "normed": (False, True), "all": (True, True)}
+
+
+def definition(byte_ids: Tensor, table: Tensor, added: Tensor | None, weight: Tensor | None) -> Tensor:
+    if byte_ids.shape[0] == 0:
+        return table.new_zeros(0, table.shape[1])
+    rows = reference.byte_embedding(byte_ids, table, added)
+    return rows if weight is None else reference.rms_norm(rows, weight, EPS)
+
+
+def leaves(rows: int, width: int, variant: str, dtype: torch.dtype) -> list[Tensor | None]:
+    added, normed = VARIANTS[variant]
+    return [
+        torch.randn(256, width).to(dtype),
+        torch.randn(rows, width).to(dtype) if added else None,
+        torch.randn(width).to(dtype) if normed else None,
+    ]
+
+
+def few_hot_ids(rows: int) -> Tensor:
+    """Ids [rows] of which three make up almost everything, as in text: their runs cross many pieces."""
+    return torch.where(torch.rand(rows) < 0.9, torch.tensor([32, 101, 255])[torch.randint(0, 3, (rows,))], 7)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, width", [(0, 64), (1, 8), (63, 1024), (1000, 40), (33, 4104)])
+def test_equals_the_definition(fused: Library, rows: int, width: int, dtype: torch.dtype, variant: str) -> None:
+    byte_ids = few_hot_ids(rows)
+    before = calls["byte_embedding_forward"]
+    assert_agrees(
+        lambda *own: ops.byte_embedding(byte_ids, *own, eps=EPS),
+        lambda *own: definition(byte_ids, *own),
+        leaves(rows, width, variant, dtype),
+        torch.randn(rows, width),
+    )
+    assert calls["byte_embedding_forward"] == before + 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_is_the_same_in_any_order_of_threads(fused: Library, variant: str) -> None:
+    byte_ids, own, upstream = few_hot_ids(150), leaves(150, 264, variant, torch.bfloat16), torch.randn(150, 264)
+
+    def run() -> list[Tensor]:
+        return values_and_gradients(lambda *given: ops.byte_embedding(byte_ids, *given), own, upstream)
+
+    assert_same_in_any_order(fused, run)
+
+
+def test_stream_and_normed_rows_from_one_call_add_their_gradients(fused: Library) -> None:
+    byte_ids, own = few_hot_ids(90), leaves(90, 72, "all", torch.float32)
+    for_stream, for_normed = torch.randn(90, 72), torch.randn(90, 72)
+    results = []
+    for both in (True, False):
+        given = [leaf.clone().requires_grad_() for leaf in own if leaf is not None]
+        if both:
+            stream, normed, _ = torch.ops.megabyte.byte_embedding(byte_ids, *given, EPS, True)
+        else:
+            stream = reference.byte_embedding(byte_ids, given[0], given[1])
+            normed = reference.rms_norm(stream, given[2], EPS)
+        grads = torch.autograd.grad([stream, normed], given, [for_stream, for_normed])
+        results.append((stream.detach(), normed.detach(), *grads))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_id_outside_the_table_gives_nan_and_touches_nothing_else(fused: Library) -> None:
+    table = torch.randn(4, 8)
+    rows = ops.byte_embedding(torch.tensor([0, 4, -1, 3]), table)
+    assert torch.equal(rows[[0, 3]], table[[0, 3]])
+    assert bool(rows[1:3].isnan().all())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_is_registered_well(fused: Library, variant: str) -> None:
+    own = [None if leaf is None else leaf.requires_grad_() for leaf in leaves(20, 16, variant, torch.float32)]
+    assert_registered_well(torch.ops.megabyte.byte_embedding, (few_hot_ids(20), *own, EPS, True))
+
+
+def test_compiles_into_one_graph(fused: Library) -> None:
+    byte_ids, own, upstream = few_hot_ids(40), leaves(40, 16, "all", torch.float32), torch.randn(40, 16)
+
+    def run(*given: Tensor) -> Tensor:
+        return ops.byte_embedding(byte_ids, *given).square()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for mine, expected in zip(
+        values_and_gradients(compiled, own, upstream), values_and_gradients(run, own, upstream), strict=True
+    ):
+        assert torch.equal(mine, expected)
+
+
+def test_says_what_it_does_not_take(fused: Library) -> None:
+    byte_ids = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"--kernels fused.*width of 12, expected a multiple of 8"):
+        ops.byte_embedding(byte_ids, torch.zeros(4, 12))
+    with pytest.raises(ValueError, match="got float64, expected float32 or bfloat16"):
+        ops.byte_embedding(byte_ids, torch.zeros(4, 8, dtype=torch.float64))
+    mixed = byte_embedding.refusal(byte_ids, torch.zeros(4, 8), torch.zeros(2, 8, dtype=torch.bfloat16))
+    assert mixed is not None and "bfloat16, float32" in mixed
