@@ -60,6 +60,8 @@ class RankMemory:
     """The most that one micro-batch's forward and backward have alive at once."""
     sent: int
     """Bytes that one micro-batch sends to the next pipeline stage; 0 on the last."""
+    returned: int
+    """Bytes of the gradient that one micro-batch sends to the stage before; 0 on the first."""
 
     @property
     def activations(self) -> int:
@@ -121,7 +123,8 @@ def _stage_memory(
                 kept=run.kept,
                 in_flight=min(pipeline - place, config.micro_batches(data)),
                 peak=run.peak,
-                sent=0 if run.sent is None else run.sent.numel() * run.sent.element_size(),
+                sent=0 if run.sent is None else run.sent.nbytes,
+                returned=run.returned,
             )
             arriving = run.sent
             gradient_arrives = gradient_arrives or any(p.requires_grad for p in built.student.parameters())
@@ -188,6 +191,8 @@ class MicroBatch:
     peak: int
     sent: Tensor | None
     """Its payload, None on the last pipeline stage."""
+    returned: int
+    """Bytes of the gradient for the stage before."""
 
 
 def _run_micro_batch(
@@ -227,18 +232,19 @@ def measured(
         if parameter.requires_grad and not hasattr(parameter, "main_grad")
     ]
     with LiveBytes() as live:
-        if arriving is not None:
-            student.set_input_tensor(torch.empty_like(arriving).requires_grad_())
+        received = None if arriving is None else torch.empty_like(arriving).requires_grad_()
+        student.set_input_tensor(received)
         link = stage_link(student, gradient_arrives)
         out = stage_output(student, objective, row, link, lambda losses: torch.stack([*losses.values()]).sum())
         assert out is not None
         # what was sent on is freed by megatron's schedule
-        kept = live.now - (0 if link.is_last else out.numel() * out.element_size())
+        kept = live.now - (0 if link.is_last else out.nbytes)
         if out.requires_grad:
             torch.autograd.backward(out, None if link.is_last else torch.empty_like(out))
     for handle in handles:
         handle.remove()
-    return MicroBatch(kept, live.peak, None if link.is_last else out.detach())
+    returned = 0 if received is None or received.grad is None else received.grad.nbytes
+    return MicroBatch(kept, live.peak, None if link.is_last else out.detach(), returned)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
