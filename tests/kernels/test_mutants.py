@@ -11,7 +11,14 @@ import pytest
 
 from megabyte_distill.kernels import build, library
 from megabyte_distill.kernels.library import Library
-from tests.kernels.mutants import MUTANTS, Mutant, mutated_sources
+from tests.kernels import chunk_mutants, mutants
+from tests.kernels.mutants import Mutant, mutated_sources
+
+MUTANTS = {**mutants.MUTANTS, **chunk_mutants.MUTANTS}
+
+
+BROKEN = 3
+"""Exit code of a check that fails by anything else than an assertion or what the kernel reports."""
 
 
 def survives(mutant: Mutant, path: Path) -> bool:
@@ -19,13 +26,18 @@ def survives(mutant: Mutant, path: Path) -> bool:
     child = os.fork()
     if child == 0:
         faulthandler.disable()
+        code = BROKEN
         try:
             mutant.check(library.load("cpu", path))
+            code = 0
         except (AssertionError, RuntimeError):
+            code = 1
+        finally:  # this process must never go on as a second pytest
             traceback.print_exc(limit=1)
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert status != BROKEN << 8, "the check did not run: it, and not the bug, is wrong"
+    return status == 0
 
 
 @pytest.mark.parametrize("name", MUTANTS)
