@@ -201,6 +201,12 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
         ),
         "Checkpoints": (
             _same("save load save-interval ckpt-step no-load-optim no-load-rng save-retain-interval", ""),
+            _same("async-save", "from a copy in host memory, by a thread; the end of a stage waits for it"),
+            _absent(
+                "async-strategy use-persistent-ckpt-worker",
+                "--async-save has one way: a thread writes, which ends with its process",
+            ),
+            _always("verify-integrity", "sizes and hashes are compared before loading (--no-verify-checkpoint)"),
             _other("finetune", "give --load RUN with another --save: its weights, a fresh optimizer and counters"),
             _other("pretrained-checkpoint", "give --load"),
             _other("most-recent-k", "give --keep-last-checkpoints"),
@@ -246,6 +252,8 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
                 "check-for-nan-in-loss-and-grad no-check-for-nan-in-loss-and-grad check-for-spiky-loss",
                 "non-finite losses and gradients always skip the update; see --max-nan-iterations",
             ),
+            _other("check-weight-hash-across-dp-replicas-interval", "give --check-invariants N"),
+            _other("rerun-mode", "give --rerun-check N"),
         ),
         "Model and kernels": (
             _absent(
