@@ -195,7 +195,7 @@ def test_nan_stops_the_run_names_the_batch_and_keeps_the_checkpoint_finite(  # t
 ) -> None:
     refused(
         "--1a.lr", "1e30", "--1a.train-iters", "30", "--1a.save-interval", "0", "--max-nan-iterations", "2",
-        says=("stage 1a: 2 updates in a row", "the weight byte_encoder.", "its batch:", "document", "--max-nan-iterations"),
+        says=("1a: 2 updates in a row", "the weight byte_encoder.", "its batch:", "document", "--max-nan-iterations"),
         code=1,
     )  # fmt: skip
     refused(
