@@ -72,12 +72,13 @@ def cross_entropy_agrees(library: Library) -> None:
 
 
 def ngrams_agree(library: Library) -> None:
-    """F1 with n-gram tables."""
-    given = ngrams.reads(50, 6)
+    """F1's n-gram tables; the byte table's gradient is another file's."""
+    byte_ids, indices = ngrams.reads(50, 6)
+    table, ngram_table = ngrams.tables_of(40, torch.float32)
     assert_agrees(
-        lambda *own: ops.ngram_embedding(*given, *own),
-        lambda *own: reference.ngram_embedding(*given, *own),
-        ngrams.tables_of(40, torch.float32),
+        lambda own: ops.ngram_embedding(byte_ids, indices, table, own),
+        lambda own: reference.ngram_embedding(byte_ids, indices, table.to(own.dtype), own),
+        [ngram_table],
         torch.randn(50, 40),
     )
 
