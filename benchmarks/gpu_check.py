@@ -184,9 +184,7 @@ def timed(cases: Sequence[Case], compiled: bool) -> tuple[Time, Time]:
 def time_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
     """Every operator in bf16 at full size: eager, torch.compile, fused, and the least time its bytes need."""
     rate = copy_rate(device)
-    print(
-        f"copy rate {rate / 1e12:.2f} TB/s (bytes read and written); device times, and the host's to queue the fused one"
-    )
+    print(f"copy rate {rate / 1e12:.2f} TB/s (bytes read and written); host: what it takes to queue the fused operator")
     header = "".join(f"{name:>9}" for name in ("floor ms", "eager", "compile", "fused"))
     print(f"{'operator, bf16':28}{header}{'of copy rate':>14}{'vs compile':>12}{'host':>9}")
     results: dict[str, Any] = {"copy_rate": rate}

@@ -2,8 +2,8 @@
 
     python benchmarks/training_step.py [--kernels fused reference] [--rows 16384]
 
-A backbone of about 1.1 B parameters with a byte side of 0.27 B, all of it training in bf16 with fp32 masters. MFU counts
-the products and attention of forward and backward pass as torch's flop counter sees them.
+A backbone of about 1.1 B parameters with a byte side of 0.27 B, all of it training in bf16 with fp32 masters. MFU
+counts the products and attention of forward and backward pass as torch's flop counter sees them.
 """
 
 from __future__ import annotations

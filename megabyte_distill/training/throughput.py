@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -11,6 +12,8 @@ _PRODUCTS = {"": 2, "_backward": 5}
 """Products of queries, keys and width in a fused attention's forward and backward."""
 _KINDS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _ATTENTION = {f"_scaled_dot_product_{kind}{way}": count for kind in _KINDS for way, count in _PRODUCTS.items()}
+_PACKED = {f"_varlen_attn{way}": count for way, count in _PRODUCTS.items()}
+"""torch's attention over packed segments, always causal here."""
 
 
 class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -30,13 +33,28 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func._overloadpacket
         if packet.__name__ in _ATTENTION:
             self.flops += _attention_flops(func, args, kwargs or {})
+        elif packet.__name__ in _PACKED:
+            given = _named(func, args, kwargs or {})
+            self.flops += _PACKED[packet.__name__] * packed_product_flops(given["query"], given["cu_seq_q"])
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
 
 
+def packed_product_flops(query: Tensor, cu_seqlens: Tensor) -> int:
+    """Of one causal product of queries [N, heads, d] and keys in each of the segments cu_seqlens [S + 1]."""
+    squares = (cu_seqlens[1:] - cu_seqlens[:-1]).double().square().sum()
+    return int(query.shape[1] * query.shape[2] * squares.item())
+
+
+def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+    given.update(kwargs)
+    return given
+
+
 def _attention_flops(func: Any, args: Any, kwargs: Any) -> int:
-    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    given = _named(func, args, kwargs)
     batch, heads, queries, width = given["query"].shape
     whole: int = 2 * _ATTENTION[func._overloadpacket.__name__] * batch * heads * queries * given["key"].shape[2] * width
     return whole // 2 if given.get("is_causal", False) else whole

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from megabyte_distill.training.throughput import FlopCount
+from megabyte_distill.training.throughput import FlopCount, packed_product_flops
 from tests.pretrain.job import Job
 
 ROWS, INPUTS, OUTPUTS = 7, 5, 3
@@ -37,6 +37,13 @@ def test_fused_attention_counts_its_products_half_where_it_is_causal(causal: boo
         assert count.flops == 2 * square // (2 if causal else 1)
         out.sum().backward()
     assert count.flops == 7 * square // (2 if causal else 1)
+
+
+def test_attention_over_packed_segments_is_counted_segment_by_segment() -> None:
+    heads, width, lengths = 2, 8, (5, 0, 11)
+    edges = torch.tensor([0, 5, 5, 16], dtype=torch.int32)
+    whole = sum(2 * heads * length * length * width for length in lengths)
+    assert packed_product_flops(torch.empty(16, heads, width), edges) == whole // 2
 
 
 def shown_throughput(text: str) -> list[float]:
