@@ -35,13 +35,13 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> FlopCount:
         self._hook = register_module_forward_hook(self._count_engine, with_kwargs=True)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         assert self._hook is not None
         self._hook.remove()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _count_engine(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Transformer Engine's products are none of torch's operations: counted by layer, its backward with it."""
