@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seq-length", type=int, default=8192, help="bytes of a row (8192)")
     add("--updates", type=int, default=5, help="timed updates (5)")
     add("--kernels", default="reference,fused", help="what is run beside each other (reference,fused)")
+    add("--profile", action="store_true", help="print what one update of each spends its time on")
     add("--quick", action="store_true", help="a tiny model, under a minute on a CPU")
     return parser
 
@@ -131,7 +132,14 @@ def _draw(module: torch.nn.Module) -> None:
 
 
 def run_stage(
-    settings: Settings, backbone: BackboneConfig, name: str, kernels: str, updates: int, here: World
+    settings: Settings,
+    backbone: BackboneConfig,
+    name: str,
+    kernels: str,
+    updates: int,
+    here: World,
+    *,
+    profile: bool = False,
 ) -> dict[str, float]:
     """Seconds an update (the median), bytes/s, TFLOP/s and GiB at most."""
     choose(KernelMode(kernels), here.device)
@@ -143,6 +151,8 @@ def run_stage(
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = sorted(timed(trial.update, here.device) for _ in range(updates))[updates // 2]
+    if profile:
+        print_profile(trial, here.device)
     peak = torch.cuda.max_memory_allocated() if here.device.type == "cuda" else 0
     return {
         "seconds": seconds,
@@ -150,6 +160,18 @@ def run_stage(
         "tflops": count.flops / seconds / 1e12,
         "gib": peak / 2**30,
     }
+
+
+def print_profile(trial: Trial, device: torch.device) -> None:
+    """Where the device's and the host's time of one update goes."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        timed(trial.update, device)
+    events = profiler.key_averages()
+    for order in ("self_device_time_total", "self_cpu_time_total")[device.type != "cuda" :]:
+        print(events.table(sort_by=order, row_limit=18, max_name_column_width=50))
 
 
 def line(stage: str, kernels: str, found: dict[str, float]) -> str:
@@ -178,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stage in arguments.stages.split(","):
             for kernels in arguments.kernels.split(","):
                 try:
-                    found = run_stage(settings, backbone, stage, kernels, arguments.updates, here)
+                    found = run_stage(
+                        settings, backbone, stage, kernels, arguments.updates, here, profile=arguments.profile
+                    )
                 except (RuntimeError, ValueError) as error:
                     print(f"  {stage} {kernels:10} {type(error).__name__}: {str(error)[:400]}", flush=True)
                     results[f"{stage}_{kernels}"] = f"{type(error).__name__}: {str(error)[:200]}"

@@ -265,7 +265,8 @@ def ngram_tables(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case
         leaves=[table, ngram_table],
         run=lambda table, ngram_table: ops.ngram_embedding(byte_ids, indices, table, ngram_table),
         upstream=upstream,
-        forward_floor=_size(byte_ids, indices, table, upstream) + min(read, _size(ngram_table)),
+        # tables of a real size are no guests of a cache: every row that is read counts
+        forward_floor=_size(byte_ids, indices, table, upstream) + read,
         backward_floor=_size(byte_ids, indices, table, ngram_table, upstream),
     )
 

@@ -208,7 +208,7 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             _absent("fim-data fim-rate", "documents are learned in their order"),
         ),
         "Checkpoints": (
-            _same("save load save-interval ckpt-step no-load-optim no-load-rng save-retain-interval", ""),
+            _same("save load save-interval ckpt-step no-load-optim no-load-rng save-retain-interval async-save", ""),
             _other("finetune", "give --load RUN with another --save: its weights, a fresh optimizer and counters"),
             _other("pretrained-checkpoint", "give --load"),
             _other("most-recent-k", "give --keep-last-checkpoints"),
@@ -254,6 +254,8 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
                 "check-for-nan-in-loss-and-grad no-check-for-nan-in-loss-and-grad check-for-spiky-loss",
                 "non-finite losses and gradients always skip the update; see --max-nan-iterations",
             ),
+            _other("rerun-mode", "give --rerun-check N"),
+            _other("check-weight-hash-across-dp-replicas-interval", "give --check-invariants N"),
         ),
         "Model and kernels": (
             _absent(

@@ -17,6 +17,7 @@ from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
@@ -29,6 +30,7 @@ from megabyte_distill.training.optimizer import wrap_for_training
 from megabyte_distill.training.rows import HeldOutRows, MicroBatches
 from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
+from megabyte_distill.training.stages_agree import StagesAgree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,7 @@ class StageRunner:
         settings, world = self.settings, self.world
         train, valid = row_streams(settings, config, self.prepared, stage.name)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
+        objective = stage.objective(config, teacher, self.prepared.token_bytes)
         return Loop(
             stage=stage.name,
             trained=wrap_for_training(
@@ -144,7 +147,7 @@ class StageRunner:
                 ddp_bucket_size=settings.parallel.ddp_bucket_size,
                 position=self.position,
             ),
-            objective=stage.objective(config, teacher, self.prepared.token_bytes),
+            objective=objective,
             rows=MicroBatches(train, config, world, document_mask=mask),
             config=config,
             run_config=settings.run,
@@ -162,8 +165,13 @@ class StageRunner:
             deadline=self.deadline,
             extra_state=self._identity(stage.name),
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
-            invariants=Invariants(student, world) if settings.run.check_invariants else None,
+            invariants=self._invariants(student, objective) if settings.run.check_invariants else None,
         )
+
+    def _invariants(self, student: Student, objective: Objective) -> Invariants:
+        # where the losses are complete on the first stage, the others see no rows
+        further = [] if objective.on_first_stage else [StagesAgree(student)]
+        return Invariants(student, self.world, further)
 
     def _identity(self, name: str) -> dict[str, Any]:
         """What each checkpoint says of its origin: the tokenizer, and the stage it was built on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,12 @@ def make_exported(
     mode: DechunkMode = DechunkMode.HARD,
     *,
     dtype: torch.dtype = torch.float32,
+    side: Mapping[str, Any] | None = None,
     **backbone: Any,
 ) -> Exported:
     """Needs process groups. Weights are of a size that makes every part matter."""
     student = Student(
-        replace(BYTE_SIDE, byte_mixer=mixer, dechunk_mode=mode),
+        replace(BYTE_SIDE, byte_mixer=mixer, dechunk_mode=mode, **(side or {})),
         tiny_backbone(**{"vocab_size": 150, "max_position_embeddings": 64, **backbone}),
     ).eval()
     enlarged(student)

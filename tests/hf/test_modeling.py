@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DynamicCache
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from tests.hf.exported import (
@@ -46,6 +46,16 @@ def test_logits_of_a_ragged_batch_equal_the_megatron_students(
             for row, wanted in enumerate(native):
                 got = logits[row, mask[row] == 1].double()
                 torch.testing.assert_close(got, wanted, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", [ChunkPooling.MEAN_LAST, ChunkPooling.MAX])
+def test_pooling_and_ngrams_travel_with_the_student(tmp_path: Path, pooling: ChunkPooling) -> None:
+    side = {"chunk_pooling": pooling, "byte_ngram_tables": (3, 5), "byte_ngram_rows": 40}
+    exported = make_exported(tmp_path, side=side)
+    assert exported.student.byte_encoder.ngram_table is not None and exported.student.byte_encoder.ngram_table.any()
+    model, text = exported.load(), TEXTS[0]
+    logits = model(torch.tensor([list(text)])).logits[0].double()
+    torch.testing.assert_close(logits, native_log_probabilities(exported.student, text)[1:], rtol=5e-6, atol=1e-5)
 
 
 def test_columns_that_are_not_read_repeat_the_last_one_read(exported: Exported, model: Any) -> None:

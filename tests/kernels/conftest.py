@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from megabyte_distill.config.training import KernelMode
 from megabyte_distill.kernels import build, dispatch
+from megabyte_distill.kernels.fused import FUSED_OPS
 from megabyte_distill.kernels.library import Library, load
-from megabyte_distill.kernels.selection import choose
 
 
 @pytest.fixture(scope="session")
 def cpu_library() -> Library:
-    """The CPU build of these very sources."""
+    """The CPU build of these very sources, or the one that a test of this folder names to a process of its own."""
+    if given := os.environ.get("KERNEL_TEST_LIBRARY"):
+        return load("cpu", Path(given))
     try:
         return load("cpu")
     except ValueError:  # none yet, or one of other sources
@@ -32,7 +35,7 @@ def cpu_library() -> Library:
 @pytest.fixture
 def fused(cpu_library: Library) -> Iterator[Library]:
     """Every operator that has a fused form runs it, and what torch.empty returns is NaN."""
-    choose(KernelMode.FUSED, torch.device("cpu"))
+    dispatch.install(FUSED_OPS, device="cpu", strict=True)
     torch.use_deterministic_algorithms(True)
     try:
         yield cpu_library

@@ -19,7 +19,9 @@ def assert_index_is_torchs(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> Non
     for name in ("ends", "begins", "chunk_of_byte", "cu_chunks", "starts"):
         mine, wanted = getattr(got, name), getattr(expected, name)
         assert mine.dtype is wanted.dtype, name
-        assert torch.equal(mine, wanted), f"{name}: {mine.tolist()} for {wanted.tolist()}"
+        assert mine.shape == wanted.shape, name
+        places = (mine != wanted).nonzero()[:3, 0]
+        assert not len(places), f"{name} at {places.tolist()}: {mine[places].tolist()} for {wanted[places].tolist()}"
 
 
 @pytest.mark.parametrize("bucket", [1, 8])
@@ -33,7 +35,7 @@ def test_index_equals_torchs(fused: Library, row: str, closed: bool, density: fl
 
 @pytest.mark.parametrize("length", [2047, 2048, 2049, 9000])
 @pytest.mark.parametrize("density", [0.0, 1e-3, 0.3])
-def test_counts_are_carried_over_tiles(fused: Library, length: int, density: float) -> None:
+def test_an_index_over_several_tiles_equals_torchs(fused: Library, length: int, density: float) -> None:
     before = calls["chunk_index"]
     for lengths in ((length,), (17, length - 17), (1,) * 300 + (length - 300,)):
         cu_seqlens = offsets(lengths)
@@ -49,7 +51,7 @@ def test_index_is_the_same_in_any_order_of_threads(fused: Library) -> None:
 
 @pytest.mark.parametrize("start_byte", [None, 254])
 @pytest.mark.parametrize("text", [True, False])
-def test_bits_equal_torchs(fused: Library, start_byte: int | None, text: bool) -> None:
+def test_thresholding_equals_torchs(fused: Library, start_byte: int | None, text: bool) -> None:
     p, byte_ids = torch.rand(700), torch.randint(250, 256, (700,))
     p[:3] = torch.tensor([0.8, torch.nan, 0.8])
     is_text = None if text else torch.rand(700) < 0.7
@@ -58,7 +60,7 @@ def test_bits_equal_torchs(fused: Library, start_byte: int | None, text: bool) -
         assert torch.equal(got, threshold_bits(p, byte_ids, is_text, threshold, start_byte))
 
 
-def test_bits_of_no_bytes_are_none(fused: Library) -> None:
+def test_thresholding_of_no_bytes_gives_none(fused: Library) -> None:
     assert ops.boundary_bits(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 

@@ -54,7 +54,7 @@ def test_equals_the_definition(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_bytes_in_no_chunk_get_zeros_and_ties_go_to_the_first(fused: Library, pooling: ChunkPooling) -> None:
+def test_equals_the_loop_with_bytes_in_no_chunk_and_ties(fused: Library, pooling: ChunkPooling) -> None:
     cu_seqlens = offsets((40, 3, 57, 25))
     bits = some_bits(cu_seqlens, 0.1, closed=False)
     bits[80:] = False

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megabyte_distill.config.model import DechunkMode
 from megabyte_distill.kernels import ops, reference
+from megabyte_distill.kernels.chunk_index import index_chunks
 from megabyte_distill.kernels.library import Library, calls
-from megabyte_distill.model.chunking import chunk_layout
 from tests.kernels.comparison import (
     assert_agrees,
     assert_registered_well,
@@ -48,7 +48,7 @@ def case(
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor | None], Tensor]:
     """(fused, definition, leaves h, p, confidence, residual, null_group, gradient of the result)."""
     bits, cu_seqlens = packed_bits(shape, mode)
-    layout = chunk_layout(bits, cu_seqlens, bucket)
+    layout = index_chunks(bits, cu_seqlens, bucket)
     length = bits.shape[0]
 
     def run(h: Tensor, p: Tensor, confidence: Tensor, residual: Tensor, null_group: Tensor | None) -> Tensor:
@@ -127,7 +127,7 @@ def test_no_bytes_give_no_rows(fused: Library) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_is_registered_well(fused: Library, mode: DechunkMode) -> None:
     bits, cu_seqlens = packed_bits("63 bytes", mode)
-    layout = chunk_layout(bits, cu_seqlens, 8)
+    layout = index_chunks(bits, cu_seqlens, 8)
     leaves = [leaf if leaf is None else leaf.requires_grad_() for leaf in case("63 bytes", 16, mode, torch.float32)[2]]
     leaves[0] = torch.randn(layout.ends.shape[0], 16, requires_grad=True)
     code = MODES.index(mode)

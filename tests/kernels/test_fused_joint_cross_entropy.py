@@ -130,7 +130,7 @@ def test_logits_without_gradient_are_never_overwritten(fused: Library) -> None:
     assert torch.equal(logits, before)
 
 
-def test_a_label_that_is_no_class_is_nan_and_disturbs_no_other(fused: Library) -> None:
+def test_a_label_outside_the_classes_is_nan_and_disturbs_no_other(fused: Library) -> None:
     logits, labels = some_logits(5, torch.float32), torch.tensor([0, -100, 512, 511, 3])
     hard = ops.joint_cross_entropy(logits, labels)
     assert hard.isnan().tolist() == [False, True, True, False, False]

@@ -41,7 +41,7 @@ def test_updates_equal_adamw_on_the_mean_over_all_tokens(world: World) -> None:
         total, reported = report.sums["lm loss"]
         assert reported == count and total / count == pytest.approx(float(loss), rel=1e-5)
         assert report.grad_norm == pytest.approx(float(norm), rel=1e-4) and report.grad_norm > 0.5
-        assert report.learning_rate == 1e-2 and not report.skipped and report.is_finite
+        assert report.learning_rate == 1e-2 and not report.skipped
         losses.append(float(loss))
     assert losses == sorted(losses, reverse=True)
     for (name, ours), theirs in zip(backbone.named_parameters(), plain.parameters(), strict=True):
@@ -81,7 +81,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(world: World) ->
             return {"lm loss": super().losses(model, row)["lm loss"] * torch.nan}  # type: ignore[arg-type]
 
     report = train_step(trained, Broken(), random_rows(1), 0, world)
-    assert report.skipped and not report.is_finite
+    assert report.skipped
     assert all(torch.equal(value, before[name]) for name, value in backbone.named_parameters())
     assert not train_step(trained, TokenCrossEntropy(), random_rows(1), 1, world).skipped
     assert all(bool(value.isfinite().all()) for value in backbone.parameters())

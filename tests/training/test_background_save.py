@@ -24,6 +24,8 @@ from megabyte_distill.training.checkpoint import (
 )
 from megabyte_distill.training.checkpoint_writer import CheckpointWriter
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
@@ -32,7 +34,7 @@ def world() -> Iterator[World]:
 
 
 def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False))
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)).to(DEVICE)
 
 
 class HeldStorage(FileSystemWriter):

@@ -3,9 +3,10 @@
 //   s_m = (1 - w_m) s_{m-1} + w_m h_m       w_m = p at the chunk's end, clamped; s starts anew with each segment
 //   z_t = read_t + residual_t               read_t = h or s of the last chunk that ended at or before t, by mode
 //
-// A block holds a run of chunks over the whole width, with the bytes that read them, so sums over the width need no
-// atomics. No state passes between blocks: a block first walks back over the scalar decays until their product no longer
+// A block holds a run of chunks with the bytes that read them, over the whole width or, where that is large, a tile of
+// it; sums over the width need no atomics. No state passes between blocks: a block first walks back over the scalar decays until their product no longer
 // matters (or a segment begins), and warms its state up from there; the backward pass does the same ahead.
+// Then it walks its bytes, a few rows at a time while the next few are on their way; chunks change in between.
 #include "kernel.h"
 
 namespace mbk {
@@ -14,13 +15,16 @@ namespace {
 enum Mode : int64_t { kHard, kCausal, kOfficial };
 
 constexpr float kClamp = 1e-4f;     // as ops.P_CLAMP
-constexpr float kForgotten = 1e-9f; // a product of decays below this leaves nothing of a state
-constexpr int kPending = 32;        // sums over the width that a block collects between two barriers
+constexpr int kPending = 32;        // bytes whose sums over the width a block collects between two barriers
 constexpr int kMaxRun = 64;         // chunks of a block
 
-// Byte rows a thread loads before it uses the first of them.
-template <int PASSES>
-constexpr int kRowsInFlight = PASSES == 1 ? 4 : 1;
+// A product of decays below this leaves nothing of a state: far less than a rounding of the dtype.
+template <class T>
+constexpr float kForgotten = sizeof(T) == 2 ? 1e-5f : 1e-8f;
+
+// Byte rows a thread handles at once: 64 bytes, and as many on their way.
+template <class T>
+constexpr int kGroup = 64 / (kVec * int(sizeof(T)));
 
 // The layout of a packed row: M chunks, the last of them perhaps padding, over P bytes.
 struct Layout {
@@ -46,32 +50,32 @@ __device__ __forceinline__ float decay_of(const Layout& at, int64_t m, int64_t m
 
 // Lanes hold decays of consecutive chunks in walking order: the first lane up to which their product is forgotten, or 32;
 // carry is the product so far.
-__device__ __forceinline__ int first_forgotten(float decay, float& carry) {
+__device__ __forceinline__ int first_forgotten(float decay, float& carry, float forgotten) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int offset = 1; offset < 32; offset <<= 1) {
     const float before = __shfl_up_sync(kAll, decay, offset);
     if (lane >= offset) decay *= before;
   }
-  const unsigned hits = __ballot_sync(kAll, carry * decay < kForgotten);
+  const unsigned hits = __ballot_sync(kAll, carry * decay < forgotten);
   carry *= __shfl_sync(kAll, decay, 31);
   return hits ? __ffs(int(hits)) - 1 : 32;
 }
 // First chunk whose state the state of chunk m needs; every warp alike.
-__device__ __forceinline__ int64_t look_back(const Layout& at, int64_t m, int64_t mode) {
+__device__ __forceinline__ int64_t look_back(const Layout& at, int64_t m, int64_t mode, float forgotten) {
   float carry = 1.f;
   for (int64_t base = m;; base -= 32) {
     const int64_t own = base - (threadIdx.x & 31);
-    const int lane = first_forgotten(own > 0 ? decay_of(at, own, mode) : 0.f, carry);
+    const int lane = first_forgotten(own > 0 ? decay_of(at, own, mode) : 0.f, carry, forgotten);
     if (lane < 32) return max(int64_t(0), base - lane);
   }
 }
 // First chunk from m on whose gradient no longer reaches chunk m - 1.
-__device__ __forceinline__ int64_t look_ahead(const Layout& at, int64_t m, int64_t mode) {
+__device__ __forceinline__ int64_t look_ahead(const Layout& at, int64_t m, int64_t mode, float forgotten) {
   float carry = 1.f;
   for (int64_t base = m;; base += 32) {
     const int64_t own = base + (threadIdx.x & 31);
-    const int lane = first_forgotten(own < at.chunks ? decay_of(at, own, mode) : 0.f, carry);
+    const int lane = first_forgotten(own < at.chunks ? decay_of(at, own, mode) : 0.f, carry, forgotten);
     if (lane < 32) return min(at.chunks, base + lane);
   }
 }
@@ -99,56 +103,48 @@ struct Run {
   }
 };
 
-template <int PASSES>
-struct Columns {
-  int64_t width;
-  __device__ __forceinline__ int at(int pass) const { return (pass * blockDim.x + threadIdx.x) * kVec; }
-  __device__ __forceinline__ bool has(int pass) const { return at(pass) < width; }
+// This thread's columns of a row: the block has those of its tile of the width, the thread kVec of them.
+template <class T>
+struct Row {
+  Packet<T> packet;
+  static __device__ __forceinline__ int64_t column() {
+    return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kVec;
+  }
+  // Leaves alone what lies behind the width.
+  __device__ __forceinline__ void load(const T* rows, int64_t row, int64_t width) {
+    if (column() < width) packet.load(rows + row * width + column());
+  }
 };
-template <int PASSES>
-using RowPart = float[PASSES][kVec];
+using Numbers = float[kVec];
 
-template <class T, int PASSES>
-__device__ __forceinline__ void load_row(const T* rows, int64_t row, const Columns<PASSES>& columns, RowPart<PASSES>& to) {
-#pragma unroll
-  for (int k = 0; k < PASSES; ++k)
-    if (columns.has(k)) load(rows + row * columns.width + columns.at(k), to[k]);
+template <class T>
+__device__ __forceinline__ void store_row(T* rows, int64_t row, int64_t width, const Numbers& from) {
+  if (Row<T>::column() < width) store(rows + row * width + Row<T>::column(), from);
 }
-template <class T, int PASSES>
-__device__ __forceinline__ void store_row(T* rows, int64_t row, const Columns<PASSES>& columns,
-                                          const RowPart<PASSES>& from) {
+// to = a * to + b * row
+template <class T>
+__device__ __forceinline__ void blend(Numbers& to, float a, float b, const Row<T>& row) {
+  float x[kVec];
+  row.packet.unpack(x);
 #pragma unroll
-  for (int k = 0; k < PASSES; ++k)
-    if (columns.has(k)) store(rows + row * columns.width + columns.at(k), from[k]);
+  for (int i = 0; i < kVec; ++i) to[i] = fmaf(a, to[i], b * x[i]);
 }
-template <int PASSES>
-__device__ __forceinline__ void clear(RowPart<PASSES>& row) {
+__device__ __forceinline__ void add(Numbers& to, const Numbers& x) {
 #pragma unroll
-  for (int k = 0; k < PASSES; ++k) fill(row[k], 0.f);
+  for (int i = 0; i < kVec; ++i) to[i] += x[i];
 }
-template <int PASSES>
-__device__ __forceinline__ void copy(RowPart<PASSES>& to, const RowPart<PASSES>& from) {
+__device__ __forceinline__ void scale(Numbers& to, float by) {
 #pragma unroll
-  for (int k = 0; k < PASSES; ++k)
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) to[k][i] = from[k][i];
+  for (int i = 0; i < kVec; ++i) to[i] *= by;
 }
-// to = a * to + b * x
-template <int PASSES>
-__device__ __forceinline__ void blend(RowPart<PASSES>& to, float a, float b, const RowPart<PASSES>& x) {
+// Sum of x * row over this thread's columns; what lies behind the width does not count.
+template <class T>
+__device__ __forceinline__ float dot(const Numbers& x, const Row<T>& row, int64_t width) {
+  float y[kVec], sum = 0.f;
+  row.packet.unpack(y);
 #pragma unroll
-  for (int k = 0; k < PASSES; ++k)
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) to[k][i] = fmaf(a, to[k][i], b * x[k][i]);
-}
-template <int PASSES>
-__device__ __forceinline__ float dot(const RowPart<PASSES>& x, const RowPart<PASSES>& y) {
-  float sum = 0.f;
-#pragma unroll
-  for (int k = 0; k < PASSES; ++k)
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) sum = fmaf(x[k][i], y[k][i], sum);
-  return sum;
+  for (int i = 0; i < kVec; ++i) sum = fmaf(x[i], y[i], sum);
+  return Row<T>::column() < width ? sum : 0.f;
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------------
@@ -162,65 +158,86 @@ struct ForwardRows {
   T* states;            // [M, width] or null
 };
 
-// z for bytes [t, end) that read `state`; in causal mode the byte at `raw_at` reads h instead.
-template <class T, int PASSES>
-__device__ __forceinline__ void read_state(const ForwardRows<T>& rows, const Columns<PASSES>& columns, int64_t t,
-                                           int64_t end, const RowPart<PASSES>& state, const RowPart<PASSES>& h,
-                                           int64_t raw_at) {
-  constexpr int R = kRowsInFlight<PASSES>;
-  for (; t < end; t += R) {
-    float z[R][PASSES][kVec];
+// The state in front of chunk `first`, from as far back as it reaches.
+template <class T, int64_t MODE>
+__device__ __forceinline__ void warm_up(const Layout& at, const T* h, int64_t first, int64_t width, Numbers& state) {
+  constexpr int R = kGroup<T>;
+  const int64_t back = look_back(at, first, MODE, kForgotten<T>);
+  for (int64_t m = back; m < first; m += R) {
+    Row<T> row[R];
+    float decay[R], weight[R];
 #pragma unroll
     for (int r = 0; r < R; ++r)
-      if (t + r < end) load_row<T, PASSES>(rows.residual, t + r, columns, z[r]);
+      if (m + r < first) {
+        row[r].load(h, m + r, width);
+        decay[r] = m + r == back ? 0.f : decay_of(at, m + r, MODE);
+        weight[r] = weight_of(at, m + r, MODE);
+      }
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (m + r < first) blend<T>(state, decay[r], weight[r], row[r]);
+  }
+}
+
+template <class T, int64_t MODE>
+__global__ void __launch_bounds__(kRowThreads, 1) dechunk_forward(Layout at, ForwardRows<T> rows, int64_t width, int run) {
+  constexpr int R = kGroup<T>;
+  const Run own(shared_memory<unsigned char>(), at, MODE, run);
+  const int count = int(own.end - own.first);
+  float state[kVec];
+  fill(state, 0.f);
+  if (MODE != kHard && count > 0) warm_up<T, MODE>(at, rows.h, own.first, width, state);
+  int64_t t = own.first ? own.begins[0] : 0;  // the bytes in front of all chunks are the first block's
+  const int64_t end = own.begins[max(count, 0)];
+  int i = -1;
+  int64_t next_begin = own.begins[0];
+  Row<T> h, next_h, ahead[R];
+  int64_t chunk[R];  // official: what each byte reads; the others never read nothing
+  const auto fetch = [&](int64_t from) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (from + r < end) {
+        ahead[r].load(rows.residual, from + r, width);
+        if (MODE == kOfficial) chunk[r] = __ldg(at.chunk_of_byte + from + r);
+      }
+  };
+  if (next_begin < end) next_h.load(rows.h, own.first, width);
+  fetch(t);
+  for (; t < end; t += R) {
+    Row<T> residual[R];
+    int64_t reads[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) residual[r] = ahead[r], reads[r] = chunk[r];
+    fetch(t + R);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       if (t + r >= end) break;
-      blend<PASSES>(z[r], 1.f, 1.f, t + r == raw_at ? h : state);
-      store_row<T, PASSES>(rows.z, t + r, columns, z[r]);
+      if (t + r == next_begin) {  // here a chunk ends, and its state begins to be read
+        ++i;
+        h = next_h;
+        next_begin = own.begins[i + 1];
+        if (next_begin < end) next_h.load(rows.h, own.first + i + 1, width);
+        blend<T>(state, MODE == kHard ? 0.f : own.decay[i], MODE == kHard ? 1.f : own.weight[i], h);
+        if (MODE != kHard && rows.states) store_row<T>(rows.states, own.first + i, width, state);
+      }
+      float z[kVec];
+      if (i < 0 || (MODE == kOfficial && reads[r] != own.first + i)) {
+        fill(z, rows.null_group ? 0.f : __uint_as_float(0x7fc00000u));
+        if (rows.null_group) {
+          Row<T> null;
+          null.load(rows.null_group, 0, width);
+          blend<T>(z, 0.f, 1.f, null);
+        }
+      } else if (MODE == kCausal && t + r == own.begins[i]) {
+        fill(z, 0.f);
+        blend<T>(z, 0.f, 1.f, h);
+      } else {
+        fill(z, 0.f);
+        add(z, state);
+      }
+      blend<T>(z, 1.f, 1.f, residual[r]);
+      store_row<T>(rows.z, t + r, width, z);
     }
-  }
-}
-template <class T, int PASSES>
-__device__ __forceinline__ void read_null(const ForwardRows<T>& rows, const Columns<PASSES>& columns, int64_t t,
-                                          int64_t end) {
-  if (t >= end) return;
-  float null[PASSES][kVec];
-#pragma unroll
-  for (int k = 0; k < PASSES; ++k) fill(null[k], __uint_as_float(0x7fc00000u));
-  if (rows.null_group) load_row<T, PASSES>(rows.null_group, 0, columns, null);
-  read_state<T, PASSES>(rows, columns, t, end, null, null, -1);
-}
-
-template <class T, int PASSES, int64_t MODE>
-__global__ void __launch_bounds__(kRowThreads, 1) dechunk_forward(Layout at, ForwardRows<T> rows, int64_t width, int run) {
-  const Columns<PASSES> columns{width};
-  const Run own(shared_memory<unsigned char>(), at, MODE, run);
-  float state[PASSES][kVec], h[PASSES][kVec], next[PASSES][kVec];
-  clear<PASSES>(state);
-  if (MODE != kHard && own.first < own.end)
-    for (int64_t back = look_back(at, own.first, MODE), m = back; m < own.first; ++m) {
-      load_row<T, PASSES>(rows.h, m, columns, h);
-      blend<PASSES>(state, m == back ? 0.f : decay_of(at, m, MODE), weight_of(at, m, MODE), h);
-    }
-  if (own.first == 0) read_null<T, PASSES>(rows, columns, 0, own.begins[0]);
-  if (own.first < own.end) load_row<T, PASSES>(rows.h, own.first, columns, next);
-  for (int64_t m = own.first; m < own.end; ++m) {
-    const int i = int(m - own.first);
-    const int64_t begin = own.begins[i];
-    int64_t end = own.begins[i + 1];
-    if (begin >= end) break;  // padding from here on
-    copy<PASSES>(h, next);
-    if (m + 1 < own.end) load_row<T, PASSES>(rows.h, m + 1, columns, next);
-    if (MODE != kHard) {
-      blend<PASSES>(state, own.decay[i], own.weight[i], h);
-      if (rows.states) store_row<T, PASSES>(rows.states, m, columns, state);
-    }
-    const int64_t all = end;
-    if (MODE == kOfficial)  // behind a segment's last byte, bytes of the next one may stand before its first end
-      while (__ldg(at.chunk_of_byte + end - 1) != m) --end;
-    read_state<T, PASSES>(rows, columns, begin, end, MODE == kHard ? h : state, h, MODE == kCausal ? begin : -1);
-    if (MODE == kOfficial) read_null<T, PASSES>(rows, columns, end, all);
   }
 }
 
@@ -233,150 +250,171 @@ struct BackwardRows {
   const T* states;      // [M, width], null in hard mode
   const T* null_group;  // [width] or null
   T* dh;                // [M, width]
-  float* d_confidence;  // [P] or null
-  float* d_p;           // [P] or null
+  float* d_confidence;  // [tiles, P] or null
+  float* d_p;           // [tiles, P] or null
   float* null_sums;     // [blocks, width] or null
 };
 
-// Collects sums over the width and writes them to their places, kPending at a time.
+// Two sums over the width a byte, dz · read for its confidence and ds · (h - s) for its p, collected for a while.
 struct Pending {
-  float* values;  // [kPending][32 warps]
-  float** places; // [kPending]
+  float* values;  // [2][kPending][32 warps]
   int count = 0;
-  static constexpr size_t kBytes = kPending * (32 * sizeof(float) + sizeof(float*));
+  int64_t top;  // the byte whose sums come first; the others follow downwards
+  static constexpr size_t kBytes = 2 * kPending * 32 * sizeof(float);
 
-  __device__ __forceinline__ explicit Pending(unsigned char* memory)
-      : values(reinterpret_cast<float*>(memory + kPending * sizeof(float*))), places(reinterpret_cast<float**>(memory)) {}
-  // Sums of up to four numbers; `n` of them are wanted, in the places from `place` on.
-  __device__ __forceinline__ void add(const float (&x)[4], int n, float* place) {
-    if (count + n > kPending) flush();
-    const float sum = warp_sums_of_four(x);
-    const int lane = threadIdx.x & 31, g = lane >> 3;
-    if ((lane & 7) == 0 && g < n) {
-      values[(count + g) * 32 + (threadIdx.x >> 5)] = sum;
-      if (threadIdx.x < 32) places[count + g] = place + g;
-    }
+  __device__ __forceinline__ Pending(float* memory, int64_t top) : values(memory), top(top) {}
+  // The sums of the next `n` bytes downwards.
+  __device__ __forceinline__ void add(const float (&reads)[4], const float (&ends)[4], int n) {
+    const int lane = threadIdx.x & 31, g = lane >> 3, place = (count + g) * 32 + int(threadIdx.x >> 5);
+    const float read = warp_sums_of_four(reads), end = warp_sums_of_four(ends);
+    if ((lane & 7) == 0 && g < n) values[place] = read, values[kPending * 32 + place] = end;
     count += n;
   }
-  __device__ __forceinline__ void flush() {
+  __device__ __forceinline__ void flush(float* d_confidence, float* d_p) {
     __syncthreads();
     const int warps = int(blockDim.x) >> 5;
-    for (int j = threadIdx.x; j < count; j += blockDim.x) {
+    for (int j = threadIdx.x; j < 2 * kPending; j += blockDim.x) {
+      const int byte = j % kPending;
+      float* const to = j < kPending ? d_confidence : d_p;
+      if (byte >= count || !to) continue;
       float sum = 0.f;
       for (int w = 0; w < warps; ++w) sum += values[j * 32 + w];
-      *places[j] = sum;
+      to[top - byte] = sum;
     }
     __syncthreads();
-    count = 0;
+    top -= count, count = 0;
   }
 };
 
-// Adds dz of the bytes that read the state of m to `to`; those bytes are [begin, end), in causal mode all but the first.
-template <class T, int PASSES, int64_t MODE>
-__device__ __forceinline__ void gather_ahead(const Layout& at, const BackwardRows<T>& rows, const Columns<PASSES>& columns,
-                                             int64_t m, RowPart<PASSES>& to) {
-  const int64_t begin = __ldg(at.ends + m);
-  const int64_t end = is_real(at, m + 1) ? __ldg(at.ends + m + 1) : at.bytes;
-  for (int64_t t = MODE == kCausal ? begin + 1 : begin; t < end; ++t) {
-    if (MODE == kOfficial && __ldg(at.chunk_of_byte + t) != m) break;
-    float dz[PASSES][kVec];
-    clear<PASSES>(dz);
-    load_row<T, PASSES>(rows.dz, t, columns, dz);
-    blend<PASSES>(to, 1.f, 1.f, dz);
+// The gradient of the state of chunk first - 1 from all chunks behind, times nothing yet: ds of chunk `first` and the
+// decay that it is to be multiplied by.
+template <class T, int64_t MODE>
+__device__ __forceinline__ float warm_up_ahead(const Layout& at, const T* dz, int64_t first, int64_t width,
+                                               Numbers& ds) {
+  constexpr int R = kGroup<T>;
+  float decay = 0.f;
+  for (int64_t m = look_ahead(at, first, MODE, kForgotten<T>) - 1; m >= first; --m) {
+    scale(ds, decay);
+    const int64_t begin = __ldg(at.ends + m);
+    const int64_t end = is_real(at, m + 1) ? __ldg(at.ends + m + 1) : at.bytes;
+    for (int64_t t = MODE == kCausal ? begin + 1 : begin; t < end; t += R) {
+      Row<T> row[R];
+      bool reads[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        reads[r] = t + r < end && (MODE != kOfficial || __ldg(at.chunk_of_byte + t + r) == m);
+        if (reads[r]) row[r].load(dz, t + r, width);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+        if (reads[r]) blend<T>(ds, 1.f, 1.f, row[r]);
+    }
+    decay = decay_of(at, m, MODE);
   }
+  return decay;
 }
 
-// The bytes [begin, end) of one chunk: adds their dz to `to`, in causal mode the first one's to `raw`; their confidences'
-// gradients are dz · what they read.
-template <class T, int PASSES, int64_t MODE, bool SCALARS>
-__device__ __forceinline__ void gather(const BackwardRows<T>& rows, const Columns<PASSES>& columns, int64_t begin,
-                                       int64_t end, const RowPart<PASSES>& read, const RowPart<PASSES>& h,
-                                       RowPart<PASSES>& to, RowPart<PASSES>& raw, Pending& sums, bool ends_chunk) {
-  constexpr int R = kRowsInFlight<PASSES>;
-  for (int64_t t = begin; t < end; t += R) {
-    float dz[R][PASSES][kVec], products[4] = {0.f, 0.f, 0.f, 0.f};
+template <class T, int64_t MODE, bool SCALARS>
+__global__ void __launch_bounds__(kRowThreads, 1) dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int run) {
+  constexpr int R = kGroup<T>;
+  constexpr bool kStates = MODE != kHard;
+  unsigned char* memory = shared_memory<unsigned char>();
+  const Run own(memory + Pending::kBytes, at, MODE, run);
+  float ds[kVec];
+  float aside[kVec];  // causal: dz of the byte that read h; official: of all that read null_group
+  fill(ds, 0.f), fill(aside, 0.f);
+  int i = int(own.end - own.first) - 1;
+  for (; i >= 0 && own.begins[i] >= at.bytes; --i) store_row<T>(rows.dh, own.first + i, width, ds);  // padding
+  const int64_t lowest = own.first ? own.begins[0] : 0;
+  int64_t t = (i < 0 ? own.begins[0] : own.begins[i + 1]) - 1;
+  if (kStates && own.end < at.chunks && i >= 0)
+    scale(ds, warm_up_ahead<T, MODE>(at, rows.dz, own.end, width, ds));
+
+  Row<T> h, state, before, next_h, next_before, ahead[R];
+  const auto fetch_chunk = [&](int64_t m) {  // h of m, and the state in front of it
+    if (SCALARS && m >= own.first) next_h.load(rows.h, m, width);
+    if (SCALARS && kStates && m >= own.first && m > 0) next_before.load(rows.states, m - 1, width);
+  };
+  int64_t chunk[R];
+  const auto fetch_bytes = [&](int64_t from) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (from - r >= lowest) {
+        ahead[r].load(rows.dz, from - r, width);
+        if (MODE == kOfficial) chunk[r] = __ldg(at.chunk_of_byte + from - r);
+      }
+  };
+  fetch_bytes(t);
+  fetch_chunk(own.first + i);
+  if (SCALARS && kStates && i >= 0) state.load(rows.states, own.first + i, width);
+  h = next_h, before = next_before;
+  fetch_chunk(own.first + i - 1);
+  Pending sums(reinterpret_cast<float*>(memory), t);
+  float* const d_confidence = rows.d_confidence ? rows.d_confidence + blockIdx.y * at.bytes : nullptr;
+  float* const d_p = rows.d_p ? rows.d_p + blockIdx.y * at.bytes : nullptr;
+  for (; t >= lowest; t -= R) {
+    Row<T> packed[R];
+    int64_t reads[R];
+    float to_read[4] = {0.f, 0.f, 0.f, 0.f}, to_end[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int r = 0; r < R; ++r) packed[r] = ahead[r], reads[r] = chunk[r];
+    fetch_bytes(t - R);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      clear<PASSES>(dz[r]);
-      if (t + r < end) load_row<T, PASSES>(rows.dz, t + r, columns, dz[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const bool is_raw = MODE == kCausal && r == 0 && t == begin && ends_chunk;
-      if (is_raw) blend<PASSES>(raw, 1.f, 1.f, dz[r]);
-      else blend<PASSES>(to, 1.f, 1.f, dz[r]);
-      if (SCALARS) products[r] = is_raw ? dot<PASSES>(dz[r], h) : dot<PASSES>(dz[r], read);
+      if (t - r < lowest) break;
+      float dz[kVec];
+      fill(dz, 0.f);
+      blend<T>(dz, 0.f, 1.f, packed[r]);
+      const bool ends_chunk = i >= 0 && t - r == own.begins[i];
+      if (i < 0 || (MODE == kOfficial && reads[r] != own.first + i)) {
+        if (MODE == kOfficial) add(aside, dz);
+        if (SCALARS && rows.null_group) {
+          Row<T> null;
+          null.load(rows.null_group, 0, width);
+          to_read[r] = dot<T>(dz, null, width);
+        }
+      } else if (MODE == kCausal && ends_chunk) {
+        add(aside, dz);
+        if (SCALARS) to_read[r] = dot<T>(dz, h, width);
+      } else {
+        add(ds, dz);
+        if (SCALARS) to_read[r] = dot<T>(dz, kStates ? state : h, width);
+      }
+      if (ends_chunk) {
+        const int64_t m = own.first + i;
+        float dh[kVec];
+        fill(dh, 0.f);
+        add(dh, ds);
+        scale(dh, kStates ? own.weight[i] : 1.f);
+        if (MODE == kCausal) add(dh, aside), fill(aside, 0.f);
+        store_row<T>(rows.dh, m, width, dh);
+        if (SCALARS && kStates && rows.d_p) {
+          const float p = __ldg(at.p + t - r);
+          const bool starts = at.starts[m], counts = p >= kClamp && p <= 1.f - kClamp && !(MODE == kCausal && starts);
+          if (counts) to_end[r] = dot<T>(ds, h, width) - (starts ? 0.f : dot<T>(ds, before, width));
+        }
+        scale(ds, kStates ? own.decay[i] : 0.f);
+        --i;
+        h = next_h, state = before, before = next_before;
+        fetch_chunk(m - 2);
+      }
     }
     if (SCALARS) {
-      const int n = int(min(int64_t(R), end - t));
-      if (rows.d_confidence) sums.add(products, n, rows.d_confidence + t);
-      // p counts at the ends only; the end's own gradient comes with its chunk
-      if (rows.d_p && int(threadIdx.x) < n && !(ends_chunk && t + int(threadIdx.x) == begin)) rows.d_p[t + threadIdx.x] = 0.f;
+      sums.add(to_read, to_end, int(min(int64_t(R), t - lowest + 1)));
+      if (sums.count + R > kPending) sums.flush(d_confidence, d_p);
     }
   }
+  if (SCALARS) sums.flush(d_confidence, d_p);
+  if (MODE == kOfficial && rows.null_sums) store_row<float>(rows.null_sums, blockIdx.x, width, aside);
 }
 
-template <class T, int PASSES, int64_t MODE, bool SCALARS>
-__device__ __forceinline__ void gather_null(const BackwardRows<T>& rows, const Columns<PASSES>& columns, int64_t begin,
-                                            int64_t end, RowPart<PASSES>& to, Pending& sums) {
-  float null[PASSES][kVec];
-  clear<PASSES>(null);
-  if (SCALARS && rows.null_group && begin < end) load_row<T, PASSES>(rows.null_group, 0, columns, null);
-  gather<T, PASSES, MODE, SCALARS>(rows, columns, begin, end, null, null, to, to, sums, false);
-}
-
-template <class T, int PASSES, int64_t MODE, bool SCALARS>
-__global__ void __launch_bounds__(kRowThreads, 1) dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int run) {
-  constexpr bool kStates = MODE != kHard;
-  const Columns<PASSES> columns{width};
-  unsigned char* memory = shared_memory<unsigned char>();
-  Pending sums(memory);
-  const Run own(memory + Pending::kBytes, at, MODE, run);
-  float ds[PASSES][kVec], h[PASSES][kVec], state[PASSES][kVec], before[PASSES][kVec];
-  float aside[PASSES][kVec];  // causal: dz of the byte that read h; official: of all that read null_group
-  clear<PASSES>(ds), clear<PASSES>(h), clear<PASSES>(state), clear<PASSES>(before), clear<PASSES>(aside);
-  float next_decay = 0.f;
-  if (kStates && own.end < at.chunks)
-    for (int64_t m = look_ahead(at, own.end, MODE) - 1; m >= own.end; --m) {
-      blend<PASSES>(ds, next_decay, 0.f, ds);
-      gather_ahead<T, PASSES, MODE>(at, rows, columns, m, ds);
-      next_decay = decay_of(at, m, MODE);
-    }
-  if (kStates && SCALARS && own.first < own.end) load_row<T, PASSES>(rows.states, own.end - 1, columns, state);
-  for (int64_t m = own.end - 1; m >= own.first; --m) {
-    const int i = int(m - own.first);
-    const int64_t begin = own.begins[i], all = own.begins[i + 1];
-    int64_t end = all;
-    if (SCALARS) load_row<T, PASSES>(rows.h, m, columns, h);
-    if (kStates && SCALARS && m > 0) load_row<T, PASSES>(rows.states, m - 1, columns, before);
-    blend<PASSES>(ds, kStates ? next_decay : 0.f, 0.f, ds);
-    if (MODE == kCausal) clear<PASSES>(aside);
-    if (MODE == kOfficial && begin < all) {
-      while (__ldg(at.chunk_of_byte + end - 1) != m) --end;
-      gather_null<T, PASSES, MODE, SCALARS>(rows, columns, end, all, aside, sums);
-    }
-    gather<T, PASSES, MODE, SCALARS>(rows, columns, begin, end, kStates ? state : h, h, ds, aside, sums, true);
-    const bool padding = begin >= all;
-    float dh[PASSES][kVec];
-    clear<PASSES>(dh);
-    if (!padding) blend<PASSES>(dh, 0.f, kStates ? own.weight[i] : 1.f, ds);
-    if (MODE == kCausal) blend<PASSES>(dh, 1.f, 1.f, aside);
-    store_row<T, PASSES>(rows.dh, m, columns, dh);
-    if (SCALARS && rows.d_p && !padding) {
-      const float p = __ldg(at.p + begin);
-      const bool counts = kStates && p >= kClamp && p <= 1.f - kClamp && !(MODE == kCausal && at.starts[m]);
-      if (!at.starts[m]) blend<PASSES>(h, 1.f, -1.f, before);
-      const float product[4] = {counts ? dot<PASSES>(ds, h) : 0.f, 0.f, 0.f, 0.f};
-      sums.add(product, 1, rows.d_p + begin);
-    }
-    next_decay = kStates && !padding ? own.decay[i] : 0.f;
-    copy<PASSES>(state, before);
-  }
-  if (MODE == kOfficial) {
-    if (own.first == 0) gather_null<T, PASSES, MODE, SCALARS>(rows, columns, 0, own.begins[0], aside, sums);
-    if (rows.null_sums) store_row<float, PASSES>(rows.null_sums, blockIdx.x, columns, aside);
-  }
-  if (SCALARS) sums.flush();
+// to[t] = sum of from[tile, t] over the tiles, in order.
+__global__ void __launch_bounds__(256) add_tiles(const float* __restrict__ from, float* __restrict__ to, int64_t tiles, int64_t bytes) {
+  const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t >= bytes) return;
+  float sum = 0.f;
+  for (int64_t tile = 0; tile < tiles; ++tile) sum += from[tile * bytes + t];
+  to[t] = sum;
 }
 
 // f(integral_constant<int64_t, MODE>) for a mode's code.
@@ -387,58 +425,73 @@ int for_mode(int64_t mode, F f) {
   if (mode == kOfficial) return f(std::integral_constant<int64_t, kOfficial>{});
   return fail(kBadArgument, "the mode code is neither 0 (hard) nor 1 (causal) nor 2 (official)");
 }
-int64_t blocks_of(int64_t chunks, int64_t run) { return max(int64_t(1), ceil_div(chunks, run)); }
+// Chunk runs by tiles of the width.
+dim3 grid_of(int64_t chunks, int64_t run, int64_t width, int64_t tile) {
+  return dim3(unsigned(max(int64_t(1), ceil_div(chunks, run))), unsigned(ceil_div(width, tile)));
+}
+int refuse(int64_t run, int64_t width, int64_t tile) {
+  if (run < 1 || run > kMaxRun) return fail(kBadArgument, "a block takes 1 to 64 chunks");
+  if (width < kVec || width % kVec) return fail(kBadArgument, "the width is not a multiple of 8");
+  if (tile < 32 * kVec || tile > kRowThreads * kVec || tile % (32 * kVec))
+    return fail(kBadArgument, "a tile is not a multiple of 256 up to 4096");
+  return 0;
+}
 
 }  // namespace
 }  // namespace mbk
 
 // h [chunks, width], p [bytes] fp32, residual [bytes, width], null_group [width] or null; the layout as in struct Layout.
-// Out: z [bytes, width]; states [chunks, width] or null. run: chunks of a block, at most 64.
+// Out: z [bytes, width]; states [chunks, width] or null. run: chunks of a block, at most 64; tile: its part of the width.
 MBK_API int mbk_dechunk_forward(const void* h, const float* p, const void* residual, const void* null_group,
                                 const int64_t* ends, const int64_t* chunk_of_byte, const uint8_t* starts, void* z,
-                                void* states, int64_t chunks, int64_t bytes, int64_t width, int64_t run, int64_t mode,
-                                int64_t dtype, void* stream) {
+                                void* states, int64_t chunks, int64_t bytes, int64_t width, int64_t run, int64_t tile,
+                                int64_t mode, int64_t dtype, void* stream) {
   using namespace mbk;
-  if (run < 1 || run > kMaxRun) return fail(kBadArgument, "a block takes 1 to 64 chunks");
+  if (const int code = refuse(run, width, tile)) return code;
   if (bytes == 0) return 0;
   return for_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    return for_width(width, [&](auto passes, int threads) {
-      return for_mode(mode, [&](auto which) {
-        const Layout at{ends, chunk_of_byte, starts, p, chunks, bytes};
-        const ForwardRows<T> rows{static_cast<const T*>(h), static_cast<const T*>(residual),
-                                  static_cast<const T*>(null_group), static_cast<T*>(z), static_cast<T*>(states)};
-        return launch(dechunk_forward<T, decltype(passes)::value, decltype(which)::value>,
-                      dim3(unsigned(blocks_of(chunks, run))), dim3(threads), Run::kBytes, stream, at, rows, width, int(run));
-      });
+    return for_mode(mode, [&](auto which) {
+      const Layout at{ends, chunk_of_byte, starts, p, chunks, bytes};
+      const ForwardRows<T> rows{static_cast<const T*>(h), static_cast<const T*>(residual),
+                                static_cast<const T*>(null_group), static_cast<T*>(z), static_cast<T*>(states)};
+      return launch(dechunk_forward<T, decltype(which)::value>, grid_of(chunks, run, width, tile), dim3(unsigned(tile / kVec)),
+                    Run::kBytes, stream, at, rows, width, int(run));
     });
   });
 }
 
 // dz [bytes, width]. Out: dh [chunks, width]; d_confidence, d_p [bytes] fp32 and d_null [width], null where not wanted.
-// states: of the forward pass, where a scalar gradient is wanted outside hard mode. null_sums: fp32 scratch
-// [ceil(chunks / run), width] where d_null is wanted.
+// states: of the forward pass, where a scalar gradient is wanted outside hard mode. Scratch in fp32: null_sums
+// [ceil(chunks / run), width] where d_null is wanted; tile_sums [2, tiles, bytes] where a scalar gradient is wanted and
+// the width has several tiles.
 MBK_API int mbk_dechunk_backward(const void* dz, const void* h, const void* states, const float* p, const void* null_group,
                                  const int64_t* ends, const int64_t* chunk_of_byte, const uint8_t* starts, void* dh,
-                                 float* d_confidence, float* d_p, void* d_null, float* null_sums, int64_t chunks,
-                                 int64_t bytes, int64_t width, int64_t run, int64_t mode, int64_t dtype, void* stream) {
+                                 float* d_confidence, float* d_p, void* d_null, float* null_sums, float* tile_sums,
+                                 int64_t chunks, int64_t bytes, int64_t width, int64_t run, int64_t tile, int64_t mode,
+                                 int64_t dtype, void* stream) {
   using namespace mbk;
-  if (run < 1 || run > kMaxRun) return fail(kBadArgument, "a block takes 1 to 64 chunks");
+  if (const int code = refuse(run, width, tile)) return code;
+  const dim3 grid = grid_of(chunks, run, width, tile);
+  float* const confidence_sums = tile_sums && d_confidence ? tile_sums : d_confidence;
+  float* const p_sums = tile_sums && d_p ? tile_sums + grid.y * bytes : d_p;
   return for_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    const int code = for_width(width, [&](auto passes, int threads) {
-      return for_mode(mode, [&](auto which) {
-        constexpr int P = decltype(passes)::value;
-        constexpr int64_t kMode = decltype(which)::value;
-        const Layout at{ends, chunk_of_byte, starts, p, chunks, bytes};
-        const BackwardRows<T> rows{static_cast<const T*>(dz), static_cast<const T*>(h), static_cast<const T*>(states),
-                                   static_cast<const T*>(null_group), static_cast<T*>(dh), d_confidence, d_p, null_sums};
-        const auto kernel = d_confidence || d_p ? dechunk_backward<T, P, kMode, true> : dechunk_backward<T, P, kMode, false>;
-        return launch(kernel, dim3(unsigned(blocks_of(chunks, run))), dim3(threads), Run::kBytes + Pending::kBytes,
-                      stream, at, rows, width, int(run));
-      });
+    int code = for_mode(mode, [&](auto which) {
+      constexpr int64_t kMode = decltype(which)::value;
+      const Layout at{ends, chunk_of_byte, starts, p, chunks, bytes};
+      const BackwardRows<T> rows{static_cast<const T*>(dz), static_cast<const T*>(h), static_cast<const T*>(states),
+                                 static_cast<const T*>(null_group), static_cast<T*>(dh), confidence_sums, p_sums, null_sums};
+      const auto kernel = d_confidence || d_p ? dechunk_backward<T, kMode, true> : dechunk_backward<T, kMode, false>;
+      return launch(kernel, grid, dim3(unsigned(tile / kVec)), Pending::kBytes + Run::kBytes, stream, at, rows, width, int(run));
     });
+    const dim3 blocks(unsigned(max(int64_t(1), ceil_div<int64_t>(bytes, 256))));
+    for (int which = 0; which < 2 && tile_sums && !code; ++which) {
+      float* const to = which ? d_p : d_confidence;
+      const float* const from = which ? p_sums : confidence_sums;
+      if (to) code = launch(add_tiles, blocks, dim3(256), 0, stream, from, to, int64_t(grid.y), bytes);
+    }
     if (code || !d_null) return code;
-    return sum_rows(null_sums, static_cast<T*>(d_null), blocks_of(chunks, run), width, stream);
+    return sum_rows(null_sums, static_cast<T*>(d_null), int64_t(grid.x), width, stream);
   });
 }

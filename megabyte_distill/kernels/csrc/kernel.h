@@ -117,15 +117,36 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
   return *reinterpret_cast<const bf16*>(&bits);
 }
 
+// kVec consecutive numbers as they lie in memory: half the registers of their fp32 values where they are bf16, so that more of them
+// can be on their way.
+template <class T>
+struct Packet;
+template <>
+struct Packet<float> {
+  float4 low, high;
+  __device__ __forceinline__ void load(const float* from) {
+    low = __ldg(reinterpret_cast<const float4*>(from)), high = __ldg(reinterpret_cast<const float4*>(from) + 1);
+  }
+  __device__ __forceinline__ void unpack(float (&to)[kVec]) const {
+    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+  }
+};
+template <>
+struct Packet<bf16> {
+  uint4 bits;
+  __device__ __forceinline__ void load(const bf16* from) { bits = __ldg(reinterpret_cast<const uint4*>(from)); }
+  __device__ __forceinline__ void unpack(float (&to)[kVec]) const {
+    to[0] = bf16_low(bits.x), to[1] = bf16_high(bits.x), to[2] = bf16_low(bits.y), to[3] = bf16_high(bits.y);
+    to[4] = bf16_low(bits.z), to[5] = bf16_high(bits.z), to[6] = bf16_low(bits.w), to[7] = bf16_high(bits.w);
+  }
+};
 // kVec consecutive numbers; read through the read-only path, so never from what the same kernel writes.
-__device__ __forceinline__ void load(const float* from, float (&to)[kVec]) {
-  const float4 a = __ldg(reinterpret_cast<const float4*>(from)), b = __ldg(reinterpret_cast<const float4*>(from) + 1);
-  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-}
-__device__ __forceinline__ void load(const bf16* from, float (&to)[kVec]) {
-  const uint4 q = __ldg(reinterpret_cast<const uint4*>(from));
-  to[0] = bf16_low(q.x), to[1] = bf16_high(q.x), to[2] = bf16_low(q.y), to[3] = bf16_high(q.y);
-  to[4] = bf16_low(q.z), to[5] = bf16_high(q.z), to[6] = bf16_low(q.w), to[7] = bf16_high(q.w);
+template <class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[kVec]) {
+  Packet<T> packet;
+  packet.load(from);
+  packet.unpack(to);
 }
 __device__ __forceinline__ void store(float* to, const float (&from)[kVec]) {
   *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);

@@ -10,12 +10,12 @@ from torch import Tensor
 from megabyte_distill.config.model import DechunkMode
 from megabyte_distill.kernels.dispatch import FusedOp
 from megabyte_distill.kernels.fused.arguments import (
-    WIDTHS,
+    VECTORS,
     absent,
     dtype_code,
     dtype_refusal,
     scratch,
-    width_refusal,
+    vector_refusal,
 )
 from megabyte_distill.kernels.library import library_for, prepared
 
@@ -52,17 +52,23 @@ def refusal(h: Tensor, p: Tensor, confidence: Tensor, residual: Tensor, null_gro
     scalars = {p.dtype, confidence.dtype} - {torch.float32, torch.bfloat16}
     if scalars:
         return f"got probabilities in {scalars.pop()}, expected float32"
-    return dtype_refusal(h, residual, null_group) or width_refusal(h.shape[1])
+    return dtype_refusal(h, residual, null_group) or vector_refusal(h.shape[1])
 
 
-FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf16, {WIDTHS}")
+FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")
 
 
 def _chunks_of_block(chunks: int, mode: int) -> int:
-    """Few enough that a row fills a GPU, many enough that warming up the EMA (about 12 chunks) stays cheap."""
+    """Few enough that a row fills a GPU, many enough that warming up the EMA (about 10 chunks) stays cheap."""
     if mode == MODE_CODES[DechunkMode.HARD]:
-        return 8
-    return 32 if chunks >= 16_384 else 16 if chunks >= 4_096 else 8
+        return 16 if chunks >= 16_384 else 8
+    return 64 if chunks >= 16_384 else 32 if chunks >= 4_096 else 8
+
+
+def _tile(width: int) -> int:
+    """Columns of a block: the whole width up to 4096, else equal parts of it; in full warps of 8 columns a thread."""
+    parts = -(-width // 4096)
+    return -(-width // parts // 256) * 256
 
 
 @torch.library.custom_op("megabyte::dechunk_residual", mutates_args=())
@@ -97,6 +103,7 @@ def _forward(
         residual.shape[0],
         width,
         _chunks_of_block(chunks, mode),
+        _tile(width),
         mode,
         dtype_code(h),
     )
@@ -137,7 +144,7 @@ def _backward(
     want_p, want_confidence, want_null = wants
     dh, d_p, d_confidence, d_null = _backward_shapes(h, p, wants)
     run = _chunks_of_block(chunks, mode)
-    blocks = max(1, -(-chunks // run))
+    blocks, tiles = max(1, -(-chunks // run)), -(-width // _tile(width))
     library_for(h).call(
         "dechunk_backward",
         prepared(dz),
@@ -153,10 +160,12 @@ def _backward(
         d_p if want_p else None,
         d_null if want_null else None,
         scratch(h, blocks, width) if want_null else None,
+        scratch(h, 2, tiles, p.shape[0]) if tiles > 1 and (want_p or want_confidence) else None,
         chunks,
         p.shape[0],
         width,
         run,
+        _tile(width),
         mode,
         dtype_code(h),
     )

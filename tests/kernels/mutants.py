@@ -1,0 +1,136 @@
+"""Seeded bugs in the kernel sources, and a check that must notice each; a new operator adds its own to ``MUTANTS``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.kernels import build, ops
+from megabyte_distill.kernels.library import Library
+from tests.kernels import test_fused_byte_embedding as embedding
+from tests.kernels import test_fused_dechunk as dechunk
+from tests.kernels.comparison import assert_agrees, assert_same_in_any_order, values_and_gradients
+
+Check = Callable[[Library], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One change of one source file."""
+
+    source: str
+    """The .cu that is built; a change in the header is seen through it."""
+    file: str
+    """The file that is changed."""
+    old: str
+    new: str
+    check: Check
+
+
+def mutated_sources(mutant: Mutant, folder: Path) -> Path:
+    """A copy of what one .cu needs, with the bug in it. AssertionError where the text to change is not there once."""
+    folder.mkdir()
+    for name in {*(path.name for path in build.SOURCES.glob("*.h")), "library.cu", mutant.source}:
+        shutil.copy(build.SOURCES / name, folder / name)
+    path = folder / mutant.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1, f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times, not once"
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    return folder
+
+
+def embedding_agrees(library: Library) -> None:
+    """F1 with everything on: values, gradients, and the same in any order."""
+    byte_ids, upstream = embedding.few_hot_ids(150), torch.randn(150, 520)
+    leaves = embedding.leaves(150, 520, "all", torch.float32)
+
+    def run(*own: torch.Tensor) -> torch.Tensor:
+        return ops.byte_embedding(byte_ids, *own, eps=embedding.EPS)
+
+    assert_agrees(run, lambda *own: embedding.definition(byte_ids, *own), leaves, upstream)
+    assert_same_in_any_order(library, lambda: values_and_gradients(run, leaves, upstream))
+
+
+def dechunk_agrees(mode: DechunkMode) -> Check:
+    """F4 in a mode: values, gradients, and the same in any order."""
+
+    def check(library: Library) -> None:
+        run, definition, leaves, upstream = dechunk.case("ragged", 520, mode, torch.float32)
+        assert_agrees(run, definition, leaves, upstream)
+        assert_same_in_any_order(library, lambda: values_and_gradients(run, leaves, upstream))
+
+    return check
+
+
+EMBEDDING, DECHUNK = "byte_embedding.cu", "dechunk.cu"
+MUTANTS: dict[str, Mutant] = {
+    "sums over a block without their barrier": Mutant(
+        source=EMBEDDING,
+        file="kernel.h",
+        old="    __syncthreads();\n    const int warps = int(blockDim.x + 31) >> 5;",
+        new="    const int warps = int(blockDim.x + 31) >> 5;",
+        check=embedding_agrees,
+    ),
+    "sums over groups without their barrier": Mutant(
+        source=EMBEDDING,
+        file="kernel.h",
+        old="  __syncthreads();\n  if (threadIdx.y) return;",
+        new="  if (threadIdx.y) return;",
+        check=embedding_agrees,
+    ),
+    "a run that begins with a piece in the wrong slot": Mutant(
+        source=EMBEDDING,
+        file=EMBEDDING,
+        old="(int64_t(blockIdx.x) * 2 + (begins >= first))",
+        new="(int64_t(blockIdx.x) * 2 + (begins > first))",
+        check=embedding_agrees,
+    ),
+    "the row behind": Mutant(
+        source=EMBEDDING,
+        file="kernel.h",
+        old="const float4 a = __ldg(reinterpret_cast<const float4*>(from)),",
+        new="const float4 a = __ldg(reinterpret_cast<const float4*>(from) + 1),",
+        check=embedding_agrees,
+    ),
+    "scalars of a run read before they are written": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="decay[i] = decay_of(at, m, mode);\n    }\n    __syncthreads();",
+        new="decay[i] = decay_of(at, m, mode);\n    }",
+        check=dechunk_agrees(DechunkMode.CAUSAL),
+    ),
+    "sums flushed before all warps have added": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="    __syncthreads();\n    const int warps = int(blockDim.x) >> 5;",
+        new="    const int warps = int(blockDim.x) >> 5;",
+        check=dechunk_agrees(DechunkMode.HARD),
+    ),
+    "sums overwritten while they are flushed": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="      *places[j] = sum;\n    }\n    __syncthreads();",
+        new="      *places[j] = sum;\n    }",
+        check=dechunk_agrees(DechunkMode.HARD),
+    ),
+    "a state that is forgotten too soon": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="kForgotten = 1e-9f",
+        new="kForgotten = 1e-1f",
+        check=dechunk_agrees(DechunkMode.CAUSAL),
+    ),
+    "a chunk's last byte left out": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="  for (; t < end; t += R) {",
+        new="  for (; t < end - 1; t += R) {",
+        check=dechunk_agrees(DechunkMode.HARD),
+    ),
+}
+"""What is wrong → the change."""
