@@ -18,9 +18,12 @@ class Choice:
     fused: bool
     reason: str
     """Why, as the end of a sentence."""
+    scans_fused: bool = False
+    """Whether Mamba-2's scan runs in the kernels of mamba_ssm."""
 
     def __str__(self) -> str:
-        return f"{'fused' if self.fused else 'torch reference'} ({self.reason})"
+        scan = ", Mamba-2's scan by mamba_ssm" if self.scans_fused else ""
+        return f"{'fused' if self.fused else 'torch reference'} ({self.reason}){scan}"
 
 
 def choose(mode: KernelMode, device: torch.device) -> Choice:
@@ -37,6 +40,7 @@ def choose(mode: KernelMode, device: torch.device) -> Choice:
         return Choice(fused=False, reason="--kernels reference")
     if mode is KernelMode.AUTO and device.type != "cuda":
         return Choice(fused=False, reason=f"--kernels auto takes torch's operators on {device.type}")
+    scan = scan_kernels(device)
     try:
         library = load(device.type)
         if device.type == "cuda" and (
@@ -46,11 +50,20 @@ def choose(mode: KernelMode, device: torch.device) -> Choice:
     except ValueError as error:
         if mode is KernelMode.FUSED:
             raise ValueError(f"--kernels fused: {error}; or use --kernels auto or reference") from error
-        return Choice(fused=False, reason=str(error))
+        dispatch.install(scan, device=device.type)
+        return Choice(fused=False, reason=str(error), scans_fused=bool(scan))
     from megabyte_distill.kernels.fused import FUSED_OPS  # registers torch ops, which a run without them need not have
 
-    dispatch.install(FUSED_OPS, device=device.type, strict=mode is KernelMode.FUSED)
-    return Choice(fused=True, reason=f"--kernels {mode.value}, {device.type}, built for {' '.join(library.targets)}")
+    dispatch.install({**FUSED_OPS, **scan}, device=device.type, strict=mode is KernelMode.FUSED)
+    reason = f"--kernels {mode.value}, {device.type}, built for {' '.join(library.targets)}"
+    return Choice(fused=True, reason=reason, scans_fused=bool(scan))
+
+
+def scan_kernels(device: torch.device) -> dict[str, dispatch.FusedOp]:
+    """Mamba-2's scan from the package mamba_ssm, on a GPU where that is usable; it needs no library of ours."""
+    from megabyte_distill.kernels.fused import mamba_scan
+
+    return {"ssm_scan": mamba_scan.FUSED} if device.type == "cuda" and mamba_scan.is_usable() else {}
 
 
 def gpu_refusal(targets: tuple[str, ...], capability: tuple[int, int]) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megabyte_distill.kernels.dispatch import fused
 from megabyte_distill.kernels.segments import ScanBlocks, Segments
 
 
@@ -31,8 +32,13 @@ def ssm_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: S
         block: bytes a block holds; changes speed and rounding only.
 
     Returns:
-        [P, H, F] in fp32 (fp64 where an input is fp64), also under autocast.
+        [P, H, F] in fp32 (fp64 where an input is fp64), also under autocast; in x's dtype where the kernels of
+        mamba_ssm are in place.
     """
+    run = fused("ssm_scan", x)
+    if run is not None:
+        scanned: Tensor = run(x, dt, a, b, c, segments, block)
+        return scanned
     dtype = torch.promote_types(torch.promote_types(x.dtype, dt.dtype), torch.float32)
     length = x.shape[0]
     if length == 0:

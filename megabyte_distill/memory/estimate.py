@@ -7,14 +7,17 @@ forward and backward through them; every number is the size of a tensor that tra
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megabyte_distill.config import Settings, StageConfig
+from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.model_config import ModelConfig
+from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.packing import PackedRow
@@ -58,6 +61,8 @@ class RankMemory:
     """The most that one micro-batch's forward and backward have alive at once."""
     sent: int
     """Bytes that one micro-batch sends to the next pipeline stage; 0 on the last."""
+    returned: int
+    """Bytes of the gradient that one micro-batch sends to the stage before; 0 on the first."""
 
     @property
     def activations(self) -> int:
@@ -75,8 +80,15 @@ def estimate(
 ) -> Iterator[RankMemory]:
     """One entry a selected stage and pipeline rank, for a job of ``world_size`` ranks on rows of even chunks.
 
-    ValueError where sizes do not fit together, as training would say. Needs a process without process groups.
+    Layers of Transformer Engine are counted as megatron-core's own, which have the same weights. ValueError where sizes
+    do not fit together, as training would say. Needs a process without process groups.
     """
+    settings = replace(settings, engine=EngineConfig())
+    check_parallel_sizes(
+        backbone,
+        tensor_parallel=settings.parallel.tensor_model_parallel_size,
+        pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
+    )
     for name, config in settings.stages.items():
         yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
 
@@ -101,6 +113,7 @@ def _stage_memory(
         ):
             built = _build(settings, backbone, stage, config)
             run = _run_micro_batch(built, stage, config, arriving, gradient_arrives, bytes_per_chunk)
+            gradients, optimizer = (0, 0) if built.trained is None else training_bytes(built.trained)
             yield RankMemory(
                 stage=stage.name,
                 pipeline_rank=place,
@@ -108,12 +121,13 @@ def _stage_memory(
                 trained=sum(parameter.numel() for parameter in built.student.parameters() if parameter.requires_grad),
                 weights=_bytes_of(_storages(built.student.parameters())),
                 teacher=_bytes_of(_storages(built.own_teacher.parameters())) if built.own_teacher else 0,
-                gradients=built.gradients,
-                optimizer=built.optimizer,
+                gradients=gradients,
+                optimizer=optimizer,
                 kept=run.kept,
                 in_flight=min(pipeline - place, config.micro_batches(data)),
                 peak=run.peak,
-                sent=0 if run.sent is None else run.sent.numel() * run.sent.element_size(),
+                sent=0 if run.sent is None else run.sent.nbytes,
+                returned=run.returned,
             )
             arriving = run.sent
             gradient_arrives = gradient_arrives or any(p.requires_grad for p in built.student.parameters())
@@ -127,8 +141,8 @@ class _Built:
     teacher: Backbone | None
     own_teacher: Backbone | None
     """The same, where it is not the student's backbone."""
-    gradients: int
-    optimizer: int
+    trained: TrainerModel | None
+    """None where nothing of this rank trains."""
 
 
 def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: StageConfig) -> _Built:
@@ -144,24 +158,22 @@ def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: S
         if stage.teacher(config) is not TeacherNeed.NONE and not stage.keeps_backbone(config):
             own_teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(dtype)
             own_teacher.requires_grad_(False).eval()
-        sizes = (0, 0)
+        trained: TrainerModel | None = None
         if any(parameter.requires_grad for parameter in student.parameters()):
-            sizes = training_bytes(
-                wrap_for_training(
-                    student,
-                    student.config,
-                    config,
-                    bf16=settings.run.bf16,
-                    use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
-                    overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
-                    ddp_bucket_size=settings.parallel.ddp_bucket_size,
-                    use_gloo_process_groups=False,
-                )
+            trained = wrap_for_training(
+                student,
+                student.config,
+                config,
+                bf16=settings.run.bf16,
+                use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
+                overlap_grad_reduce=settings.parallel.overlap_grad_reduce,
+                ddp_bucket_size=settings.parallel.ddp_bucket_size,
+                use_gloo_process_groups=False,
             )
     teacher = own_teacher
     if own_teacher is None and stage.teacher(config) is not TeacherNeed.NONE:
         teacher = student.backbone  # type: ignore[assignment]
-    return _Built(student=student, teacher=teacher, own_teacher=own_teacher, gradients=sizes[0], optimizer=sizes[1])
+    return _Built(student=student, teacher=teacher, own_teacher=own_teacher, trained=trained)
 
 
 def training_bytes(trained: TrainerModel) -> tuple[int, int]:
@@ -182,6 +194,8 @@ class MicroBatch:
     peak: int
     sent: Tensor | None
     """Its payload, None on the last pipeline stage."""
+    returned: int
+    """Bytes of the gradient for the stage before."""
 
 
 def _run_micro_batch(
@@ -198,7 +212,8 @@ def _run_micro_batch(
     table = even_tokens(built.teacher.backbone_config.vocab_size) if needs_table and built.teacher else None
     with WithoutValues(), FusedAttention():  # type: ignore[no-untyped-call]
         objective = stage.objective(config, built.teacher, table)
-        return measured(student, objective, row, arriving=arriving, gradient_arrives=gradient_arrives)
+        with nullcontext() if built.trained is None else built.trained.ddp.no_sync():
+            return measured(student, objective, row, arriving=arriving, gradient_arrives=gradient_arrives)
 
 
 def measured(
@@ -213,25 +228,26 @@ def measured(
 
     ``arriving``: of the size that the pipeline stage before sends. Any device; needs process groups, also pretended.
     """
-    # megatron's DDP adds each gradient to its buffer and drops it
+    # megatron's DDP adds each gradient to its buffer and drops it; where there is none it is dropped all the same
     handles = [
         parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         for parameter in student.parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not hasattr(parameter, "main_grad")
     ]
     with LiveBytes() as live:
-        if arriving is not None:
-            student.set_input_tensor(torch.empty_like(arriving).requires_grad_())
+        received = None if arriving is None else torch.empty_like(arriving).requires_grad_()
+        student.set_input_tensor(received)
         link = stage_link(student, gradient_arrives)
         out = stage_output(student, objective, row, link, lambda losses: torch.stack([*losses.values()]).sum())
         assert out is not None
         # what was sent on is freed by megatron's schedule
-        kept = live.now - (0 if link.is_last else out.numel() * out.element_size())
+        kept = live.now - (0 if link.is_last else out.nbytes)
         if out.requires_grad:
             torch.autograd.backward(out, None if link.is_last else torch.empty_like(out))
     for handle in handles:
         handle.remove()
-    return MicroBatch(kept, live.peak, None if link.is_last else out.detach())
+    returned = 0 if received is None or received.grad is None else received.grad.nbytes
+    return MicroBatch(kept, live.peak, None if link.is_last else out.detach(), returned)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

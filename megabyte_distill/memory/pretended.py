@@ -79,10 +79,11 @@ def weightless() -> Iterator[None]:
 
 
 class _OnMeta(TorchFunctionMode):
-    """A device that is named is the meta device."""
+    """A device that is named is the meta device, but for the seeds that a model draws."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = {"device": META} if (kwargs or {}).get("device") is not None else {}
+        moves = (kwargs or {}).get("device") is not None and func is not torch.randint
+        named = {"device": META} if moves else {}
         return func(*args, **{**(kwargs or {}), **named})
 
 
@@ -124,7 +125,8 @@ class FusedAttention(TorchFunctionMode):
 
 
 def _makes_floats(func: Any, dtype: torch.dtype | None) -> bool:
-    return func._overloadpacket is not torch.ops.aten.arange if dtype is None else dtype.is_floating_point
+    makes_whole = func._overloadpacket in (torch.ops.aten.arange, torch.ops.aten.randint)
+    return not makes_whole if dtype is None else dtype.is_floating_point
 
 
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)

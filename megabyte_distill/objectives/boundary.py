@@ -12,9 +12,12 @@ from megabyte_distill.data.text_mask import not_last
 
 
 def boundary_bce(p: Tensor, bits: Tensor) -> Tensor:
-    """Binary cross-entropy [P] in nats, fp32, of p [P] against bits [P]."""
+    """Binary cross-entropy [P] in nats, fp32, of p [P] against bits [P]; NaN where p is."""
     # p reaches 0 and 1 exactly where two states are parallel; the clamp keeps the gradient finite there
-    return F.binary_cross_entropy(p.float().clamp(1e-6, 1 - 1e-6), bits.float(), reduction="none")
+    p = p.float().clamp(1e-6, 1 - 1e-6)
+    # torch raises where p is NaN, on CUDA beyond recovery, and an update with NaN is to be counted and explained
+    nan = p.isnan()
+    return torch.where(nan, p, F.binary_cross_entropy(p.masked_fill(nan, 0.5), bits.float(), reduction="none"))
 
 
 def boundary_positions(row: PackedRow) -> Tensor:

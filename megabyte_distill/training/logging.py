@@ -44,12 +44,14 @@ def log_line(
     grad_norm: float,
     skipped: int,
     nan_iterations: int,
+    nondeterministic: int | None = None,
     bytes_per_second: float,
     eta_seconds: float,
     teraflops: float | None = None,
 ) -> str:
     """Megatron's line with our cells. Every average is printed, NaN and negative ones included.
 
+    ``nondeterministic``: updates of which a second pass differed; None where none is checked.
     ``teraflops``: a rank and second, where they were counted.
     """
     cells = [
@@ -66,6 +68,8 @@ def log_line(
         f"number of skipped iterations: {skipped}",
         f"number of nan iterations: {nan_iterations}",
     ]
+    if nondeterministic is not None:
+        cells.append(f"number of non-deterministic iterations: {nondeterministic}")
     return " " + " | ".join(cells) + " |"
 
 

@@ -23,7 +23,9 @@ from megabyte_distill.training.checkpoint import load_training_state, read_loop_
 from megabyte_distill.training.failures import TrainingFailure
 from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, log_line, say
+from megabyte_distill.training.nonfinite import find_nonfinite
 from megabyte_distill.training.optimizer import TrainerModel, trainable_parameters
+from megabyte_distill.training.rerun import Rerun
 from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.step import StepReport, evaluate, train_step
@@ -48,6 +50,9 @@ class RowSource(Protocol):
     def describe_last(self) -> str:
         """The documents of the last update, for messages."""
 
+    def locate(self, micro_batch: int, byte: int) -> str:
+        """Where a byte of one of its micro-batches comes from, for messages."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -63,6 +68,8 @@ class Progress:
     skipped: int = 0
     nan_iterations: int = 0
     nan_in_a_row: int = 0
+    nondeterministic: int = 0
+    """Updates of which a second pass gave other bits, of those that were checked."""
     seconds: float = 0.0
 
 
@@ -196,11 +203,7 @@ class Loop:
         started = time.perf_counter()
         self.trained.position.begin(self.stage, self.progress.iteration + 1, "data")
         micro_batches = self.rows.next_micro_batches()
-        counts = self.run_config.log_throughput and self._flops is None
-        with FlopCount() if counts else contextlib.nullcontext() as count:
-            report = train_step(self.trained, self.objective, micro_batches, self.progress.iteration, self.world)
-        if count is not None:
-            self._flops = self._mean_over_ranks(count.flops)
+        report = self._step(micro_batches)
         progress = self.progress
         progress.iteration += 1
         progress.consumed_rows += self.config.global_batch_size
@@ -209,17 +212,44 @@ class Loop:
         progress.skipped += report.skipped
         progress.nan_iterations += report.skipped
         progress.nan_in_a_row = progress.nan_in_a_row + 1 if report.skipped else 0
+        origin = self._explain(micro_batches) if report.skipped else ""
         window.add(report)
         if progress.nan_in_a_row >= self.run_config.max_nan_iterations:
             self._log(window, report, force=True)
             raise TrainingFailure(
                 f"stage {self.stage}: {progress.nan_in_a_row} updates in a row without a finite loss and gradient, "
                 f"the last at iteration {progress.iteration} "
-                f"({ {n: t for n, (t, _) in report.sums.items()} }, gradient norm {report.grad_norm}); "
+                f"({ {n: t for n, (t, _) in report.sums.items()} }, gradient norm {report.grad_norm}): {origin}; "
                 f"its batch: {self.rows.describe_last()}. No update was made with them, and the last "
                 "checkpoint is from before; lower --lr, check the data, or raise --max-nan-iterations"
             )
         return report
+
+    def _step(self, micro_batches: list[PackedRow]) -> StepReport:
+        """One update, every ``rerun_check`` updates after a first pass whose result it must have."""
+        iteration, interval = self.progress.iteration, self.run_config.rerun_check
+        arguments = (self.trained, self.objective, micro_batches)
+        rerun = Rerun(*arguments, self.world) if interval and (iteration + 1) % interval == 0 else None
+        counts = self.run_config.log_throughput and self._flops is None
+        with FlopCount() if counts else contextlib.nullcontext() as count:
+            report = train_step(*arguments, iteration, self.world, inspect=None if rerun is None else rerun.compare)
+        if count is not None:
+            self._flops = self._mean_over_ranks(count.flops)
+        if rerun is not None and rerun.differences:
+            self.progress.nondeterministic += 1
+            if self.world.is_main:
+                say(
+                    f" warning: stage {self.stage} iteration {iteration + 1} is not deterministic: two passes over the "
+                    f"same rows differ in {'; '.join(rerun.differences)}"
+                )
+        return report
+
+    def _explain(self, micro_batches: list[PackedRow]) -> str:
+        """Find out what of this update is not finite, and say it."""
+        origin = find_nonfinite(self.trained, self.objective, micro_batches, self.world, self.rows.locate)
+        if self.world.is_main:
+            say(f" stage {self.stage} iteration {self.progress.iteration} is not finite and was skipped: {origin}")
+        return origin
 
     def _mean_over_ranks(self, value: int) -> float:
         total = torch.tensor(float(value), dtype=torch.float64, device=self.world.device)
@@ -248,6 +278,7 @@ class Loop:
                     grad_norm=report.grad_norm,
                     skipped=progress.skipped,
                     nan_iterations=progress.nan_iterations,
+                    nondeterministic=progress.nondeterministic if self.run_config.rerun_check else None,
                     bytes_per_second=speed,
                     teraflops=None if self._flops is None else self._flops / seconds / 1e12,
                     eta_seconds=seconds * (config.train_iters - progress.iteration),

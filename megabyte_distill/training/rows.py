@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.data.micro_batch import concatenate_rows
 from megabyte_distill.data.packing import PackedRow, without_document_mask
+from megabyte_distill.data.sampler import RowPlan
 from megabyte_distill.parallel.process_groups import World
 
 
@@ -47,6 +48,22 @@ class MicroBatches:
     def describe_last(self) -> str:
         """Data set and document numbers of the last update."""
         return "; ".join(str(plan) for plan in self._last)[:2000]
+
+    def locate(self, micro_batch: int, byte: int) -> str:
+        """Row, data set, document and byte in it of a byte of one of the last update's micro-batches."""
+        row, place = divmod(byte, self._config.seq_length)
+        number = micro_batch * self._config.micro_batch_size + row  # among this rank's
+        number = self._world.data_parallel_rank + number * self._world.data_parallel_size
+        plan: RowPlan = self._last[number]
+        start = 0
+        for segment in plan.segments:
+            length = 1 + segment.byte_end - segment.byte_start
+            if place < start + length:
+                inside = place - start - 1
+                where = "its BOS" if inside < 0 else f"byte {segment.byte_start + inside} of it"
+                return f"row {number} of the update, data set {plan.dataset}, document {segment.document}, {where}"
+            start += length
+        return f"row {number} of the update, unused bytes behind its text"
 
     def state_dict(self) -> dict[str, Any]:
         """Position behind the last update."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,31 @@ class RealSizes:
     teacher: int
     gradients: int
     optimizer: int
+    sent: int
+    """The largest payload that went to the next pipeline stage."""
+    returned: int
+    """The largest gradient that went to the stage before."""
+
+
+@contextmanager
+def watched_pipeline() -> Iterator[dict[str, int]]:
+    """What megatron's communicator is given to send: the most bytes at once, by direction."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    most = {"tensor_send_next": 0, "tensor_send_prev": 0}
+    real = P2PCommunicator._communicate
+
+    def communicate(self: Any, **tensors: Any) -> Any:
+        for name in most:
+            if tensors[name] is not None:
+                most[name] = max(most[name], tensors[name].nbytes)
+        return real(self, **tensors)
+
+    P2PCommunicator._communicate = communicate
+    try:
+        yield most
+    finally:
+        P2PCommunicator._communicate = real
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -102,7 +129,8 @@ def real_sizes(settings: Settings, stage_name: str) -> RealSizes:
     table = even_tokens(BACKBONE.vocab_size) if stage_name.startswith("2") else None
     objective = stage.objective(config, teacher, table)
     rows = [even_row(config, BYTES_PER_CHUNK)] * config.micro_batches(ranks.data_parallel_size)
-    train_step(trained, objective, rows, 0, ranks)
+    with watched_pipeline() as most:
+        train_step(trained, objective, rows, 0, ranks)
     return RealSizes(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_parallel_rank=ranks.data_parallel_rank,
@@ -110,6 +138,8 @@ def real_sizes(settings: Settings, stage_name: str) -> RealSizes:
         teacher=bytes_of([*own_teacher.parameters()]) if own_teacher is not None else 0,
         gradients=sum(buffer.grad_data.nbytes for buffer in trained.ddp.buffers),
         optimizer=optimizer_bytes(trained),
+        sent=most["tensor_send_next"],
+        returned=most["tensor_send_prev"],
     )
 
 

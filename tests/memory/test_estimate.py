@@ -27,7 +27,7 @@ from tests.tiny_student import BACKBONE
 
 BYTES_OF_BF16_ADAM = 12
 """Master and two moments of a parameter."""
-EXACT = ("weights", "teacher", "gradients", "optimizer")
+EXACT = ("weights", "teacher", "gradients", "optimizer", "sent", "returned")
 KINDS = ["", "--bf16", "--use-distributed-optimizer", "--bf16 --use-distributed-optimizer"]
 
 

@@ -56,7 +56,10 @@ def test_segments_and_windows(lengths: list[int], window: int | None) -> None:
 @pytest.mark.parametrize("lengths", [*LENGTHS, [700, 3, 1500]], ids=str)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_all_segments_in_one_call_on_a_gpu(lengths: list[int], window: int | None) -> None:
-    """Within what bf16 rounds: 8 bits of mantissa on values of size 1, gradients summed over up to 1,500 positions."""
+    """Within what bf16 rounds: 8 bits of mantissa on values of size 1, gradients summed over up to 1,500 positions.
+
+    Where a gradient is nothing (a lone position's query), rounding leaves a share of the upstream one.
+    """
     q, k, v = inputs(lengths, torch.bfloat16, "cuda", head_dim=64)
     edges = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
     got = packed_attention(q, k, v, lengths, window, cu_seqlens=edges)
@@ -67,4 +70,4 @@ def test_all_segments_in_one_call_on_a_gpu(lengths: list[int], window: int | Non
     ours = torch.autograd.grad(got, (q, k, v), upstream.to(got.dtype))
     theirs = torch.autograd.grad(wanted, wide, upstream)
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.float() - other).norm() <= 2e-2 * other.norm()
+        assert (one.float() - other).norm() <= 2e-2 * max(other.norm(), upstream.norm())

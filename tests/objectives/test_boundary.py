@@ -44,6 +44,13 @@ def test_bce_is_the_log_of_the_right_sides_probability() -> None:
     torch.testing.assert_close(boundary_bce(p, bits), torch.tensor(expected))
 
 
+def test_bce_of_nan_is_nan_and_of_the_others_as_ever() -> None:
+    p, bits = torch.tensor([0.9, math.nan, 0.25]), torch.tensor([True, True, False])
+    loss = boundary_bce(p, bits)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert torch.equal(loss[[0, 2]], boundary_bce(p[[0, 2]], bits[[0, 2]]))
+
+
 def test_certain_mistakes_are_dear_but_finite_in_value_and_gradient() -> None:
     p = torch.tensor([0.0, 1.0, 0.0, 1.0], requires_grad=True)
     loss = boundary_bce(p, torch.tensor([True, False, False, True]))

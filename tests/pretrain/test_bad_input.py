@@ -165,6 +165,18 @@ def test_a_damaged_checkpoint_is_named(refused, begun: Path) -> None:  # type: i
     refused(says=("loop_state.json", "cannot be read"))
 
 
+def test_a_teacher_that_changed_since_its_conversion_is_named_unless_nobody_looks(  # type: ignore[no-untyped-def]
+    refused, job: Job, run: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(job.teacher, teacher)
+    state = teacher / "iter_0000000" / "loop_state.json"
+    state.write_text(state.read_text().replace("\n", " ", 1))
+    flags = ("--load", str(teacher), "--stages", "1a", "--train-iters", "1")
+    refused(*flags, says=("iter_0000000 is damaged", "loop_state.json has changed since", "copy it again"))
+    assert job.run(run, *flags, "--no-verify-checkpoint") == 0
+
+
 def test_a_second_job_on_the_same_folder_is_refused(job: Job, run: Path) -> None:
     from megabyte_distill.pretrain.run_lock import only_job
 
@@ -183,14 +195,15 @@ def test_nan_stops_the_run_names_the_batch_and_keeps_the_checkpoint_finite(  # t
 ) -> None:
     refused(
         "--1a.lr", "1e30", "--1a.train-iters", "30", "--1a.save-interval", "0", "--max-nan-iterations", "2",
-        says=("stage 1a: 2 updates in a row", "its batch:", "document", "--max-nan-iterations"),
+        says=("1a: 2 updates in a row", "the weight byte_encoder.", "its batch:", "document", "--max-nan-iterations"),
         code=1,
     )  # fmt: skip
     refused(
-        "--1a.lr", "1e30", "--1a.train-iters", "30", "--1a.save-interval", "1",
+        "--1a.lr", "1e30", "--1a.train-iters", "30", "--1a.save-interval", "1", "--async-save",
         says=("stage 1a: ", "weights are NaN or infinite after iteration", "its batch:", "document"),
         code=1,
     )  # fmt: skip
+    assert not list(run.glob("*/*.incomplete")), "a save that was under way is finished"
     seen = metrics(run)
     assert None in seen.values(), "what is not finite is null"
     latest = int((run / "1a" / "latest_checkpointed_iteration.txt").read_text())

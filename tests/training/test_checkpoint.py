@@ -26,6 +26,8 @@ from megabyte_distill.training.checkpoint import (
 )
 from tests.training.older import without_manifest
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
@@ -34,7 +36,7 @@ def world() -> Iterator[World]:
 
 
 def model(width: int = 4) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2, bias=False))
+    return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2, bias=False)).to(DEVICE)
 
 
 def save(folder: Path, iteration: int, net: nn.Module) -> Path:
@@ -58,7 +60,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(world: World, tmp_pat
     before = [parameter.clone() for parameter in other.parameters()]
     with pytest.raises(CheckpointError, match=r"0\.weight: \(4, 3\) in the checkpoint, \(5, 3\) in the model"):
         load_checkpoint(path, other)
-    larger = nn.Sequential(*model(4), nn.Linear(2, 2))
+    larger = nn.Sequential(*model(4), nn.Linear(2, 2)).to(DEVICE)
     with pytest.raises(CheckpointError, match=r"2\.weight: not in the checkpoint"):
         load_checkpoint(path, larger)
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))

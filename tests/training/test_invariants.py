@@ -23,22 +23,23 @@ HERE = "tests.training.test_invariants"
 class Model(nn.Module):
     """A trained part, a frozen one, and a part that tensor parallelism cuts."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, device: torch.device) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.trained = nn.Linear(3, 3)
         self.frozen = nn.Linear(3, 2).requires_grad_(False)
         self.cut = nn.Linear(3, 2, bias=False)
-        self.cut.weight.tensor_model_parallel = True  # type: ignore[assignment]
         with torch.no_grad():
             self.cut.weight.add_(rank)
+        self.to(device)
+        self.cut.weight.tensor_model_parallel = True  # type: ignore[assignment]
         for parameter in self.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
 def message(world: World, broken: Callable[[Model], None], *, cut_differs: bool) -> str | None:
     """What the check says after rank 1 did something to its model; None where it is content."""
-    model = Model(world.rank if cut_differs else 0)
+    model = Model(world.rank if cut_differs else 0, world.device)
     invariants = Invariants(model, world, [lambda: ["boundaries differ"] if hasattr(model, "odd") else []])
     if world.rank == 1:
         with torch.no_grad():

@@ -1,0 +1,70 @@
+"""python -m megabyte_distill.memory: training's flags, short sizes, a table or JSON, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from megabyte_distill.memory.__main__ import main
+from tests.pretrain.job import ROOT, run_command
+
+PIPELINE = ["--preset", "olmo2-1b", "--pp", "2", "--dp", "2", "--stage", "1b", "--seq-length", "1024"]
+
+
+def test_the_table_is_the_json_rounded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PIPELINE, "--json"]) == 0
+    first, last = json.loads(capsys.readouterr().out)
+    assert main(PIPELINE) == 0
+    text = capsys.readouterr().out
+    assert "4 ranks = tensor 1 × pipeline 2 × data 2" in text
+    for place, memory in enumerate((first, last)):
+        (line,) = [line for line in text.splitlines() if re.match(rf" *1b +{place} ", line)]
+        assert line.endswith(f"{memory['total'] / 2**30:.2f}")
+        parts = ("weights", "teacher", "gradients", "optimizer", "activations")
+        assert memory["total"] == sum(memory[name] for name in parts)
+    assert f"largest: {max(first['total'], last['total']) / 2**30:.2f} GiB" in text
+
+
+def test_sequence_parallelism_and_the_distributed_optimizer_save_what_they_should(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = ["--preset", "olmo2-1b", "--stage", "2b", "--seq-length", "1024", "--tp", "2", "--json"]
+    found = {}
+    for flag in ("", "--sequence-parallel", "--use-distributed-optimizer"):
+        assert main([*small, "--dp", "4", *flag.split()]) == 0
+        (found[flag],) = json.loads(capsys.readouterr().out)
+    assert found["--sequence-parallel"]["kept"] < found[""]["kept"]
+    assert found["--sequence-parallel"]["optimizer"] == found[""]["optimizer"]
+    quarter = found[""]["optimizer"] / 4
+    assert found["--use-distributed-optimizer"]["optimizer"] == pytest.approx(quarter, rel=1e-3)
+
+
+def test_any_hugging_face_config_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = ROOT / "examples" / "tiny" / "teacher"
+    assert main(["--preset", "tiny", "--hf-model", str(teacher), "--stage", "1a"]) == 0
+    assert "0.0052 B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--tp 3", "attention heads 16 is not divisible by --tp 3"),
+        ("--tp 0", "expected sizes from 1 up"),
+        ("--preset tiny", "--preset tiny is no published model"),
+        ("--stage 9z", "unknown stage '9z'"),
+        ("--bytes-per-chunk 0.5", "a chunk has at least one byte"),
+        ("--num-experts 8", "--num-experts is Megatron's, and not taken here"),
+        ("--hf-model nowhere", "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "olmo2-1b", "--stage", "1a", *line.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and expected in error, error
+
+
+def test_it_is_a_program() -> None:
+    done = run_command(["python", "-m", "megabyte_distill.memory", "--help"])
+    assert done.returncode == 0 and "--bytes-per-chunk" in done.stdout
