@@ -12,6 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
@@ -30,6 +31,9 @@ BACKBONE_GROUP = {"lr_mult": 2.0}
 by them. Without it the backbone's group would be reloaded as a copy of the other one."""
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Of the distributed optimizer's state; its default cannot be saved any more."""
+_MASTERS = "fp32_from_fp16_params"
+"""Entry of megatron's state under bf16 without the distributed optimizer: fp32 weights, group by group. A pipeline
+stage may have groups without parameters, which are left out: dist_checkpointing drops empty lists, and places shift."""
 _SETTINGS_OF_A_GROUP = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
@@ -73,7 +77,9 @@ class TrainerModel:
         """megatron's description of the optimizer's state, beside that of the model's weights."""
         exact = self._distributed_over_torch()
         if not exact:
-            return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+            state = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+            masters = [group for group in state.pop(_MASTERS, []) if group]
+            return {**state, _MASTERS: masters} if masters else state
         [part] = exact
         return distributed_adam.describe(part, weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
 
@@ -90,7 +96,14 @@ class TrainerModel:
                 [part] = exact
                 distributed_adam.load_state(part, loaded)
             else:
-                self.optimizer.load_state_dict(loaded)
+                self.optimizer.load_state_dict(self._with_empty_groups(loaded))
+
+    def _with_empty_groups(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """megatron pairs masters with groups by their place."""
+        if not isinstance(self.optimizer.chained_optimizers[0], Float16OptimizerWithFloat16Params):
+            return loaded
+        stored = iter(loaded.get(_MASTERS, []))
+        return {**loaded, _MASTERS: [next(stored) if group["params"] else [] for group in self._groups()]}
 
     @property
     def is_distributed(self) -> bool:

@@ -78,6 +78,17 @@ def test_twenty_updates_killed_and_resumed(job: Job, tmp_path: Path) -> None:
     assert_close(other, straight, ["2b"])
 
 
+@pytest.mark.parametrize("stage", ["1b", "2a"])
+def test_a_bf16_run_goes_on_where_a_pipeline_stage_has_no_byte_side(job: Job, tmp_path: Path, stage: str) -> None:
+    """Without the distributed optimizer: in 1b the last stage trains the backbone's group alone, in 2a the first none."""
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    flags = ("--stages", stage, *FLAGS, *PIPELINE, "--bf16")
+    run_on(job, straight, 2, *flags)
+    run_on(job, changed, 2, *flags, "--exit-interval", "2")
+    run_on(job, changed, 2, *flags)
+    assert_same_run(changed, straight, [stage])
+
+
 @pytest.mark.parametrize("stage", ["1a", "2a"])
 def test_the_distributed_optimizer_goes_on_where_a_pipeline_stage_trains_nothing(
     job: Job, tmp_path: Path, stage: str
