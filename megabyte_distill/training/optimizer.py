@@ -9,6 +9,7 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -78,6 +79,8 @@ class TrainerModel:
         exact = self._distributed_over_torch()
         if not exact:
             state = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+            if not is_loading:
+                _share_step(state)
             masters = [group for group in state.pop(_MASTERS, []) if group]
             return {**state, _MASTERS: masters} if masters else state
         [part] = exact
@@ -116,6 +119,16 @@ class TrainerModel:
 
     def _distributed_over_torch(self) -> list[Any]:
         return [part for part in self._distributed_parts() if distributed_adam.is_over_torch(part)]
+
+
+def _share_step(state: dict[str, Any]) -> None:
+    """Give every rank the step count of those with parameters: a checkpoint keeps the main rank's. Collective."""
+    own = state.get("optimizer", state)["state"]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own.get("common_step"))
+    steps = [step for step in everywhere if step is not None]
+    if steps:
+        own["common_step"] = steps[0]
 
 
 def _finalizer(position: Position) -> Callable[..., None]:

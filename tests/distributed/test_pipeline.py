@@ -79,8 +79,8 @@ def test_twenty_updates_killed_and_resumed(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["1b", "2a"])
-def test_a_bf16_run_goes_on_where_a_pipeline_stage_has_no_byte_side(job: Job, tmp_path: Path, stage: str) -> None:
-    """Without the distributed optimizer: in 1b the last stage trains the backbone's group alone, in 2a the first none."""
+def test_a_bf16_run_goes_on_where_a_pipeline_stage_trains_less(job: Job, tmp_path: Path, stage: str) -> None:
+    """Without the distributed optimizer: in 1b the last stage trains the backbone alone, in 2a the first nothing."""
     straight, changed = tmp_path / "straight", tmp_path / "changed"
     flags = ("--stages", stage, *FLAGS, *PIPELINE, "--bf16")
     run_on(job, straight, 2, *flags)
