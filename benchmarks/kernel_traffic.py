@@ -220,9 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         counting = CountingLibrary(build_counting(Path(folder)))
         library._loaded["cpu"] = counting
-        print(
-            f"{'bf16, fwd + bwd':20}{'floor MiB':>10}{'eager':>10}{'compile':>10}{'fused':>10}{'asked':>10}   peak MiB: eager, compile, fused"
-        )
+        heads = ("floor MiB", "eager", "compile", "fused", "asked", "eager", "compile", "fused")
+        print(f"{'bf16, fwd + bwd':20}{'bytes over the floor':>50}{'peak, MiB':>30}")
+        print(" " * 20 + "".join(f"{head:>10}" for head in heads))
         for name in CASES:
             if name.startswith(wanted) and name not in NOT_TRAFFIC:
                 results[name] = ratios(measure(name, sizes, counting, compiled=arguments.compile))
