@@ -1,6 +1,6 @@
 """Everything that needs a GPU in one go of a few minutes: are the fused kernels right and fast, does training run.
 
-    bash benchmarks/gpu_check.sh [--only ops,curriculum,timing,fp8] [--minutes 6]
+    bash benchmarks/gpu_check.sh [--only ops,timing,step,curriculum,fp8] [--minutes 6]
 
 Prints as it goes; a section that fails or runs out of time does not stop the others. The last line is one JSON object.
 """
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by deterministic mode
@@ -33,15 +33,17 @@ from megabyte_distill import optional  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 from megabyte_distill.kernels.selection import choose  # noqa: E402
 
-SMALL = (Sizes(rows=1000, byte_width=264, backbone_width=1024), Sizes(rows=5003, byte_width=1024, backbone_width=4104))
+SIZES = (
+    Sizes(rows=1000, byte_width=264, backbone_width=1024),
+    Sizes(rows=5003, byte_width=1024, backbone_width=4104),
+    Sizes(rows=20_000, byte_width=1536, backbone_width=2048),
+)
 FP32_TOLERANCE = 1e-5
 BF16_VALUES, BF16_GRADIENTS, BF16_FLOOR = 2.0, 3.0, 2.0**-9
 """As in tests/kernels/comparison.py: against the error of torch's own operators in the same dtype."""
 REPEATS = 20
 SLEEP_CYCLES = 5_000_000
 """About 3 ms in which the host queues a whole forward and backward pass, so that its own time is not measured."""
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16, as the vendor states them."""
 _SPEED = re.compile(r"stage (\w+) iteration +\d+/ *\d+ .*?bytes/s: (\d+)")
 
 
@@ -110,7 +112,7 @@ def check_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
     for name, make in CASES.items():
         problems = []
         for dtype in (torch.float32, torch.bfloat16):
-            for sizes in (*SMALL, Sizes(rows=20_000, backbone_width=1024)):
+            for sizes in SIZES:
                 try:
                     found = wrong_in(make(sizes, dtype, device), device)
                 except Exception as error:  # the next operator must still be checked
@@ -127,32 +129,43 @@ def check_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
     return results
 
 
-def median_ms(run: Callable[[int], object]) -> float:
-    """Median device time of run(i), i counting up so that inputs can rotate."""
-    times = []
+class Time(NamedTuple):
+    """Of one call, medians in milliseconds."""
+
+    device: float
+    """Between events on the device, everything queued beforehand."""
+    host: float
+    """Until the call had been queued."""
+
+
+def median_time(run: Callable[[int], object]) -> Time:
+    """Of run(i), i counting up so that inputs can rotate."""
+    device, host = [], []
     for i in range(3):
         run(i)
     for i in range(REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
+        before = time.perf_counter()
         run(i)
+        host.append(1e3 * (time.perf_counter() - before))
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[REPEATS // 2]
+        device.append(start.elapsed_time(end))
+    return Time(sorted(device)[REPEATS // 2], sorted(host)[REPEATS // 2])
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes a second of a large copy, read and written ones."""
     source = torch.randn(2**28, device=device)
     target = torch.empty_like(source)
-    milliseconds = median_ms(lambda _: target.copy_(source))
-    return 2 * source.numel() * source.element_size() / milliseconds * 1e3
+    time_of_copy = median_time(lambda _: target.copy_(source))
+    return 2 * source.numel() * source.element_size() / time_of_copy.device * 1e3
 
 
-def timed(cases: Sequence[Case], compiled: bool) -> tuple[float, float]:
-    """(milliseconds forward, forward and backward) of whatever path is in place; inputs rotate over ``cases``."""
+def timed(cases: Sequence[Case], compiled: bool) -> tuple[Time, Time]:
+    """(forward, forward and backward) of whatever path is in place; inputs rotate over ``cases``."""
     runs = [torch.compile(case.run, fullgraph=False, dynamic=False) if compiled else case.run for case in cases]
 
     def forward(i: int) -> Tensor:
@@ -164,16 +177,16 @@ def timed(cases: Sequence[Case], compiled: bool) -> tuple[float, float]:
         return torch.autograd.grad(forward(i), case.leaves, case.upstream, allow_unused=True)
 
     with torch.no_grad():
-        forward_ms = median_ms(forward)
-    return forward_ms, median_ms(both)
+        forward_time = median_time(forward)
+    return forward_time, median_time(both)
 
 
 def time_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
     """Every operator in bf16 at full size: eager, torch.compile, fused, and the least time its bytes need."""
     rate = copy_rate(device)
-    print(f"copy rate {rate / 1e12:.2f} TB/s (bytes read and written)")
+    print(f"copy rate {rate / 1e12:.2f} TB/s (bytes read and written); host: what it takes to queue the fused operator")
     header = "".join(f"{name:>9}" for name in ("floor ms", "eager", "compile", "fused"))
-    print(f"{'operator, bf16':28}{header}{'of copy rate':>14}{'vs compile':>12}")
+    print(f"{'operator, bf16':28}{header}{'of copy rate':>14}{'vs compile':>12}{'host':>9}")
     results: dict[str, Any] = {"copy_rate": rate}
     for name, make in CASES.items():
         try:
@@ -186,7 +199,7 @@ def time_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
 
 
 def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device, clock: Clock) -> dict[str, Any]:
-    times: dict[str, tuple[float, float]] = {}
+    times: dict[str, tuple[Time, Time]] = {}
     choose(KernelMode.FUSED, device)
     times["fused"] = timed(cases, compiled=False)
     choose(KernelMode.REFERENCE, device)
@@ -200,11 +213,36 @@ def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device
     case = cases[0]
     floors = (case.forward_floor / rate * 1e3, (case.forward_floor + case.backward_floor) / rate * 1e3)
     for place, what in enumerate(("forward", "fwd+bwd")):
-        cells = "".join(f"{times[k][place]:9.3f}" if k in times else f"{'-':>9}" for k in ("eager", "compile", "fused"))
-        fused = times["fused"][place]
-        gain = f"{times['compile'][place] / fused:11.2f}x" if "compile" in times else f"{'-':>12}"
-        print(f"{name:20}{what:8}{floors[place]:9.3f}{cells}{floors[place] / fused:13.0%} {gain}", flush=True)
+        cells = "".join(
+            f"{times[k][place].device:9.3f}" if k in times else f"{'-':>9}" for k in ("eager", "compile", "fused")
+        )
+        fused, host = times["fused"][place]
+        gain = f"{times['compile'][place].device / fused:11.2f}x" if "compile" in times else f"{'-':>12}"
+        print(
+            f"{name:20}{what:8}{floors[place]:9.3f}{cells}{floors[place] / fused:13.0%} {gain}{host:9.3f}", flush=True
+        )
     return {"floor_ms": floors, **times}
+
+
+def time_step(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """One update of stage 2b with a 1 B backbone, fused and reference, each in a process of its own."""
+    results: dict[str, Any] = {}
+    for kernels in ("fused", "reference"):
+        command = [sys.executable, "benchmarks/training_step.py", "--kernels", kernels]
+        output, code = run_limited(command, min(120.0, clock.left()))
+        lines = output.strip().splitlines() or [""]
+        if code:
+            print(f"--kernels {kernels}: exit code {code}", *lines[-30:], sep="\n  ", flush=True)
+            results[kernels] = {"exit_code": code}
+            continue
+        found = results[kernels] = json.loads(lines[-1])[kernels]
+        print(
+            f"--kernels {kernels}: {found['seconds']:.3f} s an update of {found['row_bytes']} bytes, "
+            f"{found['bytes_per_second']:.0f} bytes/s, {found['tflops']:.0f} TFLOP/s, MFU {found.get('mfu') or 0:.1%}, "
+            f"peak {found.get('peak_gib', 0):.1f} GiB, losses {' '.join(f'{loss:.4f}' for loss in found['losses'])}",
+            flush=True,
+        )
+    return results
 
 
 def check_curriculum(device: torch.device, clock: Clock) -> dict[str, Any]:
@@ -270,8 +308,9 @@ def check_fp8(device: torch.device, clock: Clock) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[torch.device, Clock], dict[str, Any]]] = {
     "ops": check_ops,
-    "curriculum": check_curriculum,
     "timing": time_ops,
+    "step": time_step,
+    "curriculum": check_curriculum,
     "fp8": check_fp8,
 }
 """In this order: what must be right before what is nice to know."""

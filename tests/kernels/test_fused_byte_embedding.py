@@ -18,6 +18,7 @@ from tests.kernels.comparison import (
 
 EPS = 1e-5
 VARIANTS = {"table": (False, False), "added": (True, False), "normed": (False, True), "all": (True, True)}
+KERNELS = {"table": "stream", "added": "stream", "normed": "normed", "all": "added_normed"}
 
 
 def definition(byte_ids: Tensor, table: Tensor, added: Tensor | None, weight: Tensor | None) -> Tensor:
@@ -51,14 +52,15 @@ def few_hot_ids(rows: int) -> Tensor:
 @pytest.mark.parametrize("rows, width", [(0, 64), (1, 8), (63, 1024), (1000, 40), (33, 4104)])
 def test_equals_the_definition(fused: Library, rows: int, width: int, dtype: torch.dtype, variant: str) -> None:
     byte_ids = few_hot_ids(rows)
-    before = calls["byte_embedding_forward"]
+    kernel = f"byte_embedding_{KERNELS[variant]}"
+    before = calls[kernel]
     assert_agrees(
         lambda *own: ops.byte_embedding(byte_ids, *own, eps=EPS),
         lambda *own: definition(byte_ids, *own),
         leaves(rows, width, variant, dtype),
         torch.randn(rows, width),
     )
-    assert calls["byte_embedding_forward"] == before + 1
+    assert calls[kernel] == before + 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -71,21 +73,48 @@ def test_is_the_same_in_any_order_of_threads(fused: Library, variant: str) -> No
     assert_same_in_any_order(fused, run)
 
 
-def test_stream_and_normed_rows_from_one_call_add_their_gradients(fused: Library) -> None:
-    byte_ids, own = few_hot_ids(90), leaves(90, 72, "all", torch.float32)
+@pytest.mark.parametrize("variant", ["normed", "all"])
+def test_stream_and_normed_rows_from_one_call_add_their_gradients(fused: Library, variant: str) -> None:
+    byte_ids, own = few_hot_ids(90), leaves(90, 72, variant, torch.float32)
     for_stream, for_normed = torch.randn(90, 72), torch.randn(90, 72)
     results = []
     for both in (True, False):
-        given = [leaf.clone().requires_grad_() for leaf in own if leaf is not None]
+        given = [None if leaf is None else leaf.clone().requires_grad_() for leaf in own]
         if both:
             stream, normed, _ = torch.ops.megabyte.byte_embedding(byte_ids, *given, EPS, True)
         else:
-            stream = reference.byte_embedding(byte_ids, given[0], given[1])
-            normed = reference.rms_norm(stream, given[2], EPS)
-        grads = torch.autograd.grad([stream, normed], given, [for_stream, for_normed])
+            table, added, weight = given
+            assert table is not None and weight is not None
+            stream = reference.byte_embedding(byte_ids, table, added)
+            normed = reference.rms_norm(stream, weight, EPS)
+        present = [leaf for leaf in given if leaf is not None]
+        grads = torch.autograd.grad([stream, normed], present, [for_stream, for_normed])
         results.append((stream.detach(), normed.detach(), *grads))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 257, 20_000])
+def test_bytes_are_sorted_stably(fused: Library, rows: int) -> None:
+    byte_ids = few_hot_ids(rows)
+    order, run_starts = byte_embedding.byte_order(byte_ids, fused)
+    expected = byte_ids.sort(stable=True)
+    assert torch.equal(order.long(), expected.indices)
+    assert torch.equal(run_starts.long(), torch.searchsorted(expected.values, torch.arange(257)))
+
+
+@pytest.mark.parametrize("wants", [(True, False, False), (False, True, True), (False, True, False)])
+@pytest.mark.parametrize("variant", ["added", "all"])
+def test_gradients_that_nobody_wants_change_no_other(
+    fused: Library, variant: str, wants: tuple[bool, bool, bool]
+) -> None:
+    byte_ids, own, upstream = few_hot_ids(60), leaves(60, 16, variant, torch.bfloat16), torch.randn(60, 16)
+    full = values_and_gradients(lambda *given: ops.byte_embedding(byte_ids, *given), own, upstream)[1:]
+    given = [leaf if leaf is None else leaf.clone().requires_grad_(want) for leaf, want in zip(own, wants, strict=True)]
+    result = ops.byte_embedding(byte_ids, *given)
+    result.backward(upstream.to(result.dtype))
+    for leaf, expected in zip([leaf for leaf in given if leaf is not None], full, strict=True):
+        assert torch.equal(leaf.grad, expected) if leaf.requires_grad else leaf.grad is None
 
 
 def test_an_id_outside_the_table_gives_nan_and_touches_nothing_else(fused: Library) -> None:
@@ -118,6 +147,10 @@ def test_says_what_it_does_not_take(fused: Library) -> None:
     byte_ids = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"--kernels fused.*width of 12, expected a multiple of 8"):
         ops.byte_embedding(byte_ids, torch.zeros(4, 12))
+    with pytest.raises(ValueError, match="got a table of 300 rows, expected at most 256"):
+        ops.byte_embedding(byte_ids, torch.zeros(300, 8))
+    with pytest.raises(ValueError, match="got a width of 8200, expected a multiple of 8 up to 8192"):
+        ops.byte_embedding(byte_ids, torch.zeros(4, 8200), torch.zeros(2, 8200), torch.zeros(8200))
     with pytest.raises(ValueError, match="got float64, expected float32 or bfloat16"):
         ops.byte_embedding(byte_ids, torch.zeros(4, 8, dtype=torch.float64))
     mixed = byte_embedding.refusal(byte_ids, torch.zeros(4, 8), torch.zeros(2, 8, dtype=torch.bfloat16))

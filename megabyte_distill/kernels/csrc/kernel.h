@@ -156,6 +156,25 @@ __device__ __forceinline__ void store(bf16* to, const float (&from)[kVec]) {
   *reinterpret_cast<uint4*>(to) = make_uint4(bf16_pair(from[0], from[1]), bf16_pair(from[2], from[3]),
                                              bf16_pair(from[4], from[5]), bf16_pair(from[6], from[7]));
 }
+// N numbers that are 16 bytes in the wider of the types a thread handles.
+__device__ __forceinline__ void load_some(const float* from, float (&to)[4]) {
+  const float4 a = __ldg(reinterpret_cast<const float4*>(from));
+  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+}
+__device__ __forceinline__ void load_some(const bf16* from, float (&to)[4]) {
+  const uint2 q = __ldg(reinterpret_cast<const uint2*>(from));
+  to[0] = bf16_low(q.x), to[1] = bf16_high(q.x), to[2] = bf16_low(q.y), to[3] = bf16_high(q.y);
+}
+template <class T>
+__device__ __forceinline__ void load_some(const T* from, float (&to)[kVec]) { load(from, to); }
+__device__ __forceinline__ void store_some(float* to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+__device__ __forceinline__ void store_some(bf16* to, const float (&from)[4]) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(bf16_pair(from[0], from[1]), bf16_pair(from[2], from[3]));
+}
+template <class T>
+__device__ __forceinline__ void store_some(T* to, const float (&from)[kVec]) { store(to, from); }
 __device__ __forceinline__ void fill(float (&to)[kVec], float value) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) to[i] = value;

@@ -1,4 +1,4 @@
-"""F1: byte table [+ added state] [+ RMSNorm] in one launch, with every gradient (csrc/byte_embedding.cu)."""
+"""F1: byte table [+ added state] [+ RMSNorm], with every gradient (csrc/byte_embedding.cu)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from torch import Tensor
 
 from megabyte_distill.kernels.dispatch import FusedOp
 from megabyte_distill.kernels.fused.arguments import (
-    WIDTHS,
+    VECTORS,
     absent,
     dtype_code,
     dtype_refusal,
     scratch,
+    vector_refusal,
     width_refusal,
 )
-from megabyte_distill.kernels.library import library_for, prepared
+from megabyte_distill.kernels.library import Library, library_for, prepared
 
+MAX_IDS = 256
+"""Rows of a table, one for each value of a byte: the kernels sort bytes by counting."""
 _LONG, _MEDIUM = 65_536, 16_384
+_ORDER_BLOCKS = 64
 
 
 def fused_byte_embedding(
@@ -28,7 +32,7 @@ def fused_byte_embedding(
     norm_weight: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``ops.byte_embedding`` in one kernel. An id outside the table gives a row of NaN."""
+    """``ops.byte_embedding``. An id outside the table gives a row of NaN, and no gradient is defined with it."""
     stream, normed, _ = torch.ops.megabyte.byte_embedding(byte_ids, table, added, norm_weight, eps, norm_weight is None)
     result: Tensor = stream if norm_weight is None else normed
     return result
@@ -38,10 +42,14 @@ def refusal(
     byte_ids: Tensor, table: Tensor, added: Tensor | None = None, norm_weight: Tensor | None = None
 ) -> str | None:
     """Why the kernel cannot take these, or None."""
-    return dtype_refusal(table, added, norm_weight) or width_refusal(table.shape[1])
+    if table.shape[0] > MAX_IDS:
+        return f"got a table of {table.shape[0]} rows, expected at most {MAX_IDS}"
+    whole_rows = added is not None and norm_weight is not None
+    width = table.shape[1]
+    return dtype_refusal(table, added, norm_weight) or (width_refusal(width) if whole_rows else vector_refusal(width))
 
 
-FUSED = FusedOp(run=fused_byte_embedding, refusal=refusal, limits=f"fp32 or bf16, {WIDTHS}")
+FUSED = FusedOp(run=fused_byte_embedding, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}, up to {MAX_IDS} ids")
 
 
 def _rows_per_piece(rows: int) -> int:
@@ -58,37 +66,45 @@ def _forward(
     eps: float,
     want_stream: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(residual stream [P, D] fp32, normed rows [P, D], their 1 / rms [P] fp32); what was not asked for is empty."""
-    rows, width = byte_ids.shape[0], table.shape[1]
-    stream = scratch(table, rows, width) if want_stream else scratch(table, 0)
-    normed = absent(table) if norm_weight is None else table.new_empty(rows, width)
-    scale = scratch(table, 0 if norm_weight is None else rows)
-    library_for(table).call(
-        "byte_embedding_forward",
-        prepared(byte_ids),
-        prepared(table),
-        None if added is None else prepared(added),
-        None if norm_weight is None else prepared(norm_weight),
-        stream if want_stream else None,
-        normed,
-        scale,
-        rows,
-        width,
-        table.shape[0],
-        eps,
-        dtype_code(table),
-    )
+    """(residual stream [P, D] fp32, normed rows [P, D], 1 / rms fp32 of each byte, or id where nothing is added).
+
+    What was not asked for is empty.
+    """
+    byte_ids, table = prepared(byte_ids), prepared(table)
+    added = None if added is None else prepared(added)
+    stream, normed, scale = _forward_shapes(byte_ids, table, added, norm_weight, want_stream)
+    call = library_for(table).call
+    sizes = (byte_ids.shape[0], table.shape[1], table.shape[0])
+    code = dtype_code(table)
+    if norm_weight is not None and added is not None:
+        weight, kept = prepared(norm_weight), stream if want_stream else None
+        call(
+            "byte_embedding_added_normed", byte_ids, table, added, weight, kept, normed, scale, *sizes, eps, code
+        )  # fmt: skip
+    elif norm_weight is not None:
+        normed_table = torch.empty_like(table)
+        weight = prepared(norm_weight)
+        call("byte_embedding_normed", byte_ids, table, weight, normed_table, scale, normed, *sizes, eps, code)
+    if want_stream and (norm_weight is None or added is None):
+        call("byte_embedding_stream", byte_ids, table, added, stream, *sizes, code)
     return stream, normed, scale
+
+
+def _forward_shapes(
+    byte_ids: Tensor, table: Tensor, added: Tensor | None, norm_weight: Tensor | None, want_stream: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, (vocabulary, width) = byte_ids.shape[0], table.shape
+    stream = table.new_empty((rows, width) if want_stream else (0,), dtype=torch.float32)
+    if norm_weight is None:
+        return stream, absent(table), scratch(table, 0)
+    return stream, table.new_empty(rows, width), scratch(table, vocabulary if added is None else rows)
 
 
 @_forward.register_fake
 def _(
     byte_ids: Tensor, table: Tensor, added: Tensor | None, norm_weight: Tensor | None, eps: float, want_stream: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = byte_ids.shape[0], table.shape[1]
-    stream = table.new_empty((rows, width) if want_stream else (0,), dtype=torch.float32)
-    normed = table.new_empty((0,) if norm_weight is None else (rows, width))
-    return stream, normed, table.new_empty((0 if norm_weight is None else rows,), dtype=torch.float32)
+    return _forward_shapes(byte_ids, table, added, norm_weight, want_stream)
 
 
 @torch.library.custom_op("megabyte::byte_embedding_backward", mutates_args=())
@@ -102,39 +118,134 @@ def _backward(
     scale: Tensor,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of table, added and norm_weight; empty where ``wants`` says no. The norm's two come together."""
-    rows, (vocabulary, width) = byte_ids.shape[0], table.shape
-    want_table, want_added, want_weight = wants
-    d_table, d_added, d_weight = _backward_shapes(table, rows, wants)
-    piece = _rows_per_piece(rows)
-    pieces = -(-rows // piece)
-    order, run_starts = _sorted(byte_ids, vocabulary) if want_table else (None, None)
-    library_for(table).call(
-        "byte_embedding_backward",
-        None if d_stream is None else prepared(d_stream),
-        None if d_normed is None else prepared(d_normed),
-        prepared(byte_ids),
+    """Gradients of table, added and norm_weight; empty where ``wants`` says no. A norm comes with its d_normed."""
+    byte_ids, table = prepared(byte_ids), prepared(table)
+    d_stream = None if d_stream is None else prepared(d_stream)
+    grads = _backward_shapes(table, byte_ids.shape[0], wants)
+    if d_normed is None or norm_weight is None:
+        assert d_stream is not None
+        if wants[0]:
+            _stream_backward(d_stream, byte_ids, table, grads, wants)
+            return grads
+        return grads[0], d_stream.to(table.dtype) if wants[1] else grads[1], grads[2]
+    if added is None:
+        _normed_backward(d_stream, prepared(d_normed), byte_ids, table, prepared(norm_weight), scale, grads, wants)
+    else:
+        rows = d_stream, prepared(d_normed), byte_ids, prepared(added)
+        _added_normed_backward(*rows, table, prepared(norm_weight), scale, grads, wants)
+    return grads
+
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+def _stream_backward(d_stream: Tensor, byte_ids: Tensor, table: Tensor, grads: Grads, wants: list[bool]) -> None:
+    library, piece, parts = _plan(byte_ids, table)
+    order, run_starts = byte_order(byte_ids, library)
+    library.call(
+        "byte_embedding_stream_backward",
+        d_stream,
+        byte_ids,
         order,
         run_starts,
-        prepared(table),
-        None if added is None else prepared(added),
-        None if norm_weight is None else prepared(norm_weight),
-        scale,
-        d_table if want_table else None,
-        d_added if want_added else None,
-        d_weight if want_weight else None,
-        scratch(table, pieces, 2, width) if want_table else None,
-        scratch(table, pieces, width) if want_weight else None,
-        rows,
-        width,
-        vocabulary,
+        grads[0],
+        grads[1] if wants[1] else None,
+        parts,
+        byte_ids.shape[0],
+        table.shape[1],
+        table.shape[0],
         piece,
         dtype_code(table),
     )
-    return d_table, d_added, d_weight
 
 
-def _backward_shapes(table: Tensor, rows: int, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _normed_backward(
+    d_stream: Tensor | None,
+    d_normed: Tensor,
+    byte_ids: Tensor,
+    table: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor,
+    grads: Grads,
+    wants: list[bool],
+) -> None:
+    library, piece, parts = _plan(byte_ids, table)
+    order, run_starts = byte_order(byte_ids, library)
+    library.call(
+        "byte_embedding_normed_backward",
+        d_stream,
+        d_normed,
+        byte_ids,
+        order,
+        run_starts,
+        table,
+        norm_weight,
+        scale,
+        grads[0] if wants[0] else None,
+        grads[2] if wants[2] else None,
+        *(scratch(table, *table.shape) for _ in range(3)),
+        parts,
+        byte_ids.shape[0],
+        table.shape[1],
+        table.shape[0],
+        piece,
+        dtype_code(table),
+    )
+
+
+def _added_normed_backward(
+    d_stream: Tensor | None,
+    d_normed: Tensor,
+    byte_ids: Tensor,
+    added: Tensor,
+    table: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor,
+    grads: Grads,
+    wants: list[bool],
+) -> None:
+    library, piece, parts = _plan(byte_ids, table)
+    rows, width = added.shape
+    order, run_starts = byte_order(byte_ids, library) if wants[0] else (None, None)
+    library.call(
+        "byte_embedding_added_normed_backward",
+        d_stream,
+        d_normed,
+        byte_ids,
+        order,
+        run_starts,
+        table,
+        added,
+        norm_weight,
+        scale,
+        *(grad if want else None for grad, want in zip(grads, wants, strict=True)),
+        scratch(table, rows, width) if wants[0] else None,
+        scratch(table, -(-rows // piece), width),
+        parts,
+        rows,
+        width,
+        table.shape[0],
+        piece,
+        dtype_code(table),
+    )
+
+
+def _plan(byte_ids: Tensor, table: Tensor) -> tuple[Library, int, Tensor]:
+    """(library, rows of a piece of the sorted order, room for the partial sums of its pieces)."""
+    piece = _rows_per_piece(byte_ids.shape[0])
+    return library_for(table), piece, scratch(table, -(-byte_ids.shape[0] // piece), 2, table.shape[1])
+
+
+def byte_order(byte_ids: Tensor, library: Library) -> tuple[Tensor, Tensor]:
+    """(places of the bytes in order of their ids [P] int32, stable; the first place of each id [257] int32)."""
+    rows = byte_ids.shape[0]
+    sizes = (_ORDER_BLOCKS * MAX_IDS, rows, MAX_IDS + 1)
+    counts, order, run_starts = (torch.empty(size, device=byte_ids.device, dtype=torch.int32) for size in sizes)
+    library.call("byte_order", byte_ids, counts, order, run_starts, rows)
+    return order, run_starts
+
+
+def _backward_shapes(table: Tensor, rows: int, wants: list[bool]) -> Grads:
     want_table, want_added, want_weight = wants
     vocabulary, width = table.shape
     return (
@@ -156,14 +267,6 @@ def _(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _backward_shapes(table, byte_ids.shape[0], wants)
-
-
-def _sorted(byte_ids: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """(the places of the bytes in order of their ids [P], the first place of each id [vocabulary + 1])."""
-    keys = byte_ids.to(torch.uint8) if vocabulary <= 256 else byte_ids  # one pass of a radix sort instead of eight
-    values, order = keys.sort(stable=True)
-    edges = torch.arange(vocabulary + 1, device=byte_ids.device)
-    return order, torch.searchsorted(values.to(torch.int64), edges)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -58,16 +58,24 @@ def refusal(h: Tensor, p: Tensor, confidence: Tensor, residual: Tensor, null_gro
 FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")
 
 
-def _chunks_of_block(chunks: int, mode: int) -> int:
-    """Few enough that a row fills a GPU, many enough that warming up the EMA (about 10 chunks) stays cheap."""
+FORWARD_TILE, BACKWARD_TILE = 1024, 4096
+"""Columns of a block at most. The backward pass sums over the width, so it takes all of it where it can."""
+
+
+def _chunks_of_block(chunks: int, mode: int, *, backward: bool) -> int:
+    """Few enough that a row fills a GPU, many enough that warming up the EMA (about 10 chunks) stays cheap.
+
+    Ahead of a block lie the bytes of those chunks, behind it only the chunks: the backward pass takes longer runs.
+    """
     if mode == MODE_CODES[DechunkMode.HARD]:
         return 16 if chunks >= 16_384 else 8
-    return 64 if chunks >= 16_384 else 32 if chunks >= 4_096 else 8
+    run = 32 if chunks >= 16_384 else 16 if chunks >= 4_096 else 8
+    return 2 * run if backward else run
 
 
-def _tile(width: int) -> int:
-    """Columns of a block: the whole width up to 4096, else equal parts of it; in full warps of 8 columns a thread."""
-    parts = -(-width // 4096)
+def _tile(width: int, at_most: int) -> int:
+    """Columns of a block: equal parts of the width in full warps of 8 columns a thread."""
+    parts = -(-width // at_most)
     return -(-width // parts // 256) * 256
 
 
@@ -102,8 +110,8 @@ def _forward(
         chunks,
         residual.shape[0],
         width,
-        _chunks_of_block(chunks, mode),
-        _tile(width),
+        _chunks_of_block(chunks, mode, backward=False),
+        _tile(width, FORWARD_TILE),
         mode,
         dtype_code(h),
     )
@@ -143,8 +151,8 @@ def _backward(
     chunks, width = h.shape
     want_p, want_confidence, want_null = wants
     dh, d_p, d_confidence, d_null = _backward_shapes(h, p, wants)
-    run = _chunks_of_block(chunks, mode)
-    blocks, tiles = max(1, -(-chunks // run)), -(-width // _tile(width))
+    run, tile = _chunks_of_block(chunks, mode, backward=True), _tile(width, BACKWARD_TILE)
+    blocks, tiles = max(1, -(-chunks // run)), -(-width // tile)
     library_for(h).call(
         "dechunk_backward",
         prepared(dz),
@@ -165,7 +173,7 @@ def _backward(
         p.shape[0],
         width,
         run,
-        _tile(width),
+        tile,
         mode,
         dtype_code(h),
     )
