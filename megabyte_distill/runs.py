@@ -94,6 +94,7 @@ def backbone_overrides(settings: Settings, config: StageConfig) -> dict[str, obj
     return {
         "sequence_parallel": settings.parallel.sequence_parallel,
         "pipeline_dtype": training_dtype(settings),
+        **settings.engine.transformer_fields,
         **config.recompute_fields,
     }
 

@@ -20,7 +20,7 @@ BELOW_MODEL = {"alphabet", "optional", "config", "data", "kernels", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "alphabet": set(),
     "optional": set(),
-    "config": {"alphabet"},
+    "config": {"alphabet", "optional"},
     "data": {"alphabet", "config", "optional"},
     "kernels": {"alphabet", "config", "optional"},
     "parallel": {"alphabet", "config", "optional"},

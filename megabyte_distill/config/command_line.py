@@ -31,6 +31,7 @@ _TITLES = {
     "data": ("data", ""),
     "checkpoint": ("checkpoints", ""),
     "parallel": ("parallelism", ""),
+    "engine": ("transformer layers", "Transformer Engine and FP8, for backbone and teacher"),
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import ByteSideConfig
 from megabyte_distill.config.options import Option, options_of
 from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
@@ -27,6 +28,7 @@ SECTIONS: Mapping[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "parallel": ParallelConfig,
+    "engine": EngineConfig,
 }
 ALTERNATIVES: tuple[tuple[str, ...], ...] = (
     ("min_lr", "min_lr_ratio"),
@@ -78,6 +80,7 @@ def settings_from_layers(layers: Iterable[Layer], stages: Iterable[str]) -> Sett
         data=DataConfig(**chosen("data")),
         checkpoint=CheckpointConfig(**chosen("checkpoint")),
         parallel=ParallelConfig(**chosen("parallel")),
+        engine=EngineConfig(**chosen("engine")),
         run=RunConfig(**chosen("run")),
         stages={stage: StageConfig(**values) for stage, values in by_stage.items()},
     )

@@ -156,7 +156,15 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             _always("accumulate-allreduce-grads-in-fp32", "gradients are summed and reduced in fp32"),
             _absent("grad-reduce-in-bf16", "gradients are reduced in fp32"),
             _always("attention-softmax-in-fp32", "attention accumulates in fp32"),
-            _absent("fp8-format fp8-recipe fp8-param-gather fp4-format first-last-layers-bf16", "use --bf16"),
+            _same("fp8-format fp8-recipe", "of backbone and teacher, with --transformer-impl transformer_engine"),
+            _same(
+                "first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16",
+                "not with --fp8-recipe delayed",
+            ),
+            _absent("fp8-margin fp8-interval fp8-amax-history-len fp8-amax-compute-algo", "megatron-core's defaults"),
+            _absent("fp8-param-gather fp8-quantizer-factory", "weights are bf16, scaled to FP8 where they are used"),
+            _absent("no-fp8-wgrad", "gradients of weights are FP8 products as well"),
+            _absent("fp4-format fp4-recipe fp4-param-gather", "use --fp8-format"),
             _absent("fp16-lm-cross-entropy", "losses are computed in fp32"),
         ),
         "Memory": (
@@ -200,7 +208,13 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             _absent("fim-data fim-rate", "documents are learned in their order"),
         ),
         "Checkpoints": (
-            _same("save load save-interval ckpt-step no-load-optim no-load-rng save-retain-interval async-save", ""),
+            _same("save load save-interval ckpt-step no-load-optim no-load-rng save-retain-interval", ""),
+            _same("async-save", "from a copy in host memory, by a thread; the end of a stage waits for it"),
+            _absent(
+                "async-strategy use-persistent-ckpt-worker",
+                "--async-save has one way: a thread writes, which ends with its process",
+            ),
+            _always("verify-integrity", "sizes and hashes are compared before loading (--no-verify-checkpoint)"),
             _other("finetune", "give --load RUN with another --save: its weights, a fresh optimizer and counters"),
             _other("pretrained-checkpoint", "give --load"),
             _other("most-recent-k", "give --keep-last-checkpoints"),
@@ -246,8 +260,8 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
                 "check-for-nan-in-loss-and-grad no-check-for-nan-in-loss-and-grad check-for-spiky-loss",
                 "non-finite losses and gradients always skip the update; see --max-nan-iterations",
             ),
-            _other("rerun-mode", "give --rerun-check N"),
             _other("check-weight-hash-across-dp-replicas-interval", "give --check-invariants N"),
+            _other("rerun-mode", "give --rerun-check N"),
         ),
         "Model and kernels": (
             _absent(
@@ -262,7 +276,7 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             _absent("init-method-std", "the backbone starts from the teacher, the byte side from PyTorch's defaults"),
             _always("use-mcore-models", "the backbone is megatron-core's"),
             _always("use-flash-attn", "packed attention takes PyTorch's fused kernels"),
-            _always("transformer-impl", "megatron-core's own layers", "local"),
+            _same("transformer-impl", "local or transformer_engine; see docs/transformer-engine.md"),
             _absent(
                 "no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion "
                 "no-rope-fusion no-persist-layer-norm",

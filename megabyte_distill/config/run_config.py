@@ -46,6 +46,7 @@ def settings_from_dict(plain: Mapping[str, Any]) -> Settings:
         data=rest.data,
         checkpoint=rest.checkpoint,
         parallel=rest.parallel,
+        engine=rest.engine,
         run=rest.run,
         stages=parsed,
     )

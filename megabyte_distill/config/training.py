@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
+from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import ByteSideConfig
 from megabyte_distill.config.options import option
 from megabyte_distill.config.stage import StageConfig
@@ -207,5 +208,6 @@ class Settings:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
     stages: Mapping[str, StageConfig] = field(default_factory=dict)

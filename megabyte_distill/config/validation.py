@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from megabyte_distill import optional
+from megabyte_distill.config.engine import EngineConfig, Fp8Recipe, TransformerImpl
 from megabyte_distill.config.layers import SECTIONS
 from megabyte_distill.config.model import MAX_NGRAM, ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
 from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, RecomputeGranularity, StageConfig
 from megabyte_distill.config.training import ParallelConfig, Settings
+
+WITH_BACKBONE = ("1b", "2a", "2b")
+"""Stages in which the backbone runs."""
 
 
 def problems_of(settings: Settings, *, world_size: int = 1) -> list[str]:
@@ -22,6 +27,7 @@ def problems_of(settings: Settings, *, world_size: int = 1) -> list[str]:
         *_data(settings),
         *_checkpoint(settings),
         *_parallel(settings, world_size),
+        *_engine(settings),
         *_stages(settings, world_size),
     ]
 
@@ -53,6 +59,7 @@ def _ranges(settings: Settings) -> Iterator[str]:
         "data": settings.data,
         "checkpoint": settings.checkpoint,
         "parallel": settings.parallel,
+        "engine": settings.engine,
     }
     for section, holder in holders.items():
         for item in options_of(SECTIONS[section], section):
@@ -198,6 +205,54 @@ def _overlaps(parallel: ParallelConfig) -> Iterator[str]:
             f"2 × {parallel.context_parallel_size}, and their number is the text's; leave it at 1, and take "
             "--tensor-model-parallel-size with --sequence-parallel where rows are too long for a rank"
         )
+
+
+def _engine(settings: Settings) -> Iterator[str]:
+    engine, default = settings.engine, EngineConfig()
+    uses_engine = engine.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE
+    # a dry run counts bytes, which are the same, and may run on another machine than the job
+    why = optional.engine_problem() if uses_engine and not settings.run.dry_run else None
+    if why is not None:
+        yield (
+            f"--transformer-impl transformer_engine: the package transformer_engine {why}; leave the flag out for "
+            "megatron-core's own layers, or use an image that has it (docs/transformer-engine.md)"
+        )
+    if engine.fp8_format is None:
+        for flag, is_given in (
+            ("--fp8-recipe", engine.fp8_recipe is not default.fp8_recipe),
+            ("--first-last-layers-bf16", engine.first_last_layers_bf16),
+        ):
+            if is_given:
+                yield f"{flag} is about --fp8-format, which is not given; give that, or leave it out"
+    else:
+        yield from _fp8(settings, uses_engine)
+    for flag in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(engine, flag) != getattr(default, flag) and not engine.first_last_layers_bf16:
+            yield f"--{flag.replace('_', '-')} is about --first-last-layers-bf16; give that, or leave it out"
+
+
+def _fp8(settings: Settings, uses_engine: bool) -> Iterator[str]:
+    engine = settings.engine
+    if not uses_engine:
+        yield "--fp8-format runs in Transformer Engine's layers; give --transformer-impl transformer_engine as well"
+    if not settings.run.bf16:
+        yield "--fp8-format needs --bf16: what does not run in FP8 runs in bfloat16"
+    if engine.first_last_layers_bf16 and engine.fp8_recipe is Fp8Recipe.DELAYED:
+        yield (
+            "--first-last-layers-bf16 and --fp8-recipe delayed: that recipe takes its scaling factors once for all "
+            "layers, so that none can be left out (megatron-core refuses it); take --fp8-recipe tensorwise"
+        )
+    ranks = settings.parallel.tensor_model_parallel_size if settings.parallel.sequence_parallel else 1
+    multiple = engine.chunk_multiple * max(1, ranks)
+    of_ranks = f" × --tensor-model-parallel-size {ranks}" if ranks > 1 else ""
+    for stage in WITH_BACKBONE:
+        config = settings.stages.get(stage)
+        if config is not None and config.chunk_bucket > 0 and config.chunk_bucket % multiple:
+            yield (
+                f"stage {stage}: --chunk-bucket {config.chunk_bucket} is not a multiple of {multiple} (--fp8-recipe "
+                f"{engine.fp8_recipe.value} multiplies rows by {engine.chunk_multiple}s on each rank{of_ranks}); "
+                f"{-(-config.chunk_bucket // multiple) * multiple} would be"
+            )
 
 
 def _stages(settings: Settings, world_size: int) -> Iterator[str]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megabyte_distill.config import Settings, StageConfig
+from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
@@ -79,8 +80,10 @@ def estimate(
 ) -> Iterator[RankMemory]:
     """One entry a selected stage and pipeline rank, for a job of ``world_size`` ranks on rows of even chunks.
 
-    ValueError where sizes do not fit together, as training would say. Needs a process without process groups.
+    Layers of Transformer Engine are counted as megatron-core's own, which have the same weights. ValueError where sizes
+    do not fit together, as training would say. Needs a process without process groups.
     """
+    settings = replace(settings, engine=EngineConfig())
     check_parallel_sizes(
         backbone,
         tensor_parallel=settings.parallel.tensor_model_parallel_size,

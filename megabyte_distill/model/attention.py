@@ -85,17 +85,28 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
     ) -> Tensor:
         """[N, 1, heads, d], [N, 1, groups, d] twice → [N, 1, heads · d]; N packed positions, or K rows of a cache."""
         assert isinstance(packed_seq_params, (PackedSegments, CachedRows))
-        window, scale = self.reach.window, self.softmax_scale
         rotations = self.reach.choose(packed_seq_params.rotations)
         query, key = (rotate(x[:, 0], rotations) for x in (query, key))
         if isinstance(packed_seq_params, PackedSegments):
-            lengths, cu_seqlens = packed_seq_params.lengths, packed_seq_params.cu_seqlens
-            out = packed_attention(query, key, value[:, 0], lengths, window, scale, cu_seqlens)
+            out = self.attend(query, key, value[:, 0], packed_seq_params)
         else:
             # rows stand on the sequence axis
             cache, rows = packed_seq_params.cache, packed_seq_params.rows
             assert cache is not None and rows is not None
             out = cached_attention(
-                query, key, value[:, 0], cache=cache, layer=self.layer_number, rows=rows, window=window, scale=scale
+                query,
+                key,
+                value[:, 0],
+                cache=cache,
+                layer=self.layer_number,
+                rows=rows,
+                window=self.reach.window,
+                scale=self.softmax_scale,
             )
         return out[:, None]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments) -> Tensor:
+        """Rotated queries [N, heads, d], keys and values [N, groups, d] of packed segments → [N, heads · d]."""
+        return packed_attention(
+            query, key, value, segments.lengths, self.reach.window, self.softmax_scale, segments.cu_seqlens
+        )

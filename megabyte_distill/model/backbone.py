@@ -13,9 +13,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megabyte_distill.config.engine import TransformerImpl
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import CachedRows, PackedSegments
-from megabyte_distill.model.backbone_layers import layer_spec, mark_parallel_parameters
+from megabyte_distill.model.backbone_layers import LayerParts, block_spec, local_parts, mark_parallel_parameters
+from megabyte_distill.model.engine_layers import engine_parts
 from megabyte_distill.model.packed_attention import KeyValueCache, RotaryTable
 from megabyte_distill.model.rotary import packed_positions
 from megabyte_distill.parallel.vocabulary import VocabularyColumns
@@ -56,6 +58,7 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
         "gradient_accumulation_fusion": False,
         # norms and the byte side are born on the CPU as well; whoever builds a model moves all of it at once
         "use_cpu_initialization": True,
+        "transformer_impl": TransformerImpl.LOCAL.value,
         # gradients are sums over the global count, which the loop divides by beforehand
         "calculate_per_token_loss": True,
     }
@@ -70,8 +73,13 @@ class Backbone(MegatronModule):  # type: ignore[misc]
     megatron's [M, 1, E].
     """
 
-    def __init__(self, config: BackboneConfig, transformer: TransformerConfig | None = None) -> None:
-        """Of this rank: its pipeline stage's layers, its part of each."""
+    def __init__(
+        self, config: BackboneConfig, transformer: TransformerConfig | None = None, parts: LayerParts | None = None
+    ) -> None:
+        """Of this rank: its pipeline stage's layers, its part of each.
+
+        ``parts``: what layers are built from, by default as ``transformer.transformer_impl`` says.
+        """
         transformer = copy.copy(transformer or transformer_config(config))  # its own: one field changes below
         super().__init__(config=transformer)
         self.backbone_config = config
@@ -83,8 +91,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
                 num_embeddings=self.padded_vocab_size, embedding_dim=config.hidden_size,
                 init_method=transformer.init_method, config=transformer,
             )  # fmt: skip
+        parts = parts or _parts_of(transformer, config)
         self.decoder = TransformerBlock(
-            transformer, layer_spec(transformer, config), pre_process=pre_process, post_process=post_process
+            transformer, block_spec(transformer, config, parts), pre_process=pre_process, post_process=post_process
         )
         _check_recomputed_groups(transformer, len(self.decoder.layers))
         # where the field is on, megatron adds up these norms' gradients over tensor-parallel ranks: right for norms
@@ -204,8 +213,13 @@ class Backbone(MegatronModule):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """megatron's; the copy of tied embeddings on the last pipeline stage is a replica of the first one's."""
-        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        """megatron's; the copy of tied embeddings on the last pipeline stage is a replica of the first one's.
+
+        Weights alone, so that a checkpoint is the same whatever the layers are built from: Transformer Engine's scaling
+        factors (--fp8-recipe delayed has some) would be pickled, and are found anew within an update.
+        """
+        whole: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {name: part for name, part in whole.items() if not name.endswith("_extra_state")}
         if self.embedding is not None and not self.pre_process:
             stored = state[f"{prefix}embedding.weight"]
             stored.replica_id = (1, *stored.replica_id[1:])
@@ -227,6 +241,11 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         )
         cache.lengths[rows] += 1
         return hidden[:, 0]
+
+
+def _parts_of(transformer: TransformerConfig, config: BackboneConfig) -> LayerParts:
+    uses_engine = transformer.transformer_impl == TransformerImpl.TRANSFORMER_ENGINE.value
+    return engine_parts(config) if uses_engine else local_parts(config)
 
 
 def _check_recomputed_groups(transformer: TransformerConfig, layers: int) -> None:

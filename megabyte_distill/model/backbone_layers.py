@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec_for_backend
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -93,10 +94,10 @@ class FullKeyNorm(FullRMSNorm):
 class PostNormLayer(TransformerLayer):  # type: ignore[misc]
     """x + norm(f(x)) for attention and MLP (OLMo 2 and 3): the norms act where a branch is added to the residual."""
 
-    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+    def __init__(self, config: TransformerConfig, *arguments: Any, norm: Callable[..., Any], **options: Any) -> None:
         super().__init__(config, *arguments, **options)
-        self.post_attention_norm = BackboneRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.post_mlp_norm = BackboneRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_attention_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
         # stand-ins for megatron's bias-dropout-add; bound methods, so that a copy of the layer has its own norms
         self.self_attn_bda, self.mlp_bda = self._add_attention, self._add_mlp
 
@@ -127,17 +128,72 @@ def mark_parallel_parameters(module: torch.nn.Module) -> None:
                         tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, along, 1)
 
 
-def layer_spec(config: TransformerConfig, backbone: BackboneConfig) -> TransformerBlockSubmodules:
-    """The local spec with our norms and our packed core attention; the final norm is a field of the block's spec."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """What a backbone's layers are put together from; the methods are those that megatron asks of a backend."""
+
+    column: Any
+    """Linear layer cut along its outputs."""
+    norm_column: Any
+    """The same with the norm in front of it inside; None where norms are layers of their own."""
+    row: Any
+    """Linear layer cut along its inputs."""
+    norm: Any
+    """RMSNorm over E."""
+    head_norm: Any
+    """RMSNorm over each head."""
+    core_attention: ModuleSpec
+
+    def column_parallel_linear(self) -> Any:
+        return self.column
+
+    def column_parallel_layer_norm_linear(self) -> Any:
+        return self.norm_column
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return self.norm_column is not None
+
+    def row_parallel_linear(self) -> Any:
+        return self.row
+
+    def without_inner_norm(self) -> LayerParts:
+        """For layers without a norm in front of their branches."""
+        return replace(self, norm_column=None)
+
+
+def local_parts(backbone: BackboneConfig) -> LayerParts:
+    """megatron-core's own linear layers with our norms and our packed core attention."""
+    return LayerParts(
+        column=tensor_parallel.ColumnParallelLinear,
+        norm_column=None,
+        row=tensor_parallel.RowParallelLinear,
+        norm=BackboneRMSNorm,
+        head_norm=HeadRMSNorm,
+        core_attention=ModuleSpec(module=SegmentAttention, params={"backbone": backbone}),
+    )
+
+
+def block_spec(config: TransformerConfig, backbone: BackboneConfig, parts: LayerParts) -> TransformerBlockSubmodules:
+    """A pipeline stage's layers from ``parts``; the final norm is a field of the block's spec.
+
+    Whatever the parts, a checkpoint holds the same keys: a norm of its own is stored under the name that it has inside
+    a linear layer (megatron's ``sharded_state_dict_keys_map``, which the local spec carries).
+    """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = BackboneRMSNorm
+    norm = final_norm = parts.norm
     if backbone.post_norm:
-        spec.module = PostNormLayer
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = IdentityOp
+        spec.module, spec.params = PostNormLayer, {**spec.params, "norm": parts.norm}
+        parts, norm = parts.without_inner_norm(), IdentityOp
+    elif parts.norm_column is not None:
+        norm = IdentityOp
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    spec.submodules.mlp = get_mlp_module_spec_for_backend(backend=parts)
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(module=SegmentAttention, params={"backbone": backbone})
+    attention.linear_qkv = parts.norm_column or parts.column
+    attention.linear_proj = parts.row
+    attention.core_attention = parts.core_attention
     if backbone.qk_norm is QkNorm.HEAD:
-        attention.q_layernorm = attention.k_layernorm = HeadRMSNorm
+        attention.q_layernorm = attention.k_layernorm = parts.head_norm
     elif backbone.qk_norm is QkNorm.FULL:
         attention.q_layernorm, attention.k_layernorm = FullQueryNorm, FullKeyNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=BackboneRMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm)

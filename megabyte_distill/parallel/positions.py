@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 FOLDER = ".ranks"
@@ -74,6 +74,7 @@ class Record:
         return f"{self.where()}, for {max(0.0, now - self.since):.1f} s (pid {self.pid} on {self.host}){outcome}"
 
 
+_NAMES = tuple(field.name for field in fields(Record))
 ENDED = "ended"
 LOST = "lost contact with another rank"
 
@@ -111,7 +112,11 @@ class Position:
 
     def _write(self) -> None:
         if self._file is not None:
-            text = json.dumps(asdict(self.record)).encode().ljust(_RECORD_BYTES)[:_RECORD_BYTES]
+            text = (
+                json.dumps({name: getattr(self.record, name) for name in _NAMES})
+                .encode()
+                .ljust(_RECORD_BYTES)[:_RECORD_BYTES]
+            )
             # where the run's disk is full or gone, training has its own error to raise
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, text, 0)

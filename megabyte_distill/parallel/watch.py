@@ -41,12 +41,11 @@ _WORDS = ("connection", "timed out", "timeout", "gloo", "nccl", "broken pipe", "
 
 
 class PeerLost(RuntimeError):
-    """An exchange between ranks failed; the message says who is to blame, as far as is known, and where everyone is."""
+    """An exchange between ranks failed. Who is to blame and where everyone is has been reported."""
 
-    def __init__(self, message: str, *, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
-        """Whether this rank is the one to tell it."""
+
+Report = Callable[[str, bool], None]
+"""Gets a message, and whether this rank is the one to print it."""
 
 
 def is_lost_contact(error: BaseException) -> bool:
@@ -58,11 +57,11 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def watched(root: Path, world: World, timeout: float, report: Callable[[str], None]) -> Iterator[Position]:
+def watched(root: Path, world: World, timeout: float, report: Report) -> Iterator[Position]:
     """Inside, this rank's position is recorded under ``root`` and its neighbours are watched. Collective.
 
-    An error that means lost contact leaves as :class:`PeerLost`; others leave as they are, and are in the record.
-    ``timeout``: seconds that an exchange may take. ``report``: gets the message before the process is ended.
+    An error that means lost contact is reported and leaves as :class:`PeerLost`; others leave as they are, and are in
+    the record. ``timeout``: seconds that an exchange may take.
     """
     folder = root / FOLDER
 
@@ -82,8 +81,9 @@ def watched(root: Path, world: World, timeout: float, report: Callable[[str], No
             position.end(f"{type(error).__name__}: {error}")
             raise
         position.end(LOST)
+        watch.report_lost(error)
         _leave_soon()
-        raise watch.lost(error) from error
+        raise PeerLost("lost contact with another rank") from error
     except BaseException as error:
         position.end(f"{type(error).__name__}: {error}")
         raise
@@ -102,9 +102,7 @@ def _leave_soon() -> None:
 
 
 class _Watch(threading.Thread):
-    def __init__(
-        self, folder: Path, world: World, position: Position, timeout: float, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, folder: Path, world: World, position: Position, timeout: float, report: Report) -> None:
         super().__init__(name="watch", daemon=True)
         self._folder, self._world, self._position, self._report = folder, world, position, report
         self._timeout = timeout
@@ -125,7 +123,7 @@ class _Watch(threading.Thread):
             gone = self._gone(read_positions(self._folder, self._neighbours))
             gone_since = (gone_since or time.monotonic()) if gone else None
             if gone_since is not None and time.monotonic() - gone_since > _GRACE:
-                self._report(self._explanation("another rank is gone, and this one did not notice"))
+                self._report(self._explanation("another rank is gone, and this one did not notice"), True)
                 sys.stdout.flush()
                 os._exit(EXIT_CODE)
             record = self._position.record
@@ -136,8 +134,8 @@ class _Watch(threading.Thread):
                 text = table(self._everyone(), self._world.size)
                 print(f"warning: no progress for {share}; {text}", file=sys.stderr, flush=True)
 
-    def lost(self, error: RuntimeError) -> PeerLost:
-        """What an exchange's error means. Waits a moment for the rank that is to blame to be known."""
+    def report_lost(self, error: RuntimeError) -> None:
+        """Say what an exchange's error means. Waits a moment for the rank that is to blame to be known."""
         deadline = time.monotonic() + _BLAME_WAIT
         while not self._culprits(self._everyone()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -146,7 +144,7 @@ class _Watch(threading.Thread):
         out = {*self._gone(records), *(rank for rank, record in records.items() if record.has_failed)}
         out = out or set(furthest_behind(records))  # a rank that hangs says nothing
         speaker = min((rank for rank in range(self._world.size) if rank not in out), default=0)
-        return PeerLost(self._explanation(lines[0][:200]), speaks=self._world.rank == speaker)
+        self._report(self._explanation(lines[0][:200]), self._world.rank == speaker)
 
     def _explanation(self, symptom: str) -> str:
         records = self._everyone()

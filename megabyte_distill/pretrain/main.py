@@ -68,8 +68,7 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
     except OSError as trouble:  # a full disk, a folder that may not be written
         report_failure(f"{trouble}; what was saved before is untouched, the same command goes on from it", rank=rank)
         return EXIT_FAILURE
-    except PeerLost as lost:
-        report_failure(str(lost), rank=rank, everywhere=not lost.speaks)
+    except PeerLost:
         return EXIT_FAILURE
     except RuntimeError as lost:  # before the ranks were watched
         if size == 1 or not is_lost_contact(lost):
@@ -152,8 +151,8 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
 
 
 def _watched(root: Path, settings: Settings, ranks: World) -> contextlib.AbstractContextManager[Position]:
-    def report(message: str) -> None:
-        report_failure(message, rank=ranks.rank)
+    def report(message: str, is_speaker: bool) -> None:
+        report_failure(message, rank=ranks.rank, everywhere=not is_speaker)
 
     return watched(root, ranks, 60 * settings.parallel.distributed_timeout_minutes, report)
 

@@ -26,6 +26,7 @@ from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.parallel.process_groups import World, on_main_rank
+from megabyte_distill.pretrain.engine_limits import check_engine_limits
 from megabyte_distill.runs import stage_progress, teacher_path
 from megabyte_distill.training.checkpoint import find_checkpoint
 
@@ -81,6 +82,7 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
         pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
         flags=("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
     )
+    check_engine_limits(settings, backbone, world.device)
     table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
     _check_place(root, teacher, source, fresh=settings.run.fresh)
     # only now, when the command is known to have a teacher to start over from

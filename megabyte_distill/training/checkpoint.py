@@ -255,7 +255,7 @@ def begin_save(
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"iter_*{_INCOMPLETE}"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             save.partial.mkdir()
     except OSError as caught:
         error = caught

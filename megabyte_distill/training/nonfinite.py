@@ -123,10 +123,12 @@ class _Probe:
             return
         described = _described(tensor)
         if described is not None:
-            before = parallel_state.get_pipeline_model_parallel_rank()
-            if backward:
-                before = parallel_state.get_pipeline_model_parallel_world_size() - 1 - before
-            text = f"{what} has {described}{self._place(tensor)}"
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            stages = parallel_state.get_pipeline_model_parallel_world_size()
+            before = stages - 1 - stage if backward else stage
+            # each stage numbers its own layers from 0
+            of = f" of pipeline stage {stage}" if stages > 1 else ""
+            text = f"{what}{of} has {described}{self._place(tensor)}"
             self.finding = _Finding((int(backward), before, self._events), text)
 
     def _watch_module(self, name: str, module: nn.Module) -> None:

@@ -34,7 +34,7 @@ class Saver:
         """Whether this rank's part of a save is not on disk yet."""
         return self._pending is not None and not self._pending.is_done()
 
-    def save(self, iteration: int, model: nn.Module, optimizer: OptimizerState, loop: Mapping[str, Any]) -> None:
+    def save(self, iteration: int, model: nn.Module, optimizer: OptimizerState | None, loop: Mapping[str, Any]) -> None:
         """Begin a checkpoint, after the one under way is complete; without ``background`` it is complete on return."""
         self.finish()
         self._pending = begin_save(

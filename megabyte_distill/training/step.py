@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.model.engine_layers import requantize_weights
 from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import is_first_stage, is_last_stage, pipeline_size, shared_along_pipeline
@@ -107,6 +108,7 @@ def run_schedule(
         at("backward", number)
         return output, _already_a_loss
 
+    requantize_weights(model)
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=enumerate(zip(rows, counts, strict=True)),

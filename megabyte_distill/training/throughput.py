@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
 
+ENGINE = "megatron.core.extensions.transformer_engine"
+"""Where megatron-core defines its wrappers of Transformer Engine's layers."""
 _PRODUCTS = {"": 2, "_backward": 5}
 """Products of queries, keys and width in a fused attention's forward and backward."""
 _KINDS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -27,6 +31,26 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         """Counted so far, on this rank."""
+        self._hook: RemovableHandle | None = None
+
+    def __enter__(self) -> FlopCount:
+        self._hook = register_module_forward_hook(self._count_engine, with_kwargs=True)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        assert self._hook is not None
+        self._hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _count_engine(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Transformer Engine's products are none of torch's operations: counted by layer, its backward with it."""
+        if type(module).__module__ != ENGINE:
+            return
+        if "packed_seq_params" in kwargs:
+            self.flops += engine_attention_flops(args[0], kwargs["packed_seq_params"].cu_seqlens_q, output)
+        elif hasattr(module, "in_features"):
+            self.flops += engine_linear_flops(module.weight, args[0], output[0])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -45,6 +69,22 @@ def packed_product_flops(query: Tensor, cu_seqlens: Tensor) -> int:
     """Of one causal product of queries [N, heads, d] and keys in each of the segments cu_seqlens [S + 1]."""
     squares = (cu_seqlens[1:] - cu_seqlens[:-1]).double().square().sum()
     return int(query.shape[1] * query.shape[2] * squares.item())
+
+
+def engine_linear_flops(weight: Any, x: Tensor, output: Tensor) -> int:
+    """Forward of one linear layer, and backward where there will be one; weight [n, k] of this rank.
+
+    Under sequence parallelism one of input and output is a part of the rows alone.
+    """
+    rows = max(x.numel() // weight.shape[1], output.numel() // weight.shape[0])
+    product: int = 2 * rows * weight.numel()
+    return product * (1 + (output.requires_grad and x.requires_grad) + (output.requires_grad and weight.requires_grad))
+
+
+def engine_attention_flops(query: Tensor, cu_seqlens: Tensor, output: Tensor) -> int:
+    """Forward of attention over packed segments, and backward where there will be one; always causal here."""
+    products = sum(_PRODUCTS.values()) if output.requires_grad else _PRODUCTS[""]
+    return products * packed_product_flops(query, cu_seqlens)
 
 
 def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

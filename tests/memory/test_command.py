@@ -65,6 +65,16 @@ def test_what_is_wrong_is_said_in_one_message(line: str, expected: str, capsys: 
     assert error.startswith("error: ") and expected in error, error
 
 
+def test_the_page_on_scaling_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--recompute-byte-mixers", "--json"]
+    assert main(["--preset", "olmo2-1b", "--dp", "8", "--stage", "1b,2b", *flags]) == 0
+    totals = [f"{memory['total'] / 2**30:.1f}" for memory in json.loads(capsys.readouterr().out)]
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith("| OLMo-2-1B | 8 | 1 | 1 |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert [cells[5], cells[8]] == totals, "print the table of docs/scaling.md anew"
+
+
 def test_it_is_a_program() -> None:
     done = run_command(["python", "-m", "megabyte_distill.memory", "--help"])
     assert done.returncode == 0 and "--bytes-per-chunk" in done.stdout

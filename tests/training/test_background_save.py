@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.parallel.process_groups import world as process_groups
+from megabyte_distill.training import saving
 from megabyte_distill.training.checkpoint import (
     CheckpointError,
     PendingSave,
@@ -127,3 +128,25 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_checkpoint_before(
     other = model()
     load_checkpoint(find_checkpoint(tmp_path), other)
     assert equal(net, other)
+
+
+def test_a_second_save_waits_for_the_first(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: list[HeldWriter] = []
+
+    def held(*, background: bool) -> HeldWriter:
+        assert background
+        writers.append(HeldWriter())
+        return writers[-1]
+
+    monkeypatch.setattr(saving, "CheckpointWriter", held)
+    saver = saving.Saver(folder=tmp_path, world=world, background=True, keep_last_checkpoints=1)
+    saver.save(1, model(), None, {"n": 1})
+    assert saver.is_writing() and not list(tmp_path.glob("iter_0000001"))
+    threading.Timer(0.2, writers[0].gate.set).start()
+    saver.save(2, model(), None, {"n": 2})
+    assert saver.is_writing() and find_checkpoint(tmp_path).name == "iter_0000001"
+    writers[1].gate.set()
+    saver.finish()
+    saver.finish()
+    assert not saver.is_writing()
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"], "the older one goes with keep_last"

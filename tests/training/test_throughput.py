@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megabyte_distill.training.throughput import FlopCount, packed_product_flops
+from megabyte_distill.training.throughput import (
+    ENGINE,
+    FlopCount,
+    engine_attention_flops,
+    engine_linear_flops,
+    packed_product_flops,
+)
 from tests.pretrain.job import Job
 
 ROWS, INPUTS, OUTPUTS = 7, 5, 3
@@ -44,6 +50,52 @@ def test_attention_over_packed_segments_is_counted_segment_by_segment() -> None:
     edges = torch.tensor([0, 5, 5, 16], dtype=torch.int32)
     whole = sum(2 * heads * length * length * width for length in lengths)
     assert packed_product_flops(torch.empty(16, heads, width), edges) == whole // 2
+
+
+class OfTheEngine(nn.Linear):
+    """Counted as a layer of Transformer Engine, beside its products, which torch sees here."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
+OfTheEngine.__module__ = ENGINE
+
+
+@pytest.mark.parametrize("x_has_gradient", [False, True])
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_engines_layer_counts_what_torch_counts_of_the_same_layer(
+    x_has_gradient: bool, is_frozen: bool, grad: bool
+) -> None:
+    layer = OfTheEngine(INPUTS, OUTPUTS, bias=False).requires_grad_(not is_frozen)
+    x = torch.randn(ROWS, 1, INPUTS, requires_grad=x_has_gradient)
+    with FlopCount() as count, torch.set_grad_enabled(grad):
+        out, _ = layer(x)
+        if out.requires_grad:
+            out.sum().backward()
+    product = 2 * ROWS * INPUTS * OUTPUTS
+    backward = (x_has_gradient + (not is_frozen)) if grad else 0
+    # once by torch, once by layer
+    assert count.flops == 2 * product * (1 + backward)
+    with FlopCount() as after:
+        nn.Linear(INPUTS, OUTPUTS)(x)
+    assert after.flops == product
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_an_engines_layer_counts_whole_rows_under_sequence_parallelism(gathers: bool) -> None:
+    weight = torch.empty(OUTPUTS, INPUTS)
+    rows_in, rows_out = (4, 8) if gathers else (8, 4)
+    x, out = torch.empty(rows_in, 1, INPUTS), torch.empty(rows_out, 1, OUTPUTS)
+    assert engine_linear_flops(weight, x, out) == 2 * 8 * INPUTS * OUTPUTS
+
+
+def test_an_engines_attention_counts_seven_products() -> None:
+    query, edges = torch.randn(16, 2, 8, requires_grad=True), torch.tensor([0, 5, 16], dtype=torch.int32)
+    once = packed_product_flops(query, edges)
+    assert engine_attention_flops(query, edges, query.detach()) == 2 * once
+    assert engine_attention_flops(query, edges, query) == 7 * once
 
 
 def shown_throughput(text: str) -> list[float]:
