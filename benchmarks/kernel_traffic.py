@@ -156,12 +156,17 @@ def peak_bytes(action: Callable[[], object]) -> int:
 
 def compiled_bytes(case: Case) -> tuple[int, int]:
     """(bytes that inductor's kernels move, peak)."""
-    from torch._inductor import metrics
+    from torch._inductor import config, metrics
 
     torch._dynamo.reset()
+    config.force_disable_caches = True  # what comes from a cache is not counted
+    torch._logging.set_logs(inductor_metrics=True)  # without this log inductor does not count
     run = torch.compile(case.run, fullgraph=True, dynamic=False)
     metrics.reset()
     step(case, run)
+    torch._logging.set_logs()
+    if not metrics.num_bytes_accessed:
+        raise RuntimeError("inductor counted nothing")
     return metrics.num_bytes_accessed, peak_bytes(lambda: step(case, run))
 
 
@@ -209,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="beginnings of names, separated by commas (all)")
-    parser.add_argument("--rows", type=int, default=2048, help="bytes of text (2048)")
+    parser.add_argument("--rows", type=int, default=16_384, help="bytes of text (16384)")
     parser.add_argument("--byte-width", type=int, default=1024, help="D (1024)")
     parser.add_argument("--backbone-width", type=int, default=2048, help="E (2048)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as well")
