@@ -75,7 +75,9 @@ def known_architectures(nvcc: str) -> tuple[str, ...]:
     return tuple(arch for arch in ARCHITECTURES if arch.rstrip("a") in listed)
 
 
-def build_cuda(folder: Path = LIBRARIES, architectures: Sequence[str] = ()) -> list[KernelUsage]:
+def build_cuda(
+    folder: Path = LIBRARIES, architectures: Sequence[str] = (), *, sources: Path = SOURCES
+) -> list[KernelUsage]:
     """Build the CUDA library into ``folder``; returns what each kernel uses.
 
     Raises:
@@ -93,8 +95,8 @@ def build_cuda(folder: Path = LIBRARIES, architectures: Sequence[str] = ()) -> l
         generate += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={codes}"]
     command = [nvcc, *_NVCC_FLAGS, *generate, "-Xptxas", "-v", _targets(" ".join(targets))]
     link = [nvcc, "-shared", "-cudart", "static", *generate]
-    said = _compile_and_link(SOURCES, library_path("cuda", folder), command, link)
-    _remove_others("cuda", folder, SOURCES)
+    said = _compile_and_link(sources, library_path("cuda", folder, sources), command, link)
+    _remove_others("cuda", folder, sources)
     return _usages(said)
 
 
