@@ -292,6 +292,7 @@ class Loop:
     def _check_invariants(self, report: StepReport) -> None:
         iteration, interval = self.progress.iteration, self.run_config.check_invariants
         if self.invariants is not None and interval and iteration % interval == 0:
+            self.trained.gather_parameters()
             # what is not finite is counted and explained elsewhere
             self.invariants.check(f"stage {self.stage} iteration {iteration}", gradients=not report.skipped)
 

@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_sum(const T* table, const T* added, int64_t
 }
 
 template <class T, int PASSES>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     norm_sums_forward(const int64_t* __restrict__ ids, const T* __restrict__ table, const T* __restrict__ added,
                       const T* __restrict__ weight, float* __restrict__ stream, T* __restrict__ normed,
                       float* __restrict__ scale, int64_t rows, int64_t width, int64_t ids_in_table, float eps) {
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 // With an added state: dx [rows, width] in fp32 for the sums by id, d_added, and the weight's sums of each block.
 template <class T, int PASSES>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     norm_sums_backward(const float* __restrict__ d_stream, const T* __restrict__ d_normed, const int64_t* __restrict__ ids,
                        const T* __restrict__ table, const T* __restrict__ added, const T* __restrict__ weight,
                        const float* __restrict__ scale, float* __restrict__ dx_out, T* __restrict__ d_added,
