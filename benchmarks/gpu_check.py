@@ -225,24 +225,15 @@ def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device
 
 
 def time_step(device: torch.device, clock: Clock) -> dict[str, Any]:
-    """One update of stage 2b with a 1 B backbone, fused and reference, each in a process of its own."""
-    results: dict[str, Any] = {}
-    for kernels in ("fused", "reference"):
-        command = [sys.executable, "benchmarks/training_step.py", "--kernels", kernels]
-        output, code = run_limited(command, min(120.0, clock.left()))
-        lines = output.strip().splitlines() or [""]
-        if code:
-            print(f"--kernels {kernels}: exit code {code}", *lines[-30:], sep="\n  ", flush=True)
-            results[kernels] = {"exit_code": code}
-            continue
-        found = results[kernels] = json.loads(lines[-1])[kernels]
-        print(
-            f"--kernels {kernels}: {found['seconds']:.3f} s an update of {found['row_bytes']} bytes, "
-            f"{found['bytes_per_second']:.0f} bytes/s, {found['tflops']:.0f} TFLOP/s, MFU {found.get('mfu') or 0:.1%}, "
-            f"peak {found.get('peak_gib', 0):.1f} GiB, losses {' '.join(f'{loss:.4f}' for loss in found['losses'])}",
-            flush=True,
-        )
-    return results
+    """Updates at a published model's shape, fused and reference (benchmarks/gpu_training.py)."""
+    output, code = run_limited([sys.executable, "benchmarks/gpu_training.py"], clock.left())
+    lines = output.strip().splitlines() or [""]
+    if code:
+        print(f"exit code {code}", *lines[-40:], sep="\n  ", flush=True)
+        return {"exit_code": code}
+    print(*lines[:-1], sep="\n", flush=True)
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def check_curriculum(device: torch.device, clock: Clock) -> dict[str, Any]:
