@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megabyte_distill.config import Settings, StageConfig
 from megabyte_distill.config.engine import EngineConfig
+from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
@@ -80,6 +81,7 @@ def estimate(
 ) -> Iterator[RankMemory]:
     """One entry a selected stage and pipeline rank, for a job of ``world_size`` ranks on rows of even chunks.
 
+    Of megatron-core's own layers, whatever ``--transformer-impl`` says: Transformer Engine's do not run without memory.
     Layers of Transformer Engine are counted as megatron-core's own, which have the same weights. ValueError where sizes
     do not fit together, as training would say. Needs a process without process groups.
     """
@@ -89,6 +91,7 @@ def estimate(
         tensor_parallel=settings.parallel.tensor_model_parallel_size,
         pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
     )
+    settings = replace(settings, engine=EngineConfig())
     for name, config in settings.stages.items():
         yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
 
