@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megabyte_distill.config import Settings, StageConfig
 from megabyte_distill.config.engine import EngineConfig
-from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
@@ -91,7 +90,6 @@ def estimate(
         tensor_parallel=settings.parallel.tensor_model_parallel_size,
         pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
     )
-    settings = replace(settings, engine=EngineConfig())
     for name, config in settings.stages.items():
         yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
 
