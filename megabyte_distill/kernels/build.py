@@ -132,8 +132,7 @@ def _targets(names: str) -> str:
 
 def _compile_and_link(sources: Path, target: Path, command: list[str], link: list[str]) -> str:
     """Compile every .cu side by side, link them, put the library in place by rename; returns what compilers said."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with _scratch_in(target.parent) as scratch:
         sheets = sorted(sources.glob("*.cu"))
         objects = [f"{scratch}/{sheet.stem}.o" for sheet in sheets]
         calls = [[*command, "-c", str(sheet), "-o", out] for sheet, out in zip(sheets, objects, strict=True)]
@@ -143,6 +142,17 @@ def _compile_and_link(sources: Path, target: Path, command: list[str], link: lis
         _run([*link, *objects, "-o", str(built)])
         built.replace(target)
     return "".join(said)
+
+
+def _scratch_in(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise BuildError(
+            f"the kernel library cannot be written to {folder} ({error.strerror}); build as a user who may, or install "
+            "from a checkout with pip install -e ."
+        ) from error
 
 
 def _run(command: list[str]) -> str:

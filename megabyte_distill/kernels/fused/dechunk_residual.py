@@ -14,6 +14,7 @@ from megabyte_distill.kernels.fused.arguments import (
     absent,
     dtype_code,
     dtype_refusal,
+    form_refusal,
     scratch,
     vector_refusal,
 )
@@ -52,7 +53,14 @@ def refusal(h: Tensor, p: Tensor, confidence: Tensor, residual: Tensor, null_gro
     scalars = {p.dtype, confidence.dtype} - {torch.float32, torch.bfloat16}
     if scalars:
         return f"got probabilities in {scalars.pop()}, expected float32"
-    return dtype_refusal(h, residual, null_group) or vector_refusal(h.shape[1])
+    rows, width = p.shape[0], h.shape[1]
+    return (
+        dtype_refusal(h, residual, null_group)
+        or vector_refusal(width)
+        or form_refusal("confidence", confidence, (rows,))
+        or form_refusal("residual", residual, (rows, width))
+        or form_refusal("null_group", null_group, (width,))
+    )
 
 
 FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megabyte_distill.alphabet import JOINT_CLASSES
 from megabyte_distill.kernels.dispatch import FusedOp
-from megabyte_distill.kernels.fused.arguments import dtype_code, dtype_refusal, scratch
+from megabyte_distill.kernels.fused.arguments import dtype_code, dtype_refusal, form_refusal, scratch
 from megabyte_distill.kernels.library import library_for, prepared
 
 
@@ -34,7 +34,13 @@ def refusal(logits: Tensor, labels: Tensor | None, distribution: Tensor | None) 
         return f"got {logits.shape[1]} classes, expected {JOINT_CLASSES}"
     if distribution is not None and distribution.requires_grad:
         return "got a distribution that wants a gradient, expected a constant"
-    return dtype_refusal(logits)
+    rows = logits.shape[0]
+    return (
+        dtype_refusal(logits)
+        or form_refusal("logits", logits, (rows, JOINT_CLASSES))
+        or form_refusal("labels", labels, (rows,))
+        or form_refusal("distribution", distribution, (rows, JOINT_CLASSES))
+    )
 
 
 FUSED = FusedOp(
