@@ -80,7 +80,6 @@ def estimate(
 ) -> Iterator[RankMemory]:
     """One entry a selected stage and pipeline rank, for a job of ``world_size`` ranks on rows of even chunks.
 
-    Of megatron-core's own layers, whatever ``--transformer-impl`` says: Transformer Engine's do not run without memory.
     Layers of Transformer Engine are counted as megatron-core's own, which have the same weights. ValueError where sizes
     do not fit together, as training would say. Needs a process without process groups.
     """
