@@ -19,6 +19,9 @@ from megabyte_distill.kernels.fused.arguments import (
 )
 from megabyte_distill.kernels.library import library_for, prepared
 
+_PIECE = 64
+"""Places of the sorted order that are added up apart (kPiece)."""
+
 
 def fused_ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
     """``ops.ngram_embedding``; an id or an index outside its table gives a row of NaN."""
@@ -80,12 +83,14 @@ def _backward(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
     library_for(ngram_table).call(
         "ngram_embedding_backward",
         prepared(d_stream),
-        order,
+        values,
+        order // indices.shape[1],
         runs,
+        scratch(ngram_table, values.shape[0] // _PIECE, width),
         d_ngram_table,
         width,
+        values.shape[0],
         size,
-        indices.shape[1],
         dtype_code(ngram_table),
     )
     return d_ngram_table
