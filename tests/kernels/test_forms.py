@@ -20,9 +20,9 @@ ENDS, STARTS = torch.tensor([1, 5]), torch.tensor([True, False])
 PROBABILITIES = torch.full((P,), 0.5)
 
 
-def dechunked(p: Tensor, confidence: Tensor, residual: Tensor) -> Tensor:
+def dechunked(p: Tensor, confidence: Tensor, residual: Tensor, ends: Tensor = ENDS) -> Tensor:
     return ops.dechunk_residual(
-        SHORT, p, confidence, residual, ends=ENDS, chunk_of_byte=IDS // 3, starts=STARTS, mode=DechunkMode.HARD
+        SHORT, p, confidence, residual, ends=ends, chunk_of_byte=IDS // 3, starts=STARTS, mode=DechunkMode.HARD
     )
 
 
@@ -49,6 +49,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "bits of numbers": (lambda: ops.chunk_index(IDS, WHOLE, 1), r"bits of int64 \[6\], expected bool"),
     "a short residual": (lambda: dechunked(PROBABILITIES, PROBABILITIES, SHORT), r"residual of float32 \[2, 16\]"),
     "confidence of other bytes": (lambda: dechunked(PROBABILITIES, PROBABILITIES[:2], ROWS), r"confidence of .*\[2\]"),
+    "fewer ends than states": (
+        lambda: dechunked(PROBABILITIES, PROBABILITIES, ROWS, ENDS[:1]),
+        r"ends of int64 \[1\], expected int64 \[2\]",
+    ),
     "too few labels": (lambda: ops.joint_cross_entropy(torch.zeros(P, 512), IDS[:2]), r"labels of int64 \[2\]"),
     "too few targets": (
         lambda: ops.joint_cross_entropy(torch.zeros(P, 512), torch.zeros(1, 512)),

@@ -48,18 +48,30 @@ def fused_dechunk_residual(
     return result
 
 
-def refusal(h: Tensor, p: Tensor, confidence: Tensor, residual: Tensor, null_group: Tensor | None) -> str | None:
+def refusal(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    null_group: Tensor | None,
+    ends: Tensor,
+    chunk_of_byte: Tensor,
+    starts: Tensor,
+) -> str | None:
     """Why the kernel cannot take these, or None."""
     scalars = {p.dtype, confidence.dtype} - {torch.float32, torch.bfloat16}
     if scalars:
         return f"got probabilities in {scalars.pop()}, expected float32"
-    rows, width = p.shape[0], h.shape[1]
+    rows, (chunks, width) = p.shape[0], h.shape
     return (
         dtype_refusal(h, residual, null_group)
         or vector_refusal(width)
         or form_refusal("confidence", confidence, (rows,))
         or form_refusal("residual", residual, (rows, width))
         or form_refusal("null_group", null_group, (width,))
+        or form_refusal("ends", ends, (chunks,), torch.int64)
+        or form_refusal("chunk_of_byte", chunk_of_byte, (rows,), torch.int64)
+        or form_refusal("starts", starts, (chunks,), torch.bool)
     )
 
 

@@ -19,9 +19,11 @@ def fused_joint_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """``ops.joint_cross_entropies``; a label that is no class has cross-entropy NaN.
 
-    What was not asked for is empty. A compiler plans its buffers itself: compiled code does not overwrite.
+    What was not asked for is empty. A compiler plans its buffers itself: compiled code does not overwrite. A leaf is
+    never overwritten: its owner holds it, whatever the caller says.
     """
-    if overwrite_logits and torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+    may_overwrite = overwrite_logits and torch.is_grad_enabled() and not logits.is_leaf
+    if may_overwrite and not torch.compiler.is_compiling():
         hard, soft = _Overwriting.apply(logits, labels, distribution)  # type: ignore[no-untyped-call]
     else:
         hard, soft, _ = torch.ops.megabyte.joint_cross_entropy(logits, labels, distribution)
