@@ -242,6 +242,11 @@ def _fp8(settings: Settings, uses_engine: bool) -> Iterator[str]:
             "--first-last-layers-bf16 and --fp8-recipe delayed: that recipe takes its scaling factors once for all "
             "layers, so that none can be left out (megatron-core refuses it); take --fp8-recipe tensorwise"
         )
+    if settings.run.rerun_check and engine.fp8_recipe is Fp8Recipe.DELAYED:
+        yield (
+            "--rerun-check and --fp8-recipe delayed: the second of two passes has the scaling factors that the first "
+            "left behind, and other bits; take --fp8-recipe tensorwise, or leave one out"
+        )
     ranks = settings.parallel.tensor_model_parallel_size if settings.parallel.sequence_parallel else 1
     multiple = engine.chunk_multiple * max(1, ranks)
     of_ranks = f" × --tensor-model-parallel-size {ranks}" if ranks > 1 else ""

@@ -44,6 +44,7 @@ MOCK = "--mock-data "
         (MOCK + "--num-layers-at-start-in-bf16 2", "is about --first-last-layers-bf16; give that"),
         (MOCK + "--num-layers-at-end-in-bf16 -1", "--num-layers-at-end-in-bf16: got -1, expected at least 0"),
         (MOCK + "--fp8-format hybrid --first-last-layers-bf16", "megatron-core refuses it"),
+        (MOCK + "--fp8-format hybrid --rerun-check 5", "--rerun-check and --fp8-recipe delayed"),
         (MOCK + "--fp8-format hybrid --2a.chunk-bucket 24", "stage 2a: --chunk-bucket 24 is not a multiple of 16"),
         (MOCK + "--fp8-format hybrid --fp8-recipe mxfp8 --1b.chunk-bucket 48", "stage 1b: --chunk-bucket 48"),
         (MOCK + "--fp8-format fp9", "expected one of e4m3, hybrid"),

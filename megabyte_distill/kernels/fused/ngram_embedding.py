@@ -9,7 +9,14 @@ from torch import Tensor
 
 from megabyte_distill.config.model import MAX_NGRAM
 from megabyte_distill.kernels.dispatch import FusedOp
-from megabyte_distill.kernels.fused.arguments import WIDTHS, dtype_code, dtype_refusal, scratch, width_refusal
+from megabyte_distill.kernels.fused.arguments import (
+    WIDTHS,
+    dtype_code,
+    dtype_refusal,
+    form_refusal,
+    scratch,
+    width_refusal,
+)
 from megabyte_distill.kernels.library import library_for, prepared
 
 _PIECE = 64
@@ -26,7 +33,14 @@ def refusal(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tenso
     """Why the kernel cannot take these, or None."""
     if not 1 <= indices.shape[1] <= MAX_NGRAM:
         return f"got {indices.shape[1]} n-gram tables, expected 1 to {MAX_NGRAM}"
-    return dtype_refusal(table, ngram_table) or width_refusal(table.shape[1])
+    rows, width = byte_ids.shape[0], table.shape[1]
+    return (
+        dtype_refusal(table, ngram_table)
+        or width_refusal(width)
+        or form_refusal("byte_ids", byte_ids, (rows,), torch.int64)
+        or form_refusal("indices", indices, (rows, indices.shape[1]), torch.int64)
+        or form_refusal("ngram_table", ngram_table, (ngram_table.shape[0], width))
+    )
 
 
 FUSED = FusedOp(run=fused_ngram_embedding, refusal=refusal, limits=f"fp32 or bf16, {WIDTHS}, up to {MAX_NGRAM} tables")
