@@ -337,7 +337,10 @@ class Loop:
         anywhere = torch.stack([here, *bad]).any().to(dtype=torch.int32)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         if anywhere.item():
-            names = [name for (name, _), is_bad in zip(trained, bad, strict=True) if is_bad]
+            everywhere: list[list[str]] = [[] for _ in range(self.world.size)]
+            dist.all_gather_object(everywhere, [n for (n, _), is_bad in zip(trained, bad, strict=True) if is_bad])
+            # only the main rank speaks, and they may be on another rank's pipeline stage
+            names = list(dict.fromkeys(name for of_rank in everywhere for name in of_rank))
             raise TrainingFailure(
                 f"stage {self.stage}: {len(names)} weights are NaN or infinite after iteration "
                 f"{self.progress.iteration} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), which is not "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabyte_distill import optional
@@ -74,6 +74,7 @@ def test_an_engine_that_cannot_be_used_is_refused_with_its_reason() -> None:
 RANKS = [1, 2, 4, 8]
 
 
+@settings(deadline=None)
 @given(
     recipe=st.sampled_from(Fp8Recipe),
     tensor=st.sampled_from(RANKS),

@@ -48,6 +48,8 @@ class Layout:
     pipeline: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    overlap: bool = False
+    """Gradients are reduced during the backward pass, weights gathered during the forward pass."""
 
 
 LAYOUTS: dict[int, dict[str, Layout]] = {
@@ -63,7 +65,7 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "TP2 x PP2": Layout(tensor=2, pipeline=2),
         "TP2 x PP2 + SP": Layout(tensor=2, pipeline=2, sequence_parallel=True),
         "PP4": Layout(pipeline=4),
-        "PP2 x DP2 + distributed optimizer": Layout(pipeline=2, distributed_optimizer=True),
+        "PP2 x DP2 + distributed optimizer": Layout(pipeline=2, distributed_optimizer=True, overlap=True),
     },
 }
 
@@ -149,7 +151,15 @@ def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, 
     needs = stage.teacher(config) is not TeacherNeed.NONE
     teacher = _teacher(case, student, overrides, start) if needs else None
     objective = stage.objective(config, teacher, MockDataset(VOCAB_SIZE, seed=0).table)
-    trained = wrap_for_training(student, student.config, config, use_distributed_optimizer=layout.distributed_optimizer)
+    trained = wrap_for_training(
+        student,
+        student.config,
+        config,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap,
+        ddp_bucket_size=1000 if layout.overlap else None,  # several buckets, of which some end within a layer
+    )
     student.train()
     frozen = {name: p.detach().clone() for name, p in student.named_parameters() if not p.requires_grad}
     rows = random_rows(ROWS * UPDATES, row_bytes=ROW_BYTES, bucket=BUCKET, seed=13)
@@ -162,6 +172,7 @@ def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, 
         report = train_step(trained, objective, _mine(batch, here), update, here)
         result["losses"].append({name: total / count for name, (total, count) in report.sums.items()})
         result["grad_norms"].append(report.grad_norm)
+    trained.gather_parameters()
     held_out = evaluate(student, objective, [_mine(rows[:ROWS], here)], here)
     result["held out"] = {name: total / count for name, (total, count) in held_out.items()}
     now = dict(student.named_parameters())

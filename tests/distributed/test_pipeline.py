@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -87,6 +88,15 @@ def test_the_distributed_optimizer_goes_on_where_a_pipeline_stage_trains_nothing
     run_on(job, changed, 4, *flags, "--exit-interval", "2")
     run_on(job, changed, 4, *flags)
     assert_same_run(changed, straight, [stage])
+
+
+def test_weights_that_are_not_finite_on_the_last_stage_are_named_by_the_first(job: Job, tmp_path: Path) -> None:
+    overflow = ("--2a.lr", "3e37", "--2a.weight-decay", "11")  # a product with 3.3e38, the largest that fp32 holds
+    flags = job.flags(tmp_path / "run", "--stages", "2a", *PIPELINE, "--save-interval", "1", *overflow)
+    done = run_command(torchrun(str(SCRIPT), *flags, processes=2))
+    assert done.returncode != 0
+    # the first stage's own line: torchrun repeats the last one's, indented
+    assert re.search(r"(?m)^error: stage 2a: \d+ weights are NaN .*\(byte_decoder\.", done.stderr), done.stderr
 
 
 def test_stages_that_do_not_divide_the_layers_are_refused(job: Job, tmp_path: Path) -> None:
