@@ -45,8 +45,11 @@ MOCK = "--mock-data "
         (MOCK + "--num-layers-at-end-in-bf16 -1", "--num-layers-at-end-in-bf16: got -1, expected at least 0"),
         (MOCK + "--fp8-format hybrid --first-last-layers-bf16", "megatron-core refuses it"),
         (MOCK + "--fp8-format hybrid --rerun-check 5", "--rerun-check and --fp8-recipe delayed"),
-        (MOCK + "--fp8-format hybrid --2a.chunk-bucket 24", "stage 2a: --chunk-bucket 24 is not a multiple of 16"),
-        (MOCK + "--fp8-format hybrid --fp8-recipe mxfp8 --1b.chunk-bucket 48", "stage 1b: --chunk-bucket 48"),
+        (MOCK + "--fp8-format hybrid --2a.chunk-bucket 24", "--2a.chunk-bucket: got 24, expected a multiple of 16"),
+        (
+            MOCK + "--fp8-format hybrid --fp8-recipe mxfp8 --1b.chunk-bucket 48",
+            "--1b.chunk-bucket: got 48, expected a multiple of 32",
+        ),
         (MOCK + "--fp8-format fp9", "expected one of e4m3, hybrid"),
         (MOCK + "--fp8-recipe custom", "expected one of delayed, tensorwise, mxfp8, blockwise"),
         (MOCK + "--transformer-impl inference_optimized", "expected one of local, transformer_engine"),
