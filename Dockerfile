@@ -23,7 +23,9 @@ COPY . .
 RUN python -m pip install --no-deps --no-build-isolation -e . \
     && python -m megabyte_distill.kernels build
 
-# A build that changed torch, or cannot import or load what a run needs, fails here and not on the cluster.
+# A build that changed torch, or cannot import or load what a run needs, fails here and not on the cluster. Transformer
+# Engine may want the driver's library, which a build does not have: what is usable is printed.
 RUN python -c "import torch; print(torch.__version__)" | diff /opt/torch_before - \
-    && python -c "import transformer_engine.pytorch, megatron.core, megabyte_distill; print(megabyte_distill.__version__)" \
+    && python -c "import megatron.core, megabyte_distill; print(megabyte_distill.__version__)" \
+    && python -c "from megabyte_distill import optional; print(optional.describe())" \
     && python -c "from megabyte_distill.kernels.library import load; print(load('cuda').targets)"

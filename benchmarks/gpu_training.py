@@ -190,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = ["--preset", preset, "--mock-data", "--stages", arguments.stages, "--bf16", *others]
     words += ["--seq-length", str(length), "--micro-batch-size", str(rows), "--global-batch-size", str(rows)]
     settings = parse_arguments(words, {"save": "unused"}, world_size=1)
+    failed = 0
     results: dict[str, Any] = {"preset": preset, "bytes_per_update": rows * length}
     with world() as here:
         rate = product_rate(device)
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except (RuntimeError, ValueError) as error:
                     print(f"  {stage} {kernels:10} {type(error).__name__}: {str(error)[:400]}", flush=True)
                     results[f"{stage}_{kernels}"] = f"{type(error).__name__}: {str(error)[:200]}"
+                    failed += 1
                     continue
                 finally:
                     gc.collect()
@@ -217,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if all(isinstance(one, dict) for one in pair):
                 results[f"{stage}_reference_to_fused"] = pair[0]["seconds"] / pair[1]["seconds"]  # type: ignore[index]
     print(json.dumps(results))
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -49,3 +52,17 @@ def test_a_difference_counts_above_twice_the_pooled_spread(controls: ModuleType)
     far = controls.verdict([1.0, 1.1, 1.2], [1.4, 1.5, 1.6])
     assert math.isclose(near["spread"], 0.1) and not near["above_twice_the_spread"]
     assert far["above_twice_the_spread"] and math.isclose(far["worse_by"], 0.4)
+
+
+@pytest.mark.slow
+def test_the_fused_operators_move_what_they_must(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("the counting build needs g++; run on a machine that has it")
+    command = [sys.executable, str(BENCHMARKS / "kernel_traffic.py"), "--no-compile", "--rows", "1024"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for operator in ("F1", "F2", "F4", "F5"):
+        # less than the floor's share: a case that is not counted at all would show here
+        assert 0.8 <= found[operator]["fused_to_floor"] <= 1.3, (operator, found[operator])
+        assert found[operator]["eager_to_floor"] > 1.5

@@ -111,7 +111,7 @@ def test_copied_and_executed_paths_exist() -> None:
 def test_the_build_ends_with_the_checks() -> None:
     last = instructions()[-1]
     assert last[0] == "RUN" and "diff /opt/torch_before" in last[1]
-    for needed in ("transformer_engine.pytorch", "megatron.core", "load('cuda')"):
+    for needed in ("optional.describe", "megatron.core", "load('cuda')"):
         assert needed in last[1]
 
 

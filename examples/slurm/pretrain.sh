@@ -18,7 +18,8 @@ set -euo pipefail
 IMAGE=${IMAGE:?an enroot image, or REGISTRY#NAME:TAG}
 GPUS=${GPUS:-8}
 PORT=${PORT:-29500}
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# not through head: it would end scontrol early, which pipefail takes for a failure
+mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 CONTAINER_ARGS=(
     --container-image "$IMAGE"
@@ -30,7 +31,7 @@ DISTRIBUTED_ARGS=(
     --nproc-per-node "$GPUS"
     --rdzv-backend c10d
     --rdzv-id "$SLURM_JOB_ID"
-    --rdzv-endpoint "$HEAD:$PORT"
+    --rdzv-endpoint "${HOSTS[0]}:$PORT"
 )
 
 exec srun --kill-on-bad-exit=1 "${CONTAINER_ARGS[@]}" \

@@ -242,17 +242,22 @@ def _fp8(settings: Settings, uses_engine: bool) -> Iterator[str]:
             "--first-last-layers-bf16 and --fp8-recipe delayed: that recipe takes its scaling factors once for all "
             "layers, so that none can be left out (megatron-core refuses it); take --fp8-recipe tensorwise"
         )
+    if settings.run.rerun_check and engine.fp8_recipe is Fp8Recipe.DELAYED:
+        yield (
+            "--rerun-check and --fp8-recipe delayed: the second of two passes has the scaling factors that the first "
+            "left behind, and other bits; take --fp8-recipe tensorwise, or leave one out"
+        )
     ranks = settings.parallel.tensor_model_parallel_size if settings.parallel.sequence_parallel else 1
     multiple = engine.chunk_multiple * max(1, ranks)
-    of_ranks = f" × --tensor-model-parallel-size {ranks}" if ranks > 1 else ""
-    for stage in WITH_BACKBONE:
-        config = settings.stages.get(stage)
-        if config is not None and config.chunk_bucket > 0 and config.chunk_bucket % multiple:
-            yield (
-                f"stage {stage}: --chunk-bucket {config.chunk_bucket} is not a multiple of {multiple} (--fp8-recipe "
-                f"{engine.fp8_recipe.value} multiplies rows by {engine.chunk_multiple}s on each rank{of_ranks}); "
-                f"{-(-config.chunk_bucket // multiple) * multiple} would be"
-            )
+    because = f"--fp8-recipe {engine.fp8_recipe.value} multiplies rows by {engine.chunk_multiple}s"
+    because += f" on each of {ranks} ranks" if ranks > 1 else ""
+    buckets = {stage: settings.stages[stage].chunk_bucket for stage in WITH_BACKBONE if stage in settings.stages}
+    found: dict[str, str | None] = dict.fromkeys(buckets)
+    for stage, bucket in buckets.items():
+        if bucket > 0 and bucket % multiple:
+            better = -(-bucket // multiple) * multiple
+            found[stage] = f"got {bucket}, expected a multiple of {multiple} ({because}); {better} would be"
+    yield from _by_stage("chunk-bucket", found)
 
 
 def _stages(settings: Settings, world_size: int) -> Iterator[str]:

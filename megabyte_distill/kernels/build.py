@@ -75,7 +75,9 @@ def known_architectures(nvcc: str) -> tuple[str, ...]:
     return tuple(arch for arch in ARCHITECTURES if arch.rstrip("a") in listed)
 
 
-def build_cuda(folder: Path = LIBRARIES, architectures: Sequence[str] = ()) -> list[KernelUsage]:
+def build_cuda(
+    folder: Path = LIBRARIES, architectures: Sequence[str] = (), *, sources: Path = SOURCES
+) -> list[KernelUsage]:
     """Build the CUDA library into ``folder``; returns what each kernel uses.
 
     Raises:
@@ -93,8 +95,8 @@ def build_cuda(folder: Path = LIBRARIES, architectures: Sequence[str] = ()) -> l
         generate += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={codes}"]
     command = [nvcc, *_NVCC_FLAGS, *generate, "-Xptxas", "-v", _targets(" ".join(targets))]
     link = [nvcc, "-shared", "-cudart", "static", *generate]
-    said = _compile_and_link(SOURCES, library_path("cuda", folder), command, link)
-    _remove_others("cuda", folder, SOURCES)
+    said = _compile_and_link(sources, library_path("cuda", folder, sources), command, link)
+    _remove_others("cuda", folder, sources)
     return _usages(said)
 
 
@@ -132,8 +134,7 @@ def _targets(names: str) -> str:
 
 def _compile_and_link(sources: Path, target: Path, command: list[str], link: list[str]) -> str:
     """Compile every .cu side by side, link them, put the library in place by rename; returns what compilers said."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with _scratch_in(target.parent) as scratch:
         sheets = sorted(sources.glob("*.cu"))
         objects = [f"{scratch}/{sheet.stem}.o" for sheet in sheets]
         calls = [[*command, "-c", str(sheet), "-o", out] for sheet, out in zip(sheets, objects, strict=True)]
@@ -143,6 +144,17 @@ def _compile_and_link(sources: Path, target: Path, command: list[str], link: lis
         _run([*link, *objects, "-o", str(built)])
         built.replace(target)
     return "".join(said)
+
+
+def _scratch_in(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise BuildError(
+            f"the kernel library cannot be written to {folder} ({error.strerror}); build as a user who may, or install "
+            "from a checkout with pip install -e ."
+        ) from error
 
 
 def _run(command: list[str]) -> str:

@@ -21,6 +21,8 @@ class FusedOp:
     """Takes the operator's tensors; why they cannot be run, as "got …, expected …", or None."""
     limits: str
     """What it takes, in words; everything else goes to torch, or is an error where fused kernels were demanded."""
+    is_ours: bool = True
+    """Whether ``strict`` is about it: a package that a user happens to have must not turn a run into an error."""
 
 
 class _Installed:
@@ -56,6 +58,6 @@ def fused(name: str, *tensors: torch.Tensor | None) -> Callable[..., Any] | None
     )
     if reason is None:
         return op.run
-    if _Installed.strict:
+    if _Installed.strict and op.is_ours:
         raise ValueError(f"--kernels fused: the fused {name} cannot run: {reason}; use --kernels auto or reference")
     return None

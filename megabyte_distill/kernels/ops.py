@@ -269,7 +269,7 @@ def dechunk_residual(
     if mode is DechunkMode.OFFICIAL and null_group is None:
         raise ValueError(_NO_NULL_GROUP)
     layout = {"ends": ends, "chunk_of_byte": chunk_of_byte, "starts": starts}
-    run = fused("dechunk_residual", h, p, confidence, residual, null_group)
+    run = fused("dechunk_residual", h, p, confidence, residual, null_group, *layout.values())
     if run is not None:
         result: Tensor = run(h, p, confidence, residual, **layout, mode=mode, null_group=null_group)
         return result

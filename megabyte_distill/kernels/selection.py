@@ -71,7 +71,7 @@ def gpu_refusal(targets: tuple[str, ...], capability: tuple[int, int]) -> str | 
     major, minor = capability
     built = [target.removeprefix("sm_") for target in targets]
     same = [code for code in built if (code.endswith("a") and code[:-1] == f"{major}{minor}")]
-    older = [code for code in built if not code.endswith("a") and int(code) <= 10 * major + minor]
+    older = [code for code in built if code.isdigit() and int(code) <= 10 * major + minor]
     if same or (older and ("80" in built or any(int(code) // 10 == major for code in older))):
         return None
     return f"got a GPU of compute capability {major}.{minor}, expected one of {', '.join(targets)}"

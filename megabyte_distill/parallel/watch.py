@@ -49,11 +49,11 @@ Report = Callable[[str, bool], None]
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another rank did not answer."""
-    if not isinstance(error, RuntimeError):
-        return False
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in _WORDS)
+    """Whether an error of torch says that another rank did not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo has no error of its own
+    return type(error) is RuntimeError and any(word in str(error).lower() for word in _WORDS)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def assert_close(run: Path, alone: Path, stages: Sequence[str] = STAGES) -> None
 
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce")
 # buckets so small that the weights of one layer come in several
-GATHERED_LATE = (*DISTRIBUTED, "--overlap-param-gather", "--ddp-bucket-size", "1000")
+GATHERED_LATE = (*DISTRIBUTED, "--overlap-param-gather", "--ddp-bucket-size", "1000", "--check-invariants", "1")
 
 
 @pytest.mark.parametrize("optimizer", [(), DISTRIBUTED, GATHERED_LATE])

@@ -124,8 +124,8 @@ MUTANTS: dict[str, Mutant] = {
     "target distributions taken to sum to one": _mutant(
         "joint_cross_entropy.cu", "fmaf(on_soft, warp_sum(sum), on_hard)", "on_soft + on_hard", cross_entropy_agrees
     ),
-    "the last of a run's rows counted again": _mutant(
-        "ngram_embedding.cu", "      if (place + u >= end) break;\n", "", ngrams_agree
+    "a piece added up for a row that has but its ends": _mutant(
+        "ngram_embedding.cu", "end_piece = end / kPiece;", "end_piece = (end + kPiece - 1) / kPiece;", ngrams_agree
     ),
 }
 """What is wrong → the change."""

@@ -103,8 +103,8 @@ MUTANTS: dict[str, Mutant] = {
     "counts read before all are counted": Mutant(
         source=EMBEDDING,
         file=EMBEDDING,
-        old="    if (in_table(id, kIds)) atomicAdd(own + id, 1);\n  }\n  __syncthreads();\n  counts",
-        new="    if (in_table(id, kIds)) atomicAdd(own + id, 1);\n  }\n  counts",
+        old="    if (in_table(id, ids_in_table)) atomicAdd(own + id, 1);\n  }\n  __syncthreads();\n  counts",
+        new="    if (in_table(id, ids_in_table)) atomicAdd(own + id, 1);\n  }\n  counts",
         check=embedding_agrees,
     ),
     "scalars of a run read before they are written": Mutant(

@@ -97,7 +97,7 @@ def test_stream_and_normed_rows_from_one_call_add_their_gradients(fused: Library
 @pytest.mark.parametrize("rows", [0, 1, 257, 20_000])
 def test_bytes_are_sorted_stably(fused: Library, rows: int) -> None:
     byte_ids = few_hot_ids(rows)
-    order, run_starts = byte_embedding.byte_order(byte_ids, fused)
+    order, run_starts = byte_embedding.byte_order(byte_ids, 256, fused)
     expected = byte_ids.sort(stable=True)
     assert torch.equal(order.long(), expected.indices)
     assert torch.equal(run_starts.long(), torch.searchsorted(expected.values, torch.arange(257)))
@@ -155,3 +155,29 @@ def test_says_what_it_does_not_take(fused: Library) -> None:
         ops.byte_embedding(byte_ids, torch.zeros(4, 8, dtype=torch.float64))
     mixed = byte_embedding.refusal(byte_ids, torch.zeros(4, 8), torch.zeros(2, 8, dtype=torch.bfloat16))
     assert mixed is not None and "bfloat16, float32" in mixed
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_id_outside_a_small_table_writes_behind_no_gradient(fused: Library, variant: str) -> None:
+    byte_ids, upstream = torch.tensor([0, 2, 0, 3, 1]), torch.randn(5, 8)
+    own = leaves(5, 8, variant, torch.float32)
+    own[0] = torch.randn(4, 8)
+
+    def gradient_of_table(ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        given = [own[0], None if own[1] is None else own[1][rows], own[2]]
+        run = values_and_gradients(lambda *given: ops.byte_embedding(ids, *given), given, upstream[rows])
+        return run[1]
+
+    outside = byte_ids.clone()
+    outside[[1, 4]] = torch.tensor([200, 4])
+    inside = torch.tensor([0, 2, 3])
+    got = gradient_of_table(outside, torch.arange(5))
+    torch.testing.assert_close(got, gradient_of_table(byte_ids[inside], inside))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_table_hands_the_added_state_its_gradient(fused: Library, dtype: torch.dtype) -> None:
+    byte_ids, upstream = few_hot_ids(20), torch.randn(20, 16)
+    added = torch.randn(20, 16).to(dtype).requires_grad_()
+    ops.byte_embedding(byte_ids, torch.randn(256, 16).to(dtype), added).backward(upstream)
+    assert torch.equal(added.grad, upstream.to(dtype))

@@ -130,6 +130,13 @@ def test_logits_without_gradient_are_never_overwritten(fused: Library) -> None:
     assert torch.equal(logits, before)
 
 
+def test_a_leaf_is_never_overwritten(fused: Library) -> None:
+    leaf = some_logits(9, torch.float32).requires_grad_()
+    before = leaf.detach().clone()
+    ops.joint_cross_entropy(leaf, some_labels(9), overwrite_logits=True).sum().backward()
+    assert torch.equal(leaf, before) and leaf.grad is not None and leaf.grad.data_ptr() != leaf.data_ptr()
+
+
 def test_a_label_outside_the_classes_is_nan_and_disturbs_no_other(fused: Library) -> None:
     logits, labels = some_logits(5, torch.float32), torch.tensor([0, -100, 512, 511, 3])
     hard = ops.joint_cross_entropy(logits, labels)

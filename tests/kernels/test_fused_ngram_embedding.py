@@ -50,6 +50,21 @@ def test_rows_that_nobody_reads_have_gradient_zero(fused: Library) -> None:
     assert torch.equal(grad[:, 0], indices.flatten().bincount(minlength=NGRAM_ROWS).float())
 
 
+@pytest.mark.parametrize("rows", [63, 64, 65, 128, 200])
+def test_runs_that_begin_and_end_anywhere_in_a_piece_equal_the_definition(fused: Library, rows: int) -> None:
+    for before in (0, 1, 63):
+        indices = torch.full((rows, 1), 5)
+        indices[:before] = 2
+        indices[-1] = 9
+        byte_ids = torch.randint(0, 256, (rows,))
+        assert_agrees(
+            lambda *own, given=(byte_ids, indices): ops.ngram_embedding(*given, *own),
+            lambda *own, given=(byte_ids, indices): reference.ngram_embedding(*given, *own),
+            tables_of(8, torch.float32),
+            torch.randn(rows, 8),
+        )
+
+
 def test_is_the_same_in_any_order_of_threads(fused: Library) -> None:
     byte_ids, indices = reads(80, 6)
     own, upstream = tables_of(1032, torch.bfloat16), torch.randn(80, 1032)

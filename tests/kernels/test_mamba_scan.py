@@ -70,6 +70,14 @@ def test_without_a_gpu_nothing_is_put_in_place() -> None:
     assert not selection.choose(KernelMode.AUTO, torch.device("cpu")).scans_fused
 
 
+def test_heads_it_does_not_take_go_to_torch_although_fused_kernels_are_demanded() -> None:
+    dispatch.install({"ssm_scan": mamba_scan.FUSED}, device="cpu", strict=True)
+    try:
+        assert dispatch.fused("ssm_scan", torch.empty(3, 4, 48)) is None
+    finally:
+        dispatch.install({})
+
+
 def test_what_the_kernels_do_not_take_is_said() -> None:
     refusal = mamba_scan.FUSED.refusal
     assert refusal(torch.empty(0, 4, 64)) == "got no bytes, expected some"

@@ -148,8 +148,7 @@ def test_blocks_of_a_large_tensor_have_their_order(monkeypatch: pytest.MonkeyPat
     "flags",
     [
         ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--byte-mixer", "mamba2"),
-        ("--use-distributed-optimizer", "--bf16"),
-        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+        ("--use-distributed-optimizer", "--bf16", "--overlap-grad-reduce", "--overlap-param-gather"),
     ],
 )
 def test_real_stages_on_two_ranks_break_none(job: Job, tmp_path: Path, flags: tuple[str, ...]) -> None:

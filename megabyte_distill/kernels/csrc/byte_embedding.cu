@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_sum(const T* table, const T* added, int64_t
 }
 
 template <class T, int PASSES>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     norm_sums_forward(const int64_t* __restrict__ ids, const T* __restrict__ table, const T* __restrict__ added,
                       const T* __restrict__ weight, float* __restrict__ stream, T* __restrict__ normed,
                       float* __restrict__ scale, int64_t rows, int64_t width, int64_t ids_in_table, float eps) {
@@ -159,14 +159,15 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // counts[block, id] of the block's span of bytes. Integer sums are the same in any order.
 __global__ void __launch_bounds__(kOrderThreads)
-    count_ids(const int64_t* __restrict__ ids, int* __restrict__ counts, int64_t rows, int64_t span) {
+    count_ids(const int64_t* __restrict__ ids, int* __restrict__ counts, int64_t rows, int64_t span,
+              int64_t ids_in_table) {
   int* const own = shared_memory<int>();
   own[threadIdx.x] = 0;
   __syncthreads();
   const int64_t first = int64_t(blockIdx.x) * span, end = min(first + span, rows);
   for (int64_t t = first + threadIdx.x; t < end; t += kOrderThreads) {
     const int64_t id = __ldg(ids + t);
-    if (in_table(id, kIds)) atomicAdd(own + id, 1);
+    if (in_table(id, ids_in_table)) atomicAdd(own + id, 1);
   }
   __syncthreads();
   counts[blockIdx.x * kIds + threadIdx.x] = own[threadIdx.x];
@@ -190,7 +191,7 @@ __device__ __forceinline__ int sum_before(int x, int* memory) {
 // number of all at the end. Bytes outside the table have no place.
 __global__ void __launch_bounds__(kOrderThreads)
     place_ids(const int64_t* __restrict__ ids, const int* __restrict__ counts, int* __restrict__ order,
-              int* __restrict__ run_starts, int64_t rows, int64_t span, int blocks) {
+              int* __restrict__ run_starts, int64_t rows, int64_t span, int blocks, int64_t ids_in_table) {
   int* const next = shared_memory<int>();  // [warps, ids]: where the warp's next byte of an id goes
   int* const sums = next + kOrderWarps * kIds;
   int before = 0, all = 0;
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   const int64_t end = min(first + span / kOrderWarps, rows);
   for (int64_t t = first + lane; t < end; t += 32) {
     const int64_t id = __ldg(ids + t);
-    if (in_table(id, kIds)) atomicAdd(own + id, 1);
+    if (in_table(id, ids_in_table)) atomicAdd(own + id, 1);
   }
   __syncthreads();
   int running = start + before;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   __syncthreads();
   for (int64_t base = first; base < end; base += 32) {
     const int64_t t = base + lane, id = t < end ? __ldg(ids + t) : -1;
-    const bool counts_here = in_table(id, kIds);
+    const bool counts_here = in_table(id, ids_in_table);
     const unsigned same = __match_any_sync(kAll, counts_here ? unsigned(id) : unsigned(kIds));
     const int rank = __popc(same & ((1u << lane) - 1u));
     if (counts_here) order[own[id] + rank] = int(t);
@@ -356,7 +357,7 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 // With an added state: dx [rows, width] in fp32 for the sums by id, d_added, and the weight's sums of each block.
 template <class T, int PASSES>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     norm_sums_backward(const float* __restrict__ d_stream, const T* __restrict__ d_normed, const int64_t* __restrict__ ids,
                        const T* __restrict__ table, const T* __restrict__ added, const T* __restrict__ weight,
                        const float* __restrict__ scale, float* __restrict__ dx_out, T* __restrict__ d_added,
@@ -496,14 +497,17 @@ MBK_API int mbk_byte_embedding_added_normed(const int64_t* ids, const void* tabl
 }
 
 // order [rows] and run_starts [257] int32 of ids [rows]; counts [64, 256] int32 is scratch.
-MBK_API int mbk_byte_order(const int64_t* ids, int* counts, int* order, int* run_starts, int64_t rows, void* stream) {
+MBK_API int mbk_byte_order(const int64_t* ids, int* counts, int* order, int* run_starts, int64_t rows,
+                           int64_t ids_in_table, void* stream) {
   using namespace mbk;
+  if (ids_in_table < 0 || ids_in_table > kIds) return fail(kBadArgument, "a table has at most 256 rows");
   const int64_t span = max(int64_t(1), ceil_div<int64_t>(rows, kOrderBlocks * kOrderThreads)) * kOrderThreads;
   const int blocks = int(max(int64_t(1), ceil_div(rows, span)));
-  const int code = launch(count_ids, dim3(blocks), dim3(kOrderThreads), kIds * sizeof(int), stream, ids, counts, rows, span);
+  const int code = launch(count_ids, dim3(blocks), dim3(kOrderThreads), kIds * sizeof(int), stream, ids, counts, rows, span,
+                          ids_in_table);
   if (code) return code;
   return launch(place_ids, dim3(blocks), dim3(kOrderThreads), (kOrderWarps * kIds + kOrderWarps) * sizeof(int), stream, ids,
-                counts, order, run_starts, rows, span, blocks);
+                counts, order, run_starts, rows, span, blocks, ids_in_table);
 }
 
 // Gradients of mbk_byte_embedding_stream: d_table [ids_in_table, width], d_added [rows, width] or null. parts

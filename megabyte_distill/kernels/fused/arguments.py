@@ -38,6 +38,19 @@ def dtype_refusal(*tensors: Tensor | None) -> str | None:
     return f"got {names}, expected float32 or bfloat16, the same for all"
 
 
+def form_refusal(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> str | None:
+    """Why a tensor has not this shape (and dtype), or None; an absent one does not count.
+
+    A kernel knows addresses alone: it would read behind the end of what torch refuses or broadcasts.
+    """
+    if tensor is None or (tensor.shape == shape and (dtype is None or tensor.dtype is dtype)):
+        return None
+    got, wanted = (str(one).removeprefix("torch.") for one in (tensor.dtype, dtype or tensor.dtype))
+    return f"got {name} of {got} {list(tensor.shape)}, expected {wanted} {list(shape)}"
+
+
 def dtype_code(tensor: Tensor) -> int:
     """The C ABI's name of a tensor's dtype."""
     return DTYPE_CODES[tensor.dtype]

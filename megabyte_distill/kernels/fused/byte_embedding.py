@@ -13,6 +13,7 @@ from megabyte_distill.kernels.fused.arguments import (
     absent,
     dtype_code,
     dtype_refusal,
+    form_refusal,
     scratch,
     vector_refusal,
     width_refusal,
@@ -45,8 +46,14 @@ def refusal(
     if table.shape[0] > MAX_IDS:
         return f"got a table of {table.shape[0]} rows, expected at most {MAX_IDS}"
     whole_rows = added is not None and norm_weight is not None
-    width = table.shape[1]
-    return dtype_refusal(table, added, norm_weight) or (width_refusal(width) if whole_rows else vector_refusal(width))
+    rows, width = byte_ids.shape[0], table.shape[1]
+    return (
+        dtype_refusal(table, added, norm_weight)
+        or (width_refusal(width) if whole_rows else vector_refusal(width))
+        or form_refusal("byte_ids", byte_ids, (rows,), torch.int64)
+        or form_refusal("added", added, (rows, width))
+        or form_refusal("norm_weight", norm_weight, (width,))
+    )
 
 
 FUSED = FusedOp(run=fused_byte_embedding, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}, up to {MAX_IDS} ids")
@@ -127,7 +134,9 @@ def _backward(
         if wants[0]:
             _stream_backward(d_stream, byte_ids, table, grads, wants)
             return grads
-        return grads[0], d_stream.to(table.dtype) if wants[1] else grads[1], grads[2]
+        if wants[1]:
+            grads[1].copy_(d_stream)
+        return grads
     if added is None:
         _normed_backward(d_stream, prepared(d_normed), byte_ids, table, prepared(norm_weight), scale, grads, wants)
     else:
@@ -141,7 +150,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 def _stream_backward(d_stream: Tensor, byte_ids: Tensor, table: Tensor, grads: Grads, wants: list[bool]) -> None:
     library, piece, parts = _plan(byte_ids, table)
-    order, run_starts = byte_order(byte_ids, library)
+    order, run_starts = byte_order(byte_ids, table.shape[0], library)
     library.call(
         "byte_embedding_stream_backward",
         d_stream,
@@ -170,7 +179,7 @@ def _normed_backward(
     wants: list[bool],
 ) -> None:
     library, piece, parts = _plan(byte_ids, table)
-    order, run_starts = byte_order(byte_ids, library)
+    order, run_starts = byte_order(byte_ids, table.shape[0], library)
     library.call(
         "byte_embedding_normed_backward",
         d_stream,
@@ -206,7 +215,7 @@ def _added_normed_backward(
 ) -> None:
     library, piece, parts = _plan(byte_ids, table)
     rows, width = added.shape
-    order, run_starts = byte_order(byte_ids, library) if wants[0] else (None, None)
+    order, run_starts = byte_order(byte_ids, table.shape[0], library) if wants[0] else (None, None)
     library.call(
         "byte_embedding_added_normed_backward",
         d_stream,
@@ -236,12 +245,15 @@ def _plan(byte_ids: Tensor, table: Tensor) -> tuple[Library, int, Tensor]:
     return library_for(table), piece, scratch(table, -(-byte_ids.shape[0] // piece), 2, table.shape[1])
 
 
-def byte_order(byte_ids: Tensor, library: Library) -> tuple[Tensor, Tensor]:
-    """(places of the bytes in order of their ids [P] int32, stable; the first place of each id [257] int32)."""
+def byte_order(byte_ids: Tensor, ids_in_table: int, library: Library) -> tuple[Tensor, Tensor]:
+    """(places of the bytes in order of their ids [P] int32, stable; the first place of each id [257] int32).
+
+    Bytes outside the table have no place.
+    """
     rows = byte_ids.shape[0]
     sizes = (_ORDER_BLOCKS * MAX_IDS, rows, MAX_IDS + 1)
     counts, order, run_starts = (torch.empty(size, device=byte_ids.device, dtype=torch.int32) for size in sizes)
-    library.call("byte_order", byte_ids, counts, order, run_starts, rows)
+    library.call("byte_order", byte_ids, counts, order, run_starts, rows, ids_in_table)
     return order, run_starts
 
 
@@ -271,7 +283,9 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     byte_ids, table, added, norm_weight, _, _ = inputs
-    ctx.save_for_backward(byte_ids, table, added, norm_weight, output[2])
+    ctx.has_added = added is not None
+    # only a norm looks at the state again
+    ctx.save_for_backward(byte_ids, table, None if norm_weight is None else added, norm_weight, output[2])
     ctx.set_materialize_grads(False)
 
 
@@ -280,7 +294,7 @@ def _differentiate(ctx: Any, d_stream: Tensor | None, d_normed: Tensor | None, _
     if norm_weight is None or d_normed is None:
         norm_weight = d_normed = None
     wanted = ctx.needs_input_grad[1:4]
-    wants = [wanted[0], wanted[1] and added is not None, wanted[2] and norm_weight is not None]
+    wants = [wanted[0], wanted[1] and ctx.has_added, wanted[2] and norm_weight is not None]
     if (d_stream is None and d_normed is None) or not any(wants):
         return (None,) * 6
     grads = torch.ops.megabyte.byte_embedding_backward(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megabyte_distill.kernels.chunk_index import ChunkIndex
 from megabyte_distill.kernels.dispatch import FusedOp
+from megabyte_distill.kernels.fused.arguments import form_refusal
 from megabyte_distill.kernels.library import library_for, prepared
 
 _TILE = 2048
@@ -25,7 +26,12 @@ def fused_boundary_bits(
 
 def bits_refusal(p: Tensor, byte_ids: Tensor, is_text: Tensor | None = None) -> str | None:
     """Why the kernel cannot take these, or None."""
-    return None if p.dtype is torch.float32 else f"got p in {str(p.dtype).removeprefix('torch.')}, expected float32"
+    shape = (p.shape[0],)
+    return (
+        form_refusal("p", p, shape, torch.float32)
+        or form_refusal("byte_ids", byte_ids, shape, torch.int64)
+        or form_refusal("is_text", is_text, shape, torch.bool)
+    )
 
 
 def fused_chunk_index(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkIndex:
@@ -38,8 +44,8 @@ def fused_chunk_index(bits: Tensor, cu_seqlens: Tensor, bucket: int) -> ChunkInd
 
 
 def index_refusal(bits: Tensor, cu_seqlens: Tensor) -> str | None:
-    """None: the kernel takes all rows."""
-    return None
+    """Why the kernel cannot take these, or None."""
+    return form_refusal("bits", bits, (bits.shape[0],), torch.bool)
 
 
 BITS = FusedOp(run=fused_boundary_bits, refusal=bits_refusal, limits="p in fp32")

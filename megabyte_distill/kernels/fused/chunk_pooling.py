@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megabyte_distill.config.model import ChunkPooling
 from megabyte_distill.kernels.dispatch import FusedOp
-from megabyte_distill.kernels.fused.arguments import VECTORS, dtype_code, dtype_refusal, vector_refusal
+from megabyte_distill.kernels.fused.arguments import VECTORS, dtype_code, dtype_refusal, form_refusal, vector_refusal
 from megabyte_distill.kernels.library import library_for, prepared
 
 _MODES = {ChunkPooling.LAST: 0, ChunkPooling.MEAN_LAST: 1, ChunkPooling.MAX: 2}
@@ -26,7 +26,13 @@ def fused_chunk_pool(
 
 def refusal(r: Tensor, begins: Tensor, ends: Tensor) -> str | None:
     """Why the kernel cannot take these, or None."""
-    return dtype_refusal(r) or vector_refusal(r.shape[1])
+    chunks = ends.shape[0]
+    return (
+        dtype_refusal(r)
+        or vector_refusal(r.shape[1])
+        or form_refusal("begins", begins, (chunks,), torch.int64)
+        or form_refusal("ends", ends, (chunks,), torch.int64)
+    )
 
 
 FUSED = FusedOp(run=fused_chunk_pool, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")

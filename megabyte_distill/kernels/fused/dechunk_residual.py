@@ -14,6 +14,7 @@ from megabyte_distill.kernels.fused.arguments import (
     absent,
     dtype_code,
     dtype_refusal,
+    form_refusal,
     scratch,
     vector_refusal,
 )
@@ -47,12 +48,31 @@ def fused_dechunk_residual(
     return result
 
 
-def refusal(h: Tensor, p: Tensor, confidence: Tensor, residual: Tensor, null_group: Tensor | None) -> str | None:
+def refusal(
+    h: Tensor,
+    p: Tensor,
+    confidence: Tensor,
+    residual: Tensor,
+    null_group: Tensor | None,
+    ends: Tensor,
+    chunk_of_byte: Tensor,
+    starts: Tensor,
+) -> str | None:
     """Why the kernel cannot take these, or None."""
     scalars = {p.dtype, confidence.dtype} - {torch.float32, torch.bfloat16}
     if scalars:
         return f"got probabilities in {scalars.pop()}, expected float32"
-    return dtype_refusal(h, residual, null_group) or vector_refusal(h.shape[1])
+    rows, (chunks, width) = p.shape[0], h.shape
+    return (
+        dtype_refusal(h, residual, null_group)
+        or vector_refusal(width)
+        or form_refusal("confidence", confidence, (rows,))
+        or form_refusal("residual", residual, (rows, width))
+        or form_refusal("null_group", null_group, (width,))
+        or form_refusal("ends", ends, (chunks,), torch.int64)
+        or form_refusal("chunk_of_byte", chunk_of_byte, (rows,), torch.int64)
+        or form_refusal("starts", starts, (chunks,), torch.bool)
+    )
 
 
 FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megabyte_distill.alphabet import JOINT_CLASSES
 from megabyte_distill.kernels.dispatch import FusedOp
-from megabyte_distill.kernels.fused.arguments import dtype_code, dtype_refusal, scratch
+from megabyte_distill.kernels.fused.arguments import dtype_code, dtype_refusal, form_refusal, scratch
 from megabyte_distill.kernels.library import library_for, prepared
 
 
@@ -19,9 +19,11 @@ def fused_joint_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """``ops.joint_cross_entropies``; a label that is no class has cross-entropy NaN.
 
-    What was not asked for is empty. A compiler plans its buffers itself: compiled code does not overwrite.
+    What was not asked for is empty. A compiler plans its buffers itself: compiled code does not overwrite. A leaf is
+    never overwritten: its owner holds it, whatever the caller says.
     """
-    if overwrite_logits and torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+    may_overwrite = overwrite_logits and torch.is_grad_enabled() and not logits.is_leaf
+    if may_overwrite and not torch.compiler.is_compiling():
         hard, soft = _Overwriting.apply(logits, labels, distribution)  # type: ignore[no-untyped-call]
     else:
         hard, soft, _ = torch.ops.megabyte.joint_cross_entropy(logits, labels, distribution)
@@ -34,7 +36,13 @@ def refusal(logits: Tensor, labels: Tensor | None, distribution: Tensor | None) 
         return f"got {logits.shape[1]} classes, expected {JOINT_CLASSES}"
     if distribution is not None and distribution.requires_grad:
         return "got a distribution that wants a gradient, expected a constant"
-    return dtype_refusal(logits)
+    rows = logits.shape[0]
+    return (
+        dtype_refusal(logits)
+        or form_refusal("logits", logits, (rows, JOINT_CLASSES))
+        or form_refusal("labels", labels, (rows,))
+        or form_refusal("distribution", distribution, (rows, JOINT_CLASSES))
+    )
 
 
 FUSED = FusedOp(

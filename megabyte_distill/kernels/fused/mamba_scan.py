@@ -54,4 +54,4 @@ def _refusal(x: Tensor) -> str | None:
     return None
 
 
-FUSED = FusedOp(run=mamba_scan, refusal=_refusal, limits="heads of a power of two")
+FUSED = FusedOp(run=mamba_scan, refusal=_refusal, limits="heads of a power of two", is_ours=False)

@@ -9,8 +9,18 @@ from torch import Tensor
 
 from megabyte_distill.config.model import MAX_NGRAM
 from megabyte_distill.kernels.dispatch import FusedOp
-from megabyte_distill.kernels.fused.arguments import WIDTHS, dtype_code, dtype_refusal, scratch, width_refusal
+from megabyte_distill.kernels.fused.arguments import (
+    WIDTHS,
+    dtype_code,
+    dtype_refusal,
+    form_refusal,
+    scratch,
+    width_refusal,
+)
 from megabyte_distill.kernels.library import library_for, prepared
+
+_PIECE = 64
+"""Places of the sorted order that are added up apart (kPiece)."""
 
 
 def fused_ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
@@ -23,7 +33,14 @@ def refusal(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tenso
     """Why the kernel cannot take these, or None."""
     if not 1 <= indices.shape[1] <= MAX_NGRAM:
         return f"got {indices.shape[1]} n-gram tables, expected 1 to {MAX_NGRAM}"
-    return dtype_refusal(table, ngram_table) or width_refusal(table.shape[1])
+    rows, width = byte_ids.shape[0], table.shape[1]
+    return (
+        dtype_refusal(table, ngram_table)
+        or width_refusal(width)
+        or form_refusal("byte_ids", byte_ids, (rows,), torch.int64)
+        or form_refusal("indices", indices, (rows, indices.shape[1]), torch.int64)
+        or form_refusal("ngram_table", ngram_table, (ngram_table.shape[0], width))
+    )
 
 
 FUSED = FusedOp(run=fused_ngram_embedding, refusal=refusal, limits=f"fp32 or bf16, {WIDTHS}, up to {MAX_NGRAM} tables")
@@ -66,12 +83,14 @@ def _backward(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
     library_for(ngram_table).call(
         "ngram_embedding_backward",
         prepared(d_stream),
-        order,
+        values,
+        order // indices.shape[1],
         runs,
+        scratch(ngram_table, values.shape[0] // _PIECE, width),
         d_ngram_table,
         width,
+        values.shape[0],
         size,
-        indices.shape[1],
         dtype_code(ngram_table),
     )
     return d_ngram_table

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.kernels.dispatch import FusedOp
-from megabyte_distill.kernels.fused.arguments import VECTORS, dtype_code, dtype_refusal, scratch, vector_refusal
+from megabyte_distill.kernels.fused.arguments import (
+    VECTORS,
+    dtype_code,
+    dtype_refusal,
+    form_refusal,
+    scratch,
+    vector_refusal,
+)
 from megabyte_distill.kernels.library import library_for, prepared
 
 
@@ -20,7 +27,7 @@ def fused_routing_probabilities(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Ten
 
 def refusal(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> str | None:
     """Why the kernel cannot take these, or None."""
-    return dtype_refusal(q, k) or vector_refusal(q.shape[1])
+    return dtype_refusal(q, k) or vector_refusal(q.shape[1]) or form_refusal("k", k, tuple(q.shape))
 
 
 FUSED = FusedOp(run=fused_routing_probabilities, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")
