@@ -103,7 +103,7 @@ class TrainerModel:
 
     def _with_empty_groups(self, loaded: dict[str, Any]) -> dict[str, Any]:
         """megatron pairs masters with groups by their place."""
-        if not isinstance(self.optimizer.chained_optimizers[0], Float16OptimizerWithFloat16Params):
+        if not isinstance(self._parts()[0], Float16OptimizerWithFloat16Params):
             return loaded
         stored = iter(loaded.get(_MASTERS, []))
         return {**loaded, _MASTERS: [next(stored) if group["params"] else [] for group in self._groups()]}
@@ -114,8 +114,11 @@ class TrainerModel:
         return bool(self._distributed_parts())
 
     def _distributed_parts(self) -> list[Any]:
-        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return [part for part in parts if isinstance(part, DistributedOptimizer)]
+        return [part for part in self._parts() if isinstance(part, DistributedOptimizer)]
+
+    def _parts(self) -> list[Any]:
+        """megatron's optimizers, one for each kind of parameters; here there is one kind."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     def _distributed_over_torch(self) -> list[Any]:
         return [part for part in self._distributed_parts() if distributed_adam.is_over_torch(part)]
