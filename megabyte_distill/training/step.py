@@ -232,7 +232,10 @@ def train_step(
 def evaluate(
     model: nn.Module, objective: Objective, batches: list[list[PackedRow]], world: World
 ) -> dict[str, tuple[float, float]]:
-    """Global (sum, count) of every loss and measure over held-out rows, weights untouched."""
+    """Global (sum, count) of every loss and measure over held-out rows, weights untouched.
+
+    Under --overlap-param-gather the weights must be gathered (``TrainerModel.gather_parameters``).
+    """
     if not batches:
         return {}
     reports: list[dict[str, Tensor]] = []

@@ -50,13 +50,19 @@ class Layout:
     distributed_optimizer: bool = False
     overlap: bool = False
     """Gradients are reduced during the backward pass, weights gathered during the forward pass."""
+    bf16: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 LAYOUTS: dict[int, dict[str, Layout]] = {
-    1: {"one rank": Layout()},
+    1: {"one rank": Layout(), "one rank, bf16": Layout(bf16=True)},
     2: {
         "TP2": Layout(tensor=2),
         "PP2": Layout(pipeline=2),
+        "PP2, bf16": Layout(pipeline=2, bf16=True),
         "TP2 + SP": Layout(tensor=2, sequence_parallel=True),
         "DP2": Layout(),
         "DP2 + distributed optimizer": Layout(distributed_optimizer=True),
@@ -127,7 +133,7 @@ def _teacher(case: Case, student: Student, overrides: dict[str, Any], start: Pat
     with torch.no_grad():
         for parameter in holder.backbone.parameters():
             parameter.mul_(1.25)
-    holder.requires_grad_(False)
+    holder.requires_grad_(False).to(student.backbone.dtype)
     return holder.backbone
 
 
@@ -143,9 +149,10 @@ def _mine(rows: list[PackedRow], here: World) -> list[PackedRow]:
 
 def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, Any]:
     """Three updates; the same on every rank but for what each knows of its own weights."""
-    overrides = {"sequence_parallel": layout.sequence_parallel}
+    overrides = {"sequence_parallel": layout.sequence_parallel, "pipeline_dtype": layout.dtype}
     student = build_student(model_config(case), overrides=overrides)
     load_checkpoint(start_folder(start, case) / "iter_0000001", student)
+    student.to(layout.dtype)
     stage, config = STAGES[case.stage], StageConfig(lr=1e-3, global_batch_size=ROWS, **case.fields)
     set_trainable(student, stage.trains(config, model_config(case).backbone))
     needs = stage.teacher(config) is not TeacherNeed.NONE
@@ -155,6 +162,7 @@ def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, 
         student,
         student.config,
         config,
+        bf16=layout.bf16,
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap,

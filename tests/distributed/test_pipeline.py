@@ -65,6 +65,7 @@ def _kill_behind(job: Job, run: Path, iteration: int, *flags: str) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_twenty_updates_killed_and_resumed(job: Job, tmp_path: Path) -> None:
     """Killed at TP2 x PP2: at the same cut the rest is the same to the last digit, at DP4 within 1e-5."""
     straight, same, other = (tmp_path / name for name in ("straight", "same", "other"))
