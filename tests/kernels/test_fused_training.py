@@ -90,7 +90,7 @@ def test_a_stage_has_one_loss_and_gradient_with_either(
     switch(True)
     calls.clear()
     found, got = losses_and_gradients(name, variant, row)
-    embedding = "ngram_embedding_forward" if VARIANTS[variant].get("byte_ngram_tables") else "byte_embedding_forward"
+    embedding = "ngram_embedding_forward" if VARIANTS[variant].get("byte_ngram_tables") else "byte_embedding_stream"
     assert {embedding, *OF_STAGE[name]} <= calls.keys()
     assert found == pytest.approx(expected, rel=1e-5)
     assert got.keys() == wanted.keys()
