@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 FOLDER = ".ranks"
+CLOSING = "closing report"
 _RECORD_BYTES = 1024
 _ORDER = (
     "start",
@@ -28,7 +29,7 @@ _ORDER = (
     "step",
     "evaluate",
     "save",
-    "closing report",
+    CLOSING,
 )
 _BY_MICRO_BATCH = ("forward", "backward")
 

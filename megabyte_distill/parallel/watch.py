@@ -20,6 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megabyte_distill.parallel.positions import (
+    CLOSING,
     ENDED,
     FOLDER,
     LOST,
@@ -127,7 +128,9 @@ class _Watch(threading.Thread):
                 sys.stdout.flush()
                 os._exit(EXIT_CODE)
             record = self._position.record
-            waits = time.time() - record.since > _SHARE_OF_TIMEOUT * self._timeout
+            # the closing report is one rank's work: it exchanges nothing and may take its time
+            is_alone = record.phase == CLOSING
+            waits = not is_alone and time.time() - record.since > _SHARE_OF_TIMEOUT * self._timeout
             if waits and self._world.is_main and record is not told:
                 told = record
                 share = f"{_SHARE_OF_TIMEOUT:.0%} of --distributed-timeout-minutes {self._timeout / 60:g}"

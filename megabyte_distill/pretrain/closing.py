@@ -93,7 +93,7 @@ def print_saved_summary(settings: Settings, prepared: Prepared, world: World) ->
     done = path.exists() and all(_is_done(prepared.root, name, c.train_iters) for name, c in settings.stages.items())
     if done and world.is_main:
         print_summary(json.loads(path.read_text(encoding="utf-8")), path)
-        say(f" {prepared.root} is complete; --fresh starts over (make demo FRESH=1)")
+        say(f" {prepared.root} is complete; --fresh starts over (of the demo: make demo FRESH=1)")
     return done
 
 

@@ -18,7 +18,7 @@ from megabyte_distill.config.command_line import HELP_FLAGS
 from megabyte_distill.config.run_config import settings_to_dict
 from megabyte_distill.parallel import cpu_megatron
 from megabyte_distill.parallel.cpu_memory import keep_large_buffers
-from megabyte_distill.parallel.positions import Position
+from megabyte_distill.parallel.positions import CLOSING, Position
 from megabyte_distill.parallel.process_groups import FailureElsewhere, World, on_main_rank, torchrun_environment, world
 from megabyte_distill.parallel.watch import PeerLost, is_lost_contact, watched
 from megabyte_distill.pretrain.failure import quiet_known_warnings, report_failure
@@ -145,7 +145,7 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
         prepared = prepare_run(settings, ranks)
         check_held_out(settings, prepared)
         if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, ranks, position):
-            position.at("closing report")
+            position.at(CLOSING)
             closing_report(settings, prepared, ranks)
     return 0
 
