@@ -49,7 +49,7 @@ class StageLink:
     def receive(self, row: PackedRow, width: int, carried: Carried) -> tuple[StudentOutputs | None, Tensor | None]:
         """(what the student computed so far, the teacher's state); (None, None) on the first stage.
 
-        RuntimeError where what arrived is not of this row.
+        ValueError where what arrived is not of this row.
         """
         if self.is_first:
             return None, None

@@ -48,6 +48,6 @@ def trains_on_stages(module: nn.Module) -> list[bool]:
     return found
 
 
-def trains_before(module: nn.Module) -> bool:
-    """True where a stage before this one has a parameter that trains: what arrives from it wants a gradient."""
-    return any(trains_on_stages(module)[: parallel_state.get_pipeline_model_parallel_rank()])
+def is_any_before(of_stages: list[bool]) -> bool:
+    """True where one of the stages before this one is marked."""
+    return any(of_stages[: parallel_state.get_pipeline_model_parallel_rank()])

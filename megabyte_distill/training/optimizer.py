@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import ModelType
 from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
-from megabyte_distill.parallel.pipeline import trains_before, trains_on_stages
+from megabyte_distill.parallel.pipeline import is_any_before, trains_on_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
@@ -186,7 +186,8 @@ def wrap_for_training(
     The optimizer class is megatron's choice: Transformer Engine's FusedAdam, NVIDIA apex's, torch's AdamW. Weight decay
     applies to every trained parameter (RECIPE section 3); parameters named ``backbone.*`` take ``backbone_peak_lr``.
     """
-    if not any(trains_on_stages(module)):
+    trains = trains_on_stages(module)
+    if not any(trains):
         raise ValueError("no parameter of the model is trainable: nothing to optimise")
     module.model_type = ModelType.encoder_or_decoder
     ddp_config = DistributedDataParallelConfig(
@@ -222,7 +223,7 @@ def wrap_for_training(
         optimizer_config, [ddp], config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
     )
     trained = TrainerModel(
-        ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=trains_before(module), position=position
+        ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=is_any_before(trains), position=position
     )
     for part in trained._distributed_over_torch():
         distributed_adam.allocate_state(part)
