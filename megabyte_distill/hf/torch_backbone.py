@@ -16,6 +16,7 @@ from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.packed_attention import (
     KeyValueCache,
     LayerReach,
+    NewPositions,
     RotaryTable,
     cached_attention,
     packed_attention,
@@ -143,12 +144,23 @@ class TorchBackbone(nn.Module):
 
         Equal to :meth:`forward` on those rows' whole sequences.
         """
+        states = self.extend(x, cache, rows)
+        cache.lengths[rows] += 1
+        return states
+
+    @torch.no_grad()
+    def extend(self, x: Tensor, cache: KeyValueCache, rows: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """States [N, E] of positions x [N, E] behind what the cache's rows ``rows`` [N] hold.
+
+        A row may get several: ``offsets`` [N] counts them from 0 (the default). The caller moves ``cache.lengths`` on
+        by as many as he keeps.
+        """
+        new = NewPositions.of(cache, rows, offsets)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
-            return cached_attention(query, key, value, cache=cache, layer=layer, rows=rows, window=reach.window)
+            return cached_attention(query, key, value, cache=cache, layer=layer, new=new, window=reach.window)
 
-        states: Tensor = self.model(x, self._rotations(cache.lengths[rows]), attend)
-        cache.lengths[rows] += 1
+        states: Tensor = self.model(x, self._rotations(new.places), attend)
         return states
 
     def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:

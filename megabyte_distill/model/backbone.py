@@ -18,7 +18,7 @@ from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import CachedRows, PackedSegments
 from megabyte_distill.model.backbone_layers import LayerParts, block_spec, local_parts, mark_parallel_parameters
 from megabyte_distill.model.engine_layers import engine_parts
-from megabyte_distill.model.packed_attention import KeyValueCache, RotaryTable
+from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions, RotaryTable
 from megabyte_distill.model.rotary import packed_positions
 from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
@@ -235,11 +235,20 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
         Equal to :meth:`forward` on those rows' whole sequences.
         """
-        rotations = self._rotary(cache.lengths[rows])
-        hidden: Tensor = self.decoder(
-            x.to(self.dtype)[:, None], None, packed_seq_params=CachedRows(cache=cache, rows=rows, rotations=rotations)
-        )
+        hidden = self.extend(x, cache, rows)
         cache.lengths[rows] += 1
+        return hidden
+
+    @torch.no_grad()
+    def extend(self, x: Tensor, cache: KeyValueCache, rows: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """States [N, E] of positions x [N, E] behind what the cache's rows ``rows`` [N] hold.
+
+        A row may get several: ``offsets`` [N] counts them from 0 (the default). The caller moves ``cache.lengths`` on
+        by as many as he keeps.
+        """
+        new = NewPositions.of(cache, rows, offsets)
+        carrier = CachedRows(cache=cache, new=new, rotations=self._rotary(new.places))
+        hidden: Tensor = self.decoder(x.to(self.dtype)[:, None], None, packed_seq_params=carrier)
         return hidden[:, 0]
 
 
