@@ -26,6 +26,8 @@ class GenerationSettings:
     """Bit histories along which a prompt is read."""
     seed: int = 0
     """Row i of a batch draws with seed + i, whatever the other rows are."""
+    stop: tuple[bytes, ...] = ()
+    """A row stops behind the first of these that its new bytes end with."""
 
     def __post_init__(self) -> None:
         if self.max_new_bytes < 0:
@@ -34,6 +36,8 @@ class GenerationSettings:
             raise ValueError(f"paths is {self.paths}; expected at least 1")
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2^62")
+        if any(not isinstance(text, bytes) or not text for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; expected a tuple of byte strings, none of them empty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,9 @@ class Generated:
     log_probability: float
     """Of the new pairs, and of the ending where there is one, in nats under the untempered model."""
     ended: bool
-    """True where the model ended the document; False where max_new_bytes did."""
+    """True where the model ended the document; False where a stop string or max_new_bytes did."""
+    stopped: bool = False
+    """True where a stop string did; ``byte_ids`` end with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +82,7 @@ class Generation:
 
     def __init__(self, student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings) -> None:
         """ValueError for no prompts, a bare text, bytes 254 and 255 in one, and a student in official mode."""
-        if isinstance(prompts, str | bytes):
-            raise ValueError("prompts is one text, whose letters would be read as prompts; put it into a list")
-        if not prompts:
-            raise ValueError("no prompts; expected at least one, which may be empty")
-        names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]
-        self.prompts = [prompt_bytes(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+        self.prompts = checked_prompts(prompts)
         self._student, self._settings = student, settings
         device = device_of(student)
         self._uniform = uniform_numbers(len(prompts), settings.max_new_bytes + 1, settings.seed).to(device)
@@ -96,6 +97,7 @@ class Generation:
         """One :class:`NewBytes` a step, until every row has ended or ``max_new_bytes`` are there."""
         state, log_probabilities, uniform = self._state, self._log_probabilities, self._uniform
         rows = torch.arange(len(self.prompts), device=uniform.device)
+        tails = [b""] * len(self.prompts)  # as much of each row's new bytes as a stop string may span
         for position in range(1, self._settings.max_new_bytes + 1):
             joint = choose(mask_padding(log_probabilities), self._settings.sampling, uniform[:, position])
             byte_ids, bits = split_class(joint)
@@ -105,7 +107,8 @@ class Generation:
                 bits=(bits == 1).tolist(),
                 log_probabilities=log_probabilities.gather(1, joint[:, None])[:, 0].tolist(),
             )
-            running = (byte_ids != BOS_BYTE).nonzero()[:, 0]
+            stopped = self._stopped(rows.tolist(), byte_ids.tolist(), tails)
+            running = ((byte_ids != BOS_BYTE) & ~torch.tensor(stopped, device=rows.device)).nonzero()[:, 0]
             if not running.shape[0]:
                 return
             if running.shape[0] < rows.shape[0]:
@@ -113,8 +116,24 @@ class Generation:
                 state = state.select(running)
             log_probabilities = self._step(byte_ids, bits == 1, state)
 
+    def _stopped(self, rows: list[int], byte_ids: list[int], tails: list[bytes]) -> list[bool]:
+        longest = max(map(len, self._settings.stop), default=0)
+        for row, byte in zip(rows, byte_ids, strict=True):
+            tails[row] = (tails[row] + bytes([byte]))[-longest:] if longest else b""
+        return [tails[row].endswith(self._settings.stop) for row in rows]
+
     def _step(self, byte_ids: Tensor, bits: Tensor, state: StudentState) -> Tensor:
         return self._student.step(byte_ids, bits, state).float().log_softmax(-1)
+
+
+def checked_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
+    """Their bytes. ValueError for none, a bare text, and bytes 254 and 255 in one."""
+    if isinstance(prompts, str | bytes):
+        raise ValueError("prompts is one text, whose letters would be read as prompts; put it into a list")
+    if not prompts:
+        raise ValueError("no prompts; expected at least one, which may be empty")
+    names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]
+    return [prompt_bytes(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
 
 
 def read_prompts(student: Student, prompts: Sequence[bytes], paths: int) -> BitPaths:
@@ -136,7 +155,8 @@ def generate(
     student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings | None = None
 ) -> list[Generated]:
     """The continuation of each prompt; errors as :class:`Generation`."""
-    running = Generation(student, prompts, settings or GenerationSettings())
+    settings = settings or GenerationSettings()
+    running = Generation(student, prompts, settings)
     bytes_of: list[bytearray] = [bytearray() for _ in prompts]
     bits_of: list[list[bool]] = [[] for _ in prompts]
     total = [0.0] * len(prompts)
@@ -156,6 +176,7 @@ def generate(
             prompt_bits=running.prompt_bits[row],
             log_probability=total[row],
             ended=ended[row],
+            stopped=not ended[row] and bytes(bytes_of[row]).endswith(settings.stop),
         )
         for row in range(len(prompts))
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, DechunkMode
+from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, ChunkPooling, DechunkMode
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import evaluation_rows
@@ -43,7 +43,11 @@ def tiny_backbone() -> Backbone:
     return backbone
 
 
-def tiny_student(mode: DechunkMode = DechunkMode.HARD, mixer: ByteMixer = ByteMixer.CONV) -> Student:
+def tiny_student(
+    mode: DechunkMode = DechunkMode.HARD,
+    mixer: ByteMixer = ByteMixer.CONV,
+    pooling: ChunkPooling = ChunkPooling.LAST,
+) -> Student:
     config = ByteSideConfig(
         backbone_width=32,
         byte_width=16,
@@ -58,6 +62,7 @@ def tiny_student(mode: DechunkMode = DechunkMode.HARD, mixer: ByteMixer = ByteMi
         mamba_head_dim=8,
         mamba_scan_chunk=16,
         dechunk_mode=mode,
+        chunk_pooling=pooling,
     )
     student = Student(config, tiny_backbone()).eval()
     # logits that say something: a margin between classes, and a bit that depends on the past
