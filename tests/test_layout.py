@@ -63,6 +63,7 @@ EXPORTED = {
             "rotary",
             "router",
             "row_state",
+            "step_layers",
             "student",
         )
     ),

@@ -22,6 +22,7 @@ from megabyte_distill.model.packed_attention import (
     packed_attention,
 )
 from megabyte_distill.model.rotary import packed_positions, rotate
+from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 
 Attend = Callable[[Tensor, Tensor, Tensor, int, LayerReach], Tensor]
 """(query [N, heads, d], key and value [N, groups, d], layer, its reach) → [N, heads · d]."""
@@ -94,6 +95,36 @@ class BackboneLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rotations, attend)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
+    def step_layer(self) -> StepLayer:
+        """Its weights: all queries, all keys, all values."""
+        attention, mlp = self.self_attn, self.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        begins = [0, attention.q_proj.out_features, attention.q_proj.out_features + attention.k_proj.out_features]
+        heads = [
+            [begin + place for place in range(0, projection.out_features, attention.head_dim)]
+            for begin, projection in zip(begins, projections, strict=True)
+        ]
+        after_attention = self.post_attention_layernorm
+        first, second = (
+            (after_attention, self.post_feedforward_layernorm)
+            if self.post_norm
+            else (self.input_layernorm, after_attention)
+        )
+        has_norm = attention.norm_kind is not QkNorm.NONE
+        return StepLayer(
+            projections=[(projection.weight, projection.bias) for projection in projections],
+            query_at=heads[0],
+            key_at=heads[1],
+            value_at=heads[2],
+            out=attention.o_proj.weight,
+            up=[mlp.gate_proj.weight, mlp.up_proj.weight],
+            down=mlp.down_proj.weight,
+            attention_norm=first.weight,
+            mlp_norm=second.weight,
+            query_norm=attention.q_norm.weight if has_norm else None,
+            key_norm=attention.k_norm.weight if has_norm else None,
+        )
+
 
 class BackboneStack(nn.Module):
     """Token embedding, layers and final norm: the ``model.`` of the parameters' names."""
@@ -133,6 +164,11 @@ class TorchBackbone(nn.Module):
 
         states: Tensor = self.model(x, self._rotations(packed_positions(cu_seqlens, x.shape[0])), attend)
         return states
+
+    def step_weights(self) -> StepBackbone:
+        """The weights themselves, for steps outside these modules."""
+        layers = [layer.step_layer() for layer in self.model.layers if isinstance(layer, BackboneLayer)]
+        return StepBackbone(config=self.backbone_config, layers=layers, final_norm=self.model.norm.weight)
 
     def init_cache(self, rows: int) -> KeyValueCache:
         """An empty key/value cache for :meth:`step`."""

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, JOINT_CLASSES
+from megabyte_distill.config.training import KernelMode
 from megabyte_distill.inference.bit_paths import device_of
+from megabyte_distill.inference.engine_cpu import CpuSlots, refusal
 from megabyte_distill.inference.engine_slots import Slots, TorchSlots
 from megabyte_distill.inference.generation import Generated, GenerationSettings, NewBytes, checked_prompts, read_prompts
 from megabyte_distill.inference.sampling import Sampling, choose, mask_padding, uniform_numbers
+from megabyte_distill.kernels.step_library import load
 from megabyte_distill.model.student import Student
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,16 +34,29 @@ _GATHERED = 0.5
 class Engine:
     """Generates from a student in evaluation mode."""
 
-    def __init__(self, student: Student, *, max_batch_size: int = 32, speculate: int = 0) -> None:
+    def __init__(
+        self,
+        student: Student,
+        *,
+        max_batch_size: int = 32,
+        speculate: int = 0,
+        kernels: KernelMode = KernelMode.AUTO,
+    ) -> None:
         """``max_batch_size`` rows run side by side; ``speculate``: bytes drafted behind a chunk's end, 0 for none.
 
-        ValueError for sizes out of range and for a student in official mode, which cannot be stepped.
+        ``kernels``: ``auto`` steps in the library of kernels/cpu_step where it is built and takes the student,
+        ``fused`` demands it, ``reference`` takes torch. ValueError for sizes out of range, and for a demand that cannot
+        be met.
         """
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size is {max_batch_size}; expected at least 1")
         if speculate < 0:
             raise ValueError(f"speculate is {speculate}; expected a number of bytes of at least 0")
         self.student, self.max_batch_size, self.speculate = student, max_batch_size, speculate
+        problem = None if kernels is KernelMode.REFERENCE else _fused_problem(student)
+        if problem and kernels is KernelMode.FUSED:
+            raise ValueError(f"the engine's fused step was asked for, but cannot run: {problem}")
+        self._is_fused = kernels is not KernelMode.REFERENCE and problem is None
 
     def generate(
         self,
@@ -76,7 +92,7 @@ class Engine:
 
     def make_slots(self, count: int) -> Slots:
         """Places for so many rows."""
-        return TorchSlots(self.student, count)
+        return CpuSlots(self.student, count) if self._is_fused else TorchSlots(self.student, count)
 
     def pick(
         self, log_probabilities: Tensor, sampling: Sampling, uniform: Tensor, prompts: Array, places: Array
@@ -318,6 +334,17 @@ class Session:
 
     def _on_device(self, values: Array) -> Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def _fused_problem(student: Student) -> str | None:
+    """Why the CPU step cannot run a student here, or None."""
+    if problem := refusal(student):
+        return problem
+    try:
+        load()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _checked_bits(prompt_bits: Sequence[Sequence[bool]], prompts: Sequence[bytes]) -> list[tuple[bool, ...]]:

@@ -16,10 +16,17 @@ from torch import Tensor
 from megabyte_distill.config.engine import TransformerImpl
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import CachedRows, PackedSegments
-from megabyte_distill.model.backbone_layers import LayerParts, block_spec, local_parts, mark_parallel_parameters
+from megabyte_distill.model.backbone_layers import (
+    LayerParts,
+    block_spec,
+    local_parts,
+    mark_parallel_parameters,
+    step_layer,
+)
 from megabyte_distill.model.engine_layers import engine_parts
 from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions, RotaryTable
 from megabyte_distill.model.rotary import packed_positions
+from megabyte_distill.model.step_layers import StepBackbone
 from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
 
@@ -224,6 +231,18 @@ class Backbone(MegatronModule):  # type: ignore[misc]
             stored = state[f"{prefix}embedding.weight"]
             stored.replica_id = (1, *stored.replica_id[1:])
         return state
+
+    def step_weights(self) -> StepBackbone | None:
+        """The weights, for steps outside megatron's layers; None of a model in parts, or of another's layers."""
+        transformer, config = self.config, self.backbone_config
+        is_whole = transformer.tensor_model_parallel_size == 1 and self.pre_process and self.post_process
+        if not is_whole or transformer.transformer_impl != TransformerImpl.LOCAL.value:
+            return None
+        return StepBackbone(
+            config=config,
+            layers=[step_layer(layer, config) for layer in self.decoder.layers],
+            final_norm=self.decoder.final_layernorm.weight,
+        )
 
     def init_cache(self, rows: int) -> KeyValueCache:
         """An empty key/value cache for :meth:`step`."""

@@ -31,6 +31,11 @@ class RotaryTable:
         self._has_sliding = bool(config.sliding_layers)
         self._magnitude = rotation_magnitude(config.rope_scaling, config.rope_scaling_kind)
 
+    @property
+    def frequencies(self) -> tuple[Tensor, Tensor, float]:
+        """(radians a position of full layers [head_dim / 2], of sliding layers, factor on the full layers' turns)."""
+        return self._full, self._sliding, self._magnitude
+
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(turns [2, N, head_dim] of full layers, of sliding layers), fp32; the same where no layer slides.
 
