@@ -113,27 +113,48 @@ class CpuSlots:
         elif byte_ids.shape[1] > 1:
             self._model.save(rows)
         r = self._model.encode(byte_ids, rows, self._width)
+        s = self._across_chunks(r, bits, rows) if self._is_plain else self._across_any_chunks(r, bits, rows)
+        self._read = rows, bits, r, s
+        return self._model.decode(byte_ids, rows, s, r, JOINT_CLASSES)
+
+    def _across_chunks(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+        """What bytes read of their chunks, [K, T, E], where each reads the last that ended as it is."""
+        h, last = self._ended_chunks(r, bits, rows), bits.shape[1] - 1
+        if not last:
+            return torch.where(bits[:, :, None], h, self._dechunk.value[rows][:, None])
+        places = torch.where(bits, torch.arange(last + 1), -1).cummax(1).values
+        found = h.gather(1, places.clamp_min(0)[..., None].expand_as(h))
+        return torch.where((places >= 0)[..., None], found, self._dechunk.value[rows][:, None])
+
+    def _across_any_chunks(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
         chunks, self._pool_after = pool_steps(self._pool.select(rows), r, bits, self._pooling)
-        h = torch.zeros_like(r)
+        h, p_previous = self._ended_chunks(chunks, bits, rows), self._p_previous(r, rows)
+        s, self._dechunk_after = dechunk_steps(self._dechunk.select(rows), bits, h, p_previous, self._mode)
+        return s
+
+    def _ended_chunks(self, chunks: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+        """The backbone's states [K, T, E] of the chunks that end at bits [K, T], zeros elsewhere."""
+        h = torch.zeros_like(chunks)
         row, place = bits.nonzero(as_tuple=True)
         if row.shape[0]:
             slots = rows[row]
             places = self._lengths[slots] + bits.cumsum(1)[row, place] - 1
             h[row, place] = self._model.backbone(chunks[row, place], slots, places)
-        p_previous = self._p_previous(r, rows)
-        s, self._dechunk_after = dechunk_steps(self._dechunk.select(rows), bits, h, p_previous, self._mode)
-        self._read = rows, bits, r
-        return self._model.decode(byte_ids, rows, s, r, JOINT_CLASSES)
+        return h
 
     def keep(self, counts: Tensor) -> None:
-        rows, bits, r = self._read
+        rows, bits, r, s = self._read
         if bits.shape[1] > 1:
             self._model.keep(rows, bits.shape[1], counts)
-        is_kept = torch.arange(bits.shape[1]) < counts[:, None]
-        self._lengths[rows] += (bits & is_kept).sum(1)
+            bits = bits & (torch.arange(bits.shape[1]) < counts[:, None])
+        self._lengths[rows] += bits.sum(1)
+        last = self._every[: rows.shape[0]], counts - 1
+        if self._is_plain:
+            self._dechunk.value[rows] = s[last]
+            return
         self._pool.put(rows, self._pool_after(counts))
         self._dechunk.put(rows, self._dechunk_after(counts))
-        self._r_previous[rows] = r[self._every[: rows.shape[0]], counts - 1]
+        self._r_previous[rows] = r[last]
 
 
 def describe(student: Student, count: int) -> Description:

@@ -112,7 +112,7 @@ class StepModel:
 
     def encode(self, byte_ids: Tensor, slots: Tensor, width: int) -> Tensor:
         """r [K, T, E] of the next bytes [K, T] int64 of slots [K] int64, which move on by them."""
-        rows, length = byte_ids.shape
+        byte_ids, (rows, length) = byte_ids.contiguous(), byte_ids.shape
         r = torch.empty(rows, length, width)
         self._library.mbs_encode(
             self._model, rows, length, slots.data_ptr(), byte_ids.data_ptr(), r.data_ptr(), torch.get_num_threads()
@@ -121,7 +121,7 @@ class StepModel:
 
     def decode(self, byte_ids: Tensor, slots: Tensor, s: Tensor, r: Tensor, classes: int) -> Tensor:
         """Logits [K, T, classes] behind the same bytes, given what they read of their chunks, s [K, T, E], and r."""
-        rows, length = byte_ids.shape
+        byte_ids, (rows, length) = byte_ids.contiguous(), byte_ids.shape
         logits, s = torch.empty(rows, length, classes), s.contiguous()
         self._library.mbs_decode(
             self._model, rows, length, slots.data_ptr(), byte_ids.data_ptr(), s.data_ptr(), r.data_ptr(),

@@ -153,7 +153,7 @@ def test_what_the_library_does_not_take_goes_to_torch_or_is_refused(monkeypatch:
         engine.Engine(half, kernels=KernelMode.FUSED)
     monkeypatch.setattr(build, "step_library_path", lambda: Path("nowhere/step.so"))
     assert isinstance(engine.Engine(student).make_slots(2), TorchSlots)
-    with pytest.raises(ValueError, match="build it with: python -m megabyte_distill.kernels build step"):
+    with pytest.raises(ValueError, match="build it with: python -m megabyte"):
         engine.Engine(student, kernels=KernelMode.FUSED)
 
 

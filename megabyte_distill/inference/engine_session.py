@@ -1,0 +1,319 @@
+"""One call of an engine: which rows step next, what is drafted and verified, who takes a finished row's place.
+
+What is known of the rows is held in arrays on the host, all rows at once; no loop here is over rows and bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, JOINT_CLASSES
+from megabyte_distill.inference.bit_paths import device_of
+from megabyte_distill.inference.generation import Generated, GenerationSettings, NewBytes, checked_prompts, read_prompts
+from megabyte_distill.inference.sampling import Sampling, choose, uniform_numbers
+
+if TYPE_CHECKING:
+    from megabyte_distill.inference.engine import Engine
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_PROMPT_BLOCK = 128
+"""Bytes of each prompt that are read at once."""
+_GATHERED = 0.5
+"""Share of the running rows that wait at a chunk's end before the backbone steps."""
+
+
+@dataclass
+class EngineCounts:
+    """What an engine did, prompts not counted."""
+
+    new_bytes: int = 0
+    """With the ends of documents."""
+    backbone_passes: int = 0
+    """Of each row: chunks it stepped by itself, or groups of chunks verified at once."""
+    drafted: int = 0
+    """Bytes."""
+    accepted: int = 0
+    """Drafted bytes that were right."""
+
+
+class Session:
+    """The rows of one call.
+
+    Attributes:
+        results: of each prompt, None while it runs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[str | bytes],
+        settings: GenerationSettings,
+        prompt_bits: Sequence[Sequence[bool]] | None,
+        *,
+        keeps_new: bool,
+    ) -> None:
+        """``keeps_new`` for :meth:`take_new`. ValueError as ``Engine.generate``."""
+        self._engine, self._settings, self._drafting = engine, settings, engine.draft_length
+        self._prompts = checked_prompts(prompts)
+        self._prompt_bits = None if prompt_bits is None else _checked_bits(prompt_bits, self._prompts)
+        self.results: list[Generated | None] = [None] * len(prompts)
+        self._bits_of: list[tuple[bool, ...]] = [()] * len(prompts)
+        self._device = device_of(engine.student)
+        self._on_cpu = self._device.type == "cpu"
+        self._new: list[NewBytes] | None = [] if keeps_new else None
+        self._waiting = 0  # the prompt that is next
+        count, limit = min(engine.max_batch_size, len(prompts)), settings.max_new_bytes
+        self._slots = engine.make_slots(count)
+        self._prompt = np.full(count, -1)  # whose row it is
+        self._current = np.zeros(count, np.int64)  # the pair chosen last, not yet read
+        self._made = np.zeros(count, np.int64)
+        self._joint = np.zeros((count, limit), np.int64)
+        self._score = np.zeros(count)
+        self._stopped = np.zeros(count, bool)
+        self._ended = np.zeros(count, bool)
+        # greedy choices read no numbers
+        self._draws = limit + 1 if settings.sampling.temperature > 0 else 0
+        self._uniform = torch.zeros(count, max(self._draws, 1), dtype=torch.float64, device=self._device)
+        self._drafts = np.zeros((count, self._drafting.longest + 1), np.int64)  # a chunk's end, then drafts behind it
+        self._drafted = np.zeros(count, np.int64)
+        self._is_drafting = np.zeros(count, bool)
+
+    @torch.inference_mode()
+    def advance(self) -> bool:
+        """One step of some rows; False where every prompt has had its result before."""
+        running = self._prompt >= 0
+        total = int(running.sum())
+        if self._waiting < len(self._prompts) and total < running.shape[0]:
+            self._admit((~running).nonzero()[0])
+            return True
+        if not total:
+            return False
+        started, before = time.perf_counter(), self._engine.counts.new_bytes
+        parked = self._parked(running)
+        waiting = int(parked.sum())
+        is_gathered = waiting == total or waiting >= max(_GATHERED * total, 1)
+        if is_gathered:
+            self._end_chunks(parked.nonzero()[0])
+        else:
+            self._inside_chunks((running & ~parked).nonzero()[0])
+        new_bytes = self._engine.counts.new_bytes - before
+        passes = waiting / total if is_gathered else 0.0
+        self._drafting.observe(new_bytes, passes, time.perf_counter() - started)
+        return True
+
+    def take_new(self) -> list[NewBytes]:
+        """What came since the last call."""
+        new, self._new = self._new or [], []
+        return new
+
+    def _parked(self, running: Array) -> Array:
+        """[R], rows that need the backbone now; those that may draft begin to."""
+        length = self._drafting.now
+        ends: Array = running & (self._current >= BYTE_VOCAB) & ~self._is_drafting
+        if not length and not self._is_drafting.any():
+            return ends
+        if ends.any():
+            rows = ends.nonzero()[0]
+            self._slots.save(self._on_device(rows))
+            self._drafts[rows, 0], self._drafted[rows], self._is_drafting[rows] = self._current[rows], 0, True
+        room = np.minimum(length, self._settings.max_new_bytes - self._made - 1)
+        is_over = (self._drafted >= room) | ((self._drafted > 0) & (self._current % BYTE_VOCAB == BOS_BYTE))
+        parked: Array = self._is_drafting & is_over
+        return parked
+
+    def _inside_chunks(self, rows: Array) -> None:
+        """One byte of each row that needs no backbone."""
+        logits = self._slots.step(self._on_device(self._current[rows] % BYTE_VOCAB), self._on_device(rows))
+        drafting = self._is_drafting[rows]
+        drafted = np.where(drafting, self._drafted[rows], -1)
+        joint, score = self._choose(logits, rows, self._made[rows] + np.maximum(drafted, 0), drafted)
+        self._current[rows] = joint
+        if drafting.any():
+            drafts = rows[drafting]
+            self._drafted[drafts] += 1
+            self._drafts[drafts, self._drafted[drafts]] = joint[drafting]
+            rows, joint, score = rows[~drafting], joint[~drafting], score[~drafting]
+        self._emit(rows, joint[:, None], score[:, None], np.ones_like(rows))
+
+    def _end_chunks(self, rows: Array) -> None:
+        """The backbone for rows whose next byte ends a chunk, and all that was drafted behind it."""
+        # either no row drafts, or all that are parked do
+        drafted = np.where(self._is_drafting[rows], self._drafted[rows], 0)
+        longest = int(drafted.max())
+        read = self._drafts[rows, : longest + 1] if longest else self._current[rows, None]
+        place = np.arange(longest + 1)
+        if longest:
+            read = np.where(place <= drafted[:, None], read, 0)
+        logits = self._slots.read(
+            self._on_device(read % BYTE_VOCAB),
+            self._on_device(read >= BYTE_VOCAB),
+            self._on_device(rows),
+            saved=longest > 0,
+        )
+        every = np.repeat(rows, longest + 1)
+        places = (self._made[rows][:, None] + place).flatten()
+        joint, score = self._choose(logits.flatten(0, 1), every, places, np.full_like(places, -1))
+        joint, score = joint.reshape(read.shape), score.reshape(read.shape)
+        agrees = (joint[:, :-1] == read[:, 1:]) & (place[1:] <= drafted[:, None])
+        counts = agrees.cumprod(1).sum(1) + 1
+        self._slots.keep(self._on_device(counts))
+        self._current[rows] = joint[np.arange(rows.shape[0]), counts - 1]
+        self._is_drafting[rows] = False
+        totals = self._engine.counts
+        totals.backbone_passes += rows.shape[0]
+        totals.drafted += int(drafted.sum())
+        totals.accepted += int(counts.sum()) - rows.shape[0]
+        self._emit(rows, joint, score, counts)
+
+    def _choose(self, logits: Tensor, rows: Array, places: Array, drafted: Array) -> tuple[Array, Array]:
+        """(class, log-probability) [N] of what follows ``places`` new bytes of each row; ``drafted`` as in ``pick``."""
+        log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+        index = self._on_device(rows)
+        if self._draws:
+            uniform = self._uniform[index, self._on_device(np.minimum(places + 1, self._draws - 1))]
+        else:
+            uniform = self._uniform[index, 0]
+        joint = self._engine.pick(
+            log_probabilities,
+            self._settings.sampling,
+            uniform,
+            prompts=self._prompt[rows],
+            places=places,
+            drafted=drafted,
+        )
+        score = log_probabilities.gather(1, joint[:, None])[:, 0]
+        return joint.cpu().numpy(), score.cpu().numpy()
+
+    def _emit(self, rows: Array, joint: Array, score: Array, counts: Array) -> None:
+        """The first ``counts`` [K] of joint [K, T] are the rows' next bytes."""
+        for place in range(joint.shape[1] if rows.shape[0] else 0):
+            if place:
+                more = (counts > place) & (self._prompt[rows] >= 0)
+                if not more.any():
+                    return
+                self._emit_one(rows[more], joint[more, place], score[more, place])
+            else:
+                self._emit_one(rows, joint[:, 0], score[:, 0])
+
+    def _emit_one(self, rows: Array, joint: Array, score: Array) -> None:
+        self._engine.counts.new_bytes += rows.shape[0]
+        self._score[rows] += score
+        if self._new is not None:
+            numbers, byte_ids, bits = self._prompt[rows], joint % BYTE_VOCAB, joint >= BYTE_VOCAB
+            self._new.append(
+                NewBytes(
+                    rows=numbers.tolist(),
+                    byte_ids=byte_ids.tolist(),
+                    bits=bits.tolist(),
+                    log_probabilities=score.tolist(),
+                )
+            )
+        ended = joint % BYTE_VOCAB == BOS_BYTE
+        self._joint[rows, self._made[rows]] = joint
+        self._made[rows] += ~ended
+        is_over = ended | (self._made[rows] >= self._settings.max_new_bytes)
+        self._ended[rows] = ended
+        if self._settings.stop:
+            self._stopped[rows] = self._at_stop(rows) & ~ended
+            is_over |= self._stopped[rows]
+        if is_over.any():
+            self._finish(rows[is_over])
+
+    def _at_stop(self, rows: Array) -> Array:
+        """[K], whether a row's last bytes are a stop string."""
+        found = np.zeros(rows.shape[0], bool)
+        for stop in self._settings.stop:
+            wanted = np.frombuffer(stop, np.uint8)
+            places = self._made[rows][:, None] + np.arange(-len(stop), 0)
+            last = self._joint[rows[:, None], places.clip(0)] % BYTE_VOCAB
+            found |= (places[:, 0] >= 0) & (last == wanted).all(1)
+        return found
+
+    def _finish(self, rows: Array) -> None:
+        for row in rows.tolist():
+            joint = self._joint[row, : self._made[row]]
+            number = int(self._prompt[row])
+            self.results[number] = Generated(
+                byte_ids=(joint % BYTE_VOCAB).astype(np.uint8).tobytes(),
+                bits=tuple((joint >= BYTE_VOCAB).tolist()),
+                prompt_bits=self._bits_of[number],
+                log_probability=float(self._score[row]),
+                ended=bool(self._ended[row]),
+                stopped=bool(self._stopped[row]),
+            )
+        self._prompt[rows] = -1
+
+    def _admit(self, free: Array) -> None:
+        """Waiting prompts take the free places."""
+        free = free[: len(self._prompts) - self._waiting]
+        numbers = np.arange(self._waiting, self._waiting + free.shape[0])
+        self._waiting += free.shape[0]
+        self._prompt[free], self._made[free], self._score[free] = numbers, 0, 0.0
+        self._is_drafting[free] = self._stopped[free] = self._ended[free] = False
+        if self._draws:
+            for row, number in zip(free.tolist(), numbers.tolist(), strict=True):
+                self._uniform[row] = uniform_numbers(1, self._draws, self._settings.seed + number)[0]
+        self._infer_bits(free, numbers)
+        logits = self._read_prompts(free, numbers)
+        if not self._settings.max_new_bytes:
+            self._finish(free)
+            return
+        none = np.zeros_like(free)
+        joint, score = self._choose(logits, free, none, none - 1)
+        self._current[free] = joint
+        self._emit(free, joint[:, None], score[:, None], none + 1)
+
+    def _infer_bits(self, rows: Array, numbers: Array) -> None:
+        if self._prompt_bits is not None:
+            for number in numbers.tolist():
+                self._bits_of[number] = self._prompt_bits[number]
+            return
+        texts = [self._prompts[number] for number in numbers.tolist()]
+        read = read_prompts(self._engine.student, texts, self._settings.paths)
+        only_temperature = Sampling(temperature=self._settings.sampling.temperature)
+        path = choose(read.log_weights, only_temperature, self._uniform[self._on_device(rows), 0])
+        for number, bits in zip(numbers.tolist(), read.history(path), strict=True):
+            self._bits_of[number] = tuple(bits)
+
+    def _read_prompts(self, rows: Array, numbers: Array) -> Tensor:
+        """Joint logits [K, 512] behind the prompts' last bytes."""
+        lengths = np.array([len(self._prompts[number]) + 1 for number in numbers])
+        shape = rows.shape[0], int(lengths.max())
+        byte_ids, bits = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for place, number in enumerate(numbers.tolist()):
+            byte_ids[place, : lengths[place]] = np.frombuffer(bytes([BOS_BYTE]) + self._prompts[number], np.uint8)
+            bits[place, : lengths[place]] = [True, *self._bits_of[number]]
+        self._slots.reset(self._on_device(rows))
+        logits = torch.zeros(rows.shape[0], JOINT_CLASSES, device=self._device)
+        for begin in range(0, shape[1], _PROMPT_BLOCK):
+            here = (lengths > begin).nonzero()[0]
+            counts = np.minimum(lengths[here] - begin, _PROMPT_BLOCK)
+            block = slice(begin, begin + int(counts.max()))
+            found = self._slots.read(
+                self._on_device(byte_ids[here, block]),
+                self._on_device(bits[here, block]),
+                self._on_device(rows[here]),
+                saved=False,
+            )
+            kept = self._on_device(counts)
+            self._slots.keep(kept)
+            logits[self._on_device(here)] = found[torch.arange(here.shape[0], device=self._device), kept - 1].float()
+        return logits
+
+    def _on_device(self, values: Array) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self._on_cpu else tensor.to(self._device)
+
+
+def _checked_bits(prompt_bits: Sequence[Sequence[bool]], prompts: Sequence[bytes]) -> list[tuple[bool, ...]]:
+    found, expected = [len(bits) for bits in prompt_bits], [len(prompt) for prompt in prompts]
+    if found != expected:
+        raise ValueError(f"prompt_bits has {found} bits for prompts of {expected} bytes; give one a byte")
+    return [tuple(bool(bit) for bit in bits) for bits in prompt_bits]
