@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace mbs {
 
@@ -79,14 +80,14 @@ struct Dense {
 
 constexpr int kOutputs = 4;
 
-// R rows of x against four rows of a matrix that lie `between` apart: y [R, 4].
+// R rows of x against four rows of a matrix: y [R, 4].
 template <int R>
-inline void products(const float* w, int64_t n, int64_t between, const float* x, int64_t stride, float* y) {
+inline void products(const float* w, int64_t n, const float* x, int64_t stride, float* y) {
   Vec sum[R][kOutputs] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     Vec own[kOutputs];
-    for (int o = 0; o < kOutputs; o++) own[o] = load(w + o * between + i);
+    for (int o = 0; o < kOutputs; o++) own[o] = load(w + o * n + i);
     for (int r = 0; r < R; r++) {
       const Vec value = load(x + r * stride + i);
       for (int o = 0; o < kOutputs; o++) sum[r][o] += value * own[o];
@@ -95,45 +96,104 @@ inline void products(const float* w, int64_t n, int64_t between, const float* x,
   for (int r = 0; r < R; r++) {
     for (int o = 0; o < kOutputs; o++) {
       float value = total(sum[r][o]);
-      for (int64_t rest = i; rest < n; rest++) value += x[r * stride + rest] * w[o * between + rest];
+      for (int64_t rest = i; rest < n; rest++) value += x[r * stride + rest] * w[o * n + rest];
       y[r * kOutputs + o] = value;
     }
   }
 }
 
-inline void products(int rows, const float* w, int64_t n, int64_t between, const float* x, int64_t stride, float* y) {
+inline void products(int rows, const float* w, int64_t n, const float* x, int64_t stride, float* y) {
   switch (rows) {
-    case 1: return products<1>(w, n, between, x, stride, y);
-    case 2: return products<2>(w, n, between, x, stride, y);
-    case 3: return products<3>(w, n, between, x, stride, y);
-    default: return products<4>(w, n, between, x, stride, y);
+    case 1: return products<1>(w, n, x, stride, y);
+    case 2: return products<2>(w, n, x, stride, y);
+    case 3: return products<3>(w, n, x, stride, y);
+    default: return products<4>(w, n, x, stride, y);
+  }
+}
+
+// Many rows at once stand in the lanes instead: no sums across lanes, each weight read once for all of them.
+#if defined(__AVX512F__)
+constexpr int kTall = 12;  // outputs at once, so that their sums stay in registers
+#else
+constexpr int kTall = 3;
+#endif
+constexpr int64_t kRows = 2 * kLanes;  // rows of a block
+
+// x [n][lanes] of a block of rows, `lanes` a multiple of 8 and at most kRows, against O rows of a matrix: y [O][lanes].
+template <int O, class V, int Count>
+inline void tall_products(const float* w, int64_t n, const float* x, float* y) {
+  V sum[O][Count] = {};
+  for (int64_t i = 0; i < n; i++) {
+    V own[Count];
+    for (int v = 0; v < Count; v++) std::memcpy(&own[v], x + (i * Count + v) * (sizeof(V) / 4), sizeof(V));
+    for (int o = 0; o < O; o++)
+      for (int v = 0; v < Count; v++) sum[o][v] += own[v] * w[o * n + i];
+  }
+  std::memcpy(y, sum, sizeof sum);
+}
+template <int O>
+inline void tall_products(int64_t lanes, const float* w, int64_t n, const float* x, float* y) {
+  typedef float Half __attribute__((vector_size(2 * kLanes)));
+  if (lanes == kLanes / 2) return tall_products<O, Half, 1>(w, n, x, y);
+  if (lanes == kLanes) return tall_products<O, Vec, 1>(w, n, x, y);
+  return tall_products<O, Vec, 2>(w, n, x, y);
+}
+inline int64_t lanes_of(int64_t rows) { return rows <= kLanes / 2 ? kLanes / 2 : rows <= kLanes ? kLanes : kRows; }
+
+// Where a row's result goes: y[row][output], or added to what is there.
+struct Target {
+  const Dense& d;
+  float* y;
+  int64_t stride;
+  bool adds;
+  void put(int64_t row, int64_t output, float value) const {
+    value += d.bias ? d.bias[output] : 0.0f;
+    float* own = y + row * stride + output;
+    *own = adds ? *own + value : value;
+  }
+};
+
+inline void dense_of_many(const Dense& d, int64_t count, const float* x, int64_t x_stride, const Target& target) {
+  static thread_local std::vector<float> turned;  // each thread's own: the copy is small beside the products
+  const int64_t blocks = (count + kRows - 1) / kRows;
+  if (int64_t(turned.size()) < blocks * kRows * d.in) turned.resize(blocks * kRows * d.in);
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t rows = count - block * kRows < kRows ? count - block * kRows : kRows, lanes = lanes_of(rows);
+    float* own = turned.data() + block * kRows * d.in;
+    for (int64_t i = 0; i < d.in; i++)
+      for (int64_t r = 0; r < lanes; r++)
+        own[i * lanes + r] = r < rows ? x[(block * kRows + r) * x_stride + i] : 0.0f;
+  }
+#pragma omp for schedule(static) nowait
+  for (int64_t first = 0; first < d.out; first += kTall) {
+    const int outputs = int(d.out - first < kTall ? d.out - first : kTall);
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t rows = count - block * kRows < kRows ? count - block * kRows : kRows, lanes = lanes_of(rows);
+      const float *own = turned.data() + block * kRows * d.in, *w = d.weight + first * d.in;
+      float found[kTall * kRows];
+      if (outputs == kTall) tall_products<kTall>(lanes, w, d.in, own, found);
+      else
+        for (int o = 0; o < outputs; o++) tall_products<1>(lanes, w + o * d.in, d.in, own, found + o * lanes);
+      for (int64_t r = 0; r < rows; r++)
+        for (int o = 0; o < outputs; o++) target.put(block * kRows + r, first + o, found[o * lanes + r]);
+    }
   }
 }
 
 // y[m] = x[m] weightᵀ + bias, or added to y[m] where `adds`; shared among threads, no barrier behind it.
 inline void dense(const Dense& d, int64_t count, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                   bool adds = false) {
+  const Target target{d, y, y_stride, adds};
+  if (count > kOutputs) return dense_of_many(d, count, x, x_stride, target);
 #pragma omp for schedule(static) nowait
   for (int64_t first = 0; first < d.out; first += kOutputs) {
     const int outputs = int(d.out - first < kOutputs ? d.out - first : kOutputs);
-    for (int64_t m = 0; m < count; m += 4) {
-      const int rows = int(count - m < 4 ? count - m : 4);
-      float found[4 * kOutputs];
-      if (outputs == kOutputs) {
-        products(rows, d.weight + first * d.in, d.in, d.in, x + m * x_stride, x_stride, found);
-      } else {
-        for (int r = 0; r < rows; r++)
-          for (int o = 0; o < outputs; o++)
-            found[r * kOutputs + o] = dot(x + (m + r) * x_stride, d.weight + (first + o) * d.in, d.in);
-      }
-      for (int r = 0; r < rows; r++) {
-        for (int o = 0; o < outputs; o++) {
-          const float value = found[r * kOutputs + o] + (d.bias ? d.bias[first + o] : 0.0f);
-          float* target = y + (m + r) * y_stride + first + o;
-          *target = adds ? *target + value : value;
-        }
-      }
-    }
+    float found[4 * kOutputs];
+    if (outputs == kOutputs) products(int(count), d.weight + first * d.in, d.in, x, x_stride, found);
+    for (int64_t r = 0; r < count; r++)
+      for (int o = 0; o < outputs; o++)
+        target.put(r, first + o, outputs == kOutputs ? found[r * kOutputs + o]
+                                                     : dot(x + r * x_stride, d.weight + (first + o) * d.in, d.in));
   }
 }
 
