@@ -7,20 +7,28 @@ go on. A finished row's place goes to the next prompt at once. The loop is in ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.training import KernelMode
+from megabyte_distill.inference.bit_paths import device_of
 from megabyte_distill.inference.engine_cpu import CpuSlots, refusal
 from megabyte_distill.inference.engine_session import Array, EngineCounts, Session
 from megabyte_distill.inference.engine_slots import Slots, TorchSlots
 from megabyte_distill.inference.generation import Generated, GenerationSettings, NewBytes
+from megabyte_distill.inference.prompts import prompt_bytes
 from megabyte_distill.inference.sampling import Sampling, choose, mask_padding
 from megabyte_distill.inference.speculation import DraftLength, FixedLength, MeasuredLength
+from megabyte_distill.inference.state_guess import StateGuess
 from megabyte_distill.kernels.step_library import load
-from megabyte_distill.model.student import Student
+from megabyte_distill.model.student import Parts, RouterDecides, Student
+
+_PIECE = 2048
+"""Bytes of text that are read at once."""
 
 
 class Engine:
@@ -28,6 +36,7 @@ class Engine:
 
     Attributes:
         counts: of all calls so far.
+        guess: of what the backbone will say of a chunk, which drafts are written from.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class Engine:
         self.student, self.max_batch_size = student, max_batch_size
         self.draft_length: DraftLength = MeasuredLength() if speculate == "auto" else FixedLength(speculate)
         self.counts = EngineCounts()
+        self.guess = StateGuess(student.byte_side_config.backbone_width, device_of(student))
         problem = None if kernels is KernelMode.REFERENCE else _fused_problem(student)
         if problem and kernels is KernelMode.FUSED:
             raise ValueError(f"the engine's fused step was asked for, but cannot run: {problem}")
@@ -97,7 +107,24 @@ class Engine:
 
     def make_slots(self, count: int) -> Slots:
         """Places for so many rows."""
-        return CpuSlots(self.student, count) if self.is_fused else TorchSlots(self.student, count)
+        guess = self.guess if self.draft_length.longest else None
+        return CpuSlots(self.student, count, guess) if self.is_fused else TorchSlots(self.student, count, guess)
+
+    @torch.no_grad()
+    def learn_drafts(self, texts: Iterable[bytes]) -> None:
+        """Fit the guess that drafts are written from to texts, in pieces of 2,048 bytes under the router's boundaries.
+
+        The engine learns from what it generates as well; a few ten thousand bytes of text spare it the beginning.
+        ValueError for bytes 254 and 255 in one.
+        """
+        for text in texts:
+            raw = prompt_bytes(text, "text")
+            for begin in range(0, len(raw), _PIECE):
+                row = _TextRow(raw[begin : begin + _PIECE], device_of(self.student))
+                found = self.student(row, RouterDecides(), Parts.ENCODER | Parts.ROUTER | Parts.BACKBONE)
+                # the last byte is a chunk's end because there is no other
+                count = int(found.bits.sum()) - 1
+                self.guess.learn(found.chunks[1:count], found.hidden[: count - 1], found.hidden[1:count])
 
     def pick(
         self,
@@ -116,6 +143,18 @@ class Engine:
         nothing else.
         """
         return choose(mask_padding(log_probabilities), sampling, uniform)
+
+
+class _TextRow:
+    """One document, or a piece of one, as a packed row."""
+
+    chunk_bucket = 1
+
+    def __init__(self, text: bytes, device: torch.device) -> None:
+        self.byte_ids = torch.tensor([BOS_BYTE, *text], device=device)
+        self.bits = self.byte_ids == BOS_BYTE
+        self.loss_mask = torch.ones_like(self.bits)
+        self.cu_seqlens = torch.tensor([0, len(text) + 1], dtype=torch.int32, device=device)
 
 
 def _fused_problem(student: Student) -> str | None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from megabyte_distill.alphabet import JOINT_CLASSES
 from megabyte_distill.config.model import ChunkPooling, DechunkMode, QkNorm
+from megabyte_distill.inference.engine_slots import remember_last
+from megabyte_distill.inference.state_guess import StateGuess, following
 from megabyte_distill.kernels.step_library import Description, StepModel
-from megabyte_distill.model.byte_decoder import dechunk_step, dechunk_steps, init_dechunk_state
+from megabyte_distill.model.byte_decoder import DechunkState, dechunk_step, dechunk_steps, init_dechunk_state
 from megabyte_distill.model.byte_stack import ByteMixerStack
-from megabyte_distill.model.chunking import init_pool_state, pool_step, pool_steps
+from megabyte_distill.model.chunking import PoolState, init_pool_state, pool_step, pool_steps
 from megabyte_distill.model.conv_mixer import ConvMixerBlock
 from megabyte_distill.model.feed_forward import SwiGLU
 from megabyte_distill.model.mamba2 import Mamba2Block
 from megabyte_distill.model.packed_attention import LayerReach, RotaryTable
+from megabyte_distill.model.row_state import RowState
 from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 from megabyte_distill.model.student import Student
 
@@ -38,101 +43,100 @@ def refusal(student: Student) -> str | None:
 class CpuSlots:
     """:class:`Slots`; between encoder, backbone and decoder stand the student's own functions, on small tensors."""
 
-    def __init__(self, student: Student, count: int) -> None:
-        """ValueError where the library is missing."""
-        self._student, self._pooling = student, student.pooling
+    def __init__(self, student: Student, count: int, guess: StateGuess | None) -> None:
+        """``guess`` as in ``TorchSlots``. ValueError where the library is missing."""
+        self._student, self._pooling, self._guess = student, student.pooling, guess
         config = student.byte_side_config
         self._width, self._mode = config.backbone_width, DechunkMode(config.dechunk_mode)
         self._model = StepModel(describe(student, count))
         self._every = torch.arange(count)
-        self._zero, self._no = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
-        self._lengths = self._zero.clone()
-        device, dtype = torch.device("cpu"), torch.float32
-        self._pool = init_pool_state(count, self._width, self._pooling, device, dtype)
-        self._dechunk = init_dechunk_state(count, self._width, device, dtype)
-        self._r_previous = torch.zeros(count, self._width)
-        # what stays as it is while drafts are read need not be saved
+        self._lengths = torch.zeros(count, dtype=torch.int64)
+        self._hidden = torch.zeros(count, self._width)  # of each row's last chunk
+        self._guessed = self._hidden.clone()  # of the last one, drafts included
+        # where bytes read the last chunk that ended as it is, there is nothing else to remember
         self._is_plain = self._mode is DechunkMode.HARD and self._pooling is ChunkPooling.LAST
-        self._saved = (self._pool, self._dechunk, self._r_previous)
+        self._between, self._saved = self._fresh(count), self._fresh(count)
+
+    def _fresh(self, count: int) -> _Between:
+        device, dtype = torch.device("cpu"), torch.float32
+        return _Between(
+            pool=init_pool_state(count, self._width, self._pooling, device, dtype),
+            dechunk=init_dechunk_state(count, self._width, device, dtype),
+            r_previous=torch.zeros(count, self._width),
+        )
 
     def reset(self, rows: Tensor) -> None:
         self._model.reset(rows)
         self._lengths[rows] = 0
-        device, dtype = torch.device("cpu"), torch.float32
-        self._pool.put(rows, init_pool_state(rows.shape[0], self._width, self._pooling, device, dtype))
-        self._dechunk.put(rows, init_dechunk_state(rows.shape[0], self._width, device, dtype))
-        self._r_previous[rows] = 0.0
+        self._hidden[rows] = self._guessed[rows] = 0.0
+        self._between.put(rows, self._fresh(rows.shape[0]))
 
-    def step(self, byte_ids: Tensor, rows: Tensor) -> Tensor:
+    def step(self, byte_ids: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
         r = self._model.encode(byte_ids[:, None], rows, self._width)
-        s = self._dechunk.value[rows] if self._is_plain else self._inside(r[:, 0], rows)
+        s = self._draft(r, bits, rows) if self._is_plain else self._draft_any(r, bits, rows)
         return self._model.decode(byte_ids[:, None], rows, s, r, JOINT_CLASSES)[:, 0]
 
-    def _inside(self, r: Tensor, rows: Tensor) -> Tensor:
-        """What bytes that end no chunk read of the chunks before, [K, E]."""
-        ended = self._no[: rows.shape[0]]
-        _, pool = pool_step(self._pool.select(rows), r, ended, self._pooling)
-        s, dechunk = dechunk_step(
-            self._dechunk.select(rows), ended, r, self._p_previous(r[:, None], rows)[:, 0], self._mode
-        )
-        self._pool.put(rows, pool)
-        self._dechunk.put(rows, dechunk)
-        self._r_previous[rows] = r
+    def _draft(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+        """What bytes read of chunks, [K, E], those that end at bits guessed."""
+        if bool(bits.any()):
+            self._guess_states(r[bits, 0], rows[bits])
+        return self._guessed[rows]
+
+    def _guess_states(self, chunks: Tensor, rows: Tensor) -> Tensor:
+        assert self._guess is not None
+        self._guessed[rows] = found = self._guess(chunks, self._guessed[rows])
+        return found
+
+    def _draft_any(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+        before, h = self._between.select(rows), torch.zeros_like(r[:, 0])
+        chunks, pool = pool_step(before.pool, r[:, 0], bits, self._pooling)
+        if bool(bits.any()):
+            h[bits] = self._guess_states(chunks[bits], rows[bits])
+        s, dechunk = dechunk_step(before.dechunk, bits, h, self._p_previous(r, rows)[:, 0], self._mode)
+        self._between.put(rows, _Between(pool=pool, dechunk=dechunk, r_previous=r[:, 0]))
         return s
 
     def _p_previous(self, r: Tensor, rows: Tensor) -> Tensor:
         """[K, T] of the byte in front of each of r [K, T, E]; ones where nothing reads them."""
         if self._mode is not DechunkMode.CAUSAL:
             return torch.ones(r.shape[:2])
-        before = torch.cat((self._r_previous[rows][:, None], r[:, :-1]), dim=1)
+        before = torch.cat((self._between.r_previous[rows][:, None], r[:, :-1]), dim=1)
         return self._student.router.step(before.flatten(0, 1), r.flatten(0, 1)).view(r.shape[:2])
 
     def save(self, rows: Tensor) -> None:
         self._model.save(rows)
         if not self._is_plain:
-            pool, dechunk, r_previous = self._saved
-            if r_previous is self._r_previous:
-                everything = self._every
-                self._saved = (self._pool.select(everything), self._dechunk.select(everything), r_previous.clone())
-                return
-            pool.put(rows, self._pool.select(rows))
-            dechunk.put(rows, self._dechunk.select(rows))
-            r_previous[rows] = self._r_previous[rows]
-
-    def _restore(self, rows: Tensor) -> None:
-        self._model.restore(rows)
-        if not self._is_plain:
-            pool, dechunk, r_previous = self._saved
-            self._pool.put(rows, pool.select(rows))
-            self._dechunk.put(rows, dechunk.select(rows))
-            self._r_previous[rows] = r_previous[rows]
+            self._saved.put(rows, self._between.select(rows))
 
     def read(self, byte_ids: Tensor, bits: Tensor, rows: Tensor, *, saved: bool) -> Tensor:
         if saved:
-            self._restore(rows)
+            self._model.restore(rows)
+            if not self._is_plain:
+                self._between.put(rows, self._saved.select(rows))
         elif byte_ids.shape[1] > 1:
             self._model.save(rows)
         r = self._model.encode(byte_ids, rows, self._width)
-        s = self._across_chunks(r, bits, rows) if self._is_plain else self._across_any_chunks(r, bits, rows)
-        self._read = rows, bits, r, s
+        s = self._across(r, bits, rows) if self._is_plain else self._across_any(r, bits, rows)
+        self._read = rows, bits, r
         return self._model.decode(byte_ids, rows, s, r, JOINT_CLASSES)
 
-    def _across_chunks(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
-        """What bytes read of their chunks, [K, T, E], where each reads the last that ended as it is."""
-        h, last = self._ended_chunks(r, bits, rows), bits.shape[1] - 1
-        if not last:
-            return torch.where(bits[:, :, None], h, self._dechunk.value[rows][:, None])
-        places = torch.where(bits, torch.arange(last + 1), -1).cummax(1).values
+    def _across(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+        """What bytes read of their chunks, [K, T, E]."""
+        h, length = self._ended(r, bits, rows), bits.shape[1]
+        if length == 1:
+            return torch.where(bits[:, :, None], h, self._hidden[rows][:, None])
+        places = torch.where(bits, torch.arange(length), -1).cummax(1).values
         found = h.gather(1, places.clamp_min(0)[..., None].expand_as(h))
-        return torch.where((places >= 0)[..., None], found, self._dechunk.value[rows][:, None])
+        return torch.where((places >= 0)[..., None], found, self._hidden[rows][:, None])
 
-    def _across_any_chunks(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
-        chunks, self._pool_after = pool_steps(self._pool.select(rows), r, bits, self._pooling)
-        h, p_previous = self._ended_chunks(chunks, bits, rows), self._p_previous(r, rows)
-        s, self._dechunk_after = dechunk_steps(self._dechunk.select(rows), bits, h, p_previous, self._mode)
+    def _across_any(self, r: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+        before = self._between.select(rows)
+        chunks, self._pool_after = pool_steps(before.pool, r, bits, self._pooling)
+        h, p_previous = self._ended(chunks, bits, rows), self._p_previous(r, rows)
+        s, self._dechunk_after = dechunk_steps(before.dechunk, bits, h, p_previous, self._mode)
         return s
 
-    def _ended_chunks(self, chunks: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+    def _ended(self, chunks: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
         """The backbone's states [K, T, E] of the chunks that end at bits [K, T], zeros elsewhere."""
         h = torch.zeros_like(chunks)
         row, place = bits.nonzero(as_tuple=True)
@@ -140,21 +144,34 @@ class CpuSlots:
             slots = rows[row]
             places = self._lengths[slots] + bits.cumsum(1)[row, place] - 1
             h[row, place] = self._model.backbone(chunks[row, place], slots, places)
+        self._chunks, self._h = chunks, h
         return h
 
     def keep(self, counts: Tensor) -> None:
-        rows, bits, r, s = self._read
+        rows, bits, r = self._read
         if bits.shape[1] > 1:
             self._model.keep(rows, bits.shape[1], counts)
             bits = bits & (torch.arange(bits.shape[1]) < counts[:, None])
         self._lengths[rows] += bits.sum(1)
-        last = self._every[: rows.shape[0]], counts - 1
-        if self._is_plain:
-            self._dechunk.value[rows] = s[last]
-            return
-        self._pool.put(rows, self._pool_after(counts))
-        self._dechunk.put(rows, self._dechunk_after(counts))
-        self._r_previous[rows] = r[last]
+        row, place = bits.nonzero(as_tuple=True)
+        hidden = self._h[row, place]
+        if self._guess is not None:
+            self._guess.learn(self._chunks[row, place], following(row, hidden, self._hidden[rows]), hidden)
+        remember_last(self._hidden, rows, row, hidden)
+        self._guessed[rows] = self._hidden[rows]
+        if not self._is_plain:
+            last = r[self._every[: rows.shape[0]], counts - 1]
+            after = _Between(pool=self._pool_after(counts), dechunk=self._dechunk_after(counts), r_previous=last)
+            self._between.put(rows, after)
+
+
+@dataclass(frozen=True, slots=True)
+class _Between(RowState):
+    """What rows remember between encoder and decoder."""
+
+    pool: PoolState
+    dechunk: DechunkState
+    r_previous: Tensor
 
 
 def describe(student: Student, count: int) -> Description:

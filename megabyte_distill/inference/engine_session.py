@@ -5,6 +5,7 @@ What is known of the rows is held in arrays on the host, all rows at once; no lo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 _PROMPT_BLOCK = 128
 """Bytes of each prompt that are read at once."""
+_HOPELESS = math.log(0.05)
+"""Drafting ends where the drafts together are less likely than this."""
 _GATHERED = 0.5
 """Share of the running rows that wait at a chunk's end before the backbone steps."""
 
@@ -83,6 +86,7 @@ class Session:
         self._uniform = torch.zeros(count, max(self._draws, 1), dtype=torch.float64, device=self._device)
         self._drafts = np.zeros((count, self._drafting.longest + 1), np.int64)  # a chunk's end, then drafts behind it
         self._drafted = np.zeros(count, np.int64)
+        self._hope = np.zeros(count)  # log-probability of a row's drafts together
         self._is_drafting = np.zeros(count, bool)
 
     @torch.inference_mode()
@@ -123,21 +127,29 @@ class Session:
             rows = ends.nonzero()[0]
             self._slots.save(self._on_device(rows))
             self._drafts[rows, 0], self._drafted[rows], self._is_drafting[rows] = self._current[rows], 0, True
+            self._hope[rows] = 0.0
         room = np.minimum(length, self._settings.max_new_bytes - self._made - 1)
-        is_over = (self._drafted >= room) | ((self._drafted > 0) & (self._current % BYTE_VOCAB == BOS_BYTE))
+        is_over = (
+            (self._drafted >= room)
+            | (self._hope < _HOPELESS)
+            | ((self._drafted > 0) & (self._current % BYTE_VOCAB == BOS_BYTE))
+        )
         parked: Array = self._is_drafting & is_over
         return parked
 
     def _inside_chunks(self, rows: Array) -> None:
         """One byte of each row that needs no backbone."""
-        logits = self._slots.step(self._on_device(self._current[rows] % BYTE_VOCAB), self._on_device(rows))
-        drafting = self._is_drafting[rows]
+        current, drafting = self._current[rows], self._is_drafting[rows]
+        logits = self._slots.step(
+            self._on_device(current % BYTE_VOCAB), self._on_device(current >= BYTE_VOCAB), self._on_device(rows)
+        )
         drafted = np.where(drafting, self._drafted[rows], -1)
         joint, score = self._choose(logits, rows, self._made[rows] + np.maximum(drafted, 0), drafted)
         self._current[rows] = joint
         if drafting.any():
             drafts = rows[drafting]
             self._drafted[drafts] += 1
+            self._hope[drafts] += score[drafting]
             self._drafts[drafts, self._drafted[drafts]] = joint[drafting]
             rows, joint, score = rows[~drafting], joint[~drafting], score[~drafting]
         self._emit(rows, joint[:, None], score[:, None], np.ones_like(rows))

@@ -164,6 +164,10 @@ class StudentSpan:
     """[K, T]."""
     r: Tensor
     """[K, T, E]."""
+    chunks: Tensor
+    """[K, T, E], states of the chunks that would end at each byte."""
+    h: Tensor
+    """[K, T, E], the backbone's states of those that end, zeros elsewhere."""
     encoder: EncoderSpan
     decoder: StackSpan
     pool: Callable[[Tensor], PoolState]
@@ -334,11 +338,20 @@ class Student(nn.Module):
         )
 
     @torch.no_grad()
-    def step(self, byte_ids: Tensor, bits: Tensor, state: StudentState, rows: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        byte_ids: Tensor,
+        bits: Tensor,
+        state: StudentState,
+        rows: Tensor | None = None,
+        guess: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Read one byte and its bit in each of K rows; return joint logits [K, 512] of what comes next.
 
         byte_ids [K] int64, bits [K] bool, rows [K] int64 distinct rows of the state (default: all). The state is
-        updated in place. Equal to :meth:`forward` with the same bits. ValueError in official mode, which cannot step.
+        updated in place. Equal to :meth:`forward` with the same bits, except where ``guess`` (chunks [N, E] that end
+        here, their rows [N]) → states [N, E] stands in for the backbone, whose cache stays as it is then. ValueError in
+        official mode, which cannot step.
         """
         # all rows: the new state takes the old one's place; some: they are copied out and back
         own = state if rows is None else state.without_cache(rows)
@@ -351,7 +364,10 @@ class Student(nn.Module):
         ended = bits.nonzero()[:, 0]
         if ended.shape[0]:
             where = ended if rows is None else rows[ended]
-            h[ended] = self.backbone.step(chunks[ended], state.cache, where).to(h.dtype)  # type: ignore[operator]
+            if guess is not None:
+                h[ended] = guess(chunks[ended], where).to(h.dtype)
+            else:
+                h[ended] = self.backbone.step(chunks[ended], state.cache, where).to(h.dtype)  # type: ignore[operator]
         s, own.dechunk = dechunk_step(own.dechunk, bits, h, p_previous, self._mode)
         logits, own.decoder = self.byte_decoder.step(s, r, byte_ids, own.decoder)
         own.r_previous = r
@@ -384,7 +400,7 @@ class Student(nn.Module):
             h[row, place] = found.to(h.dtype)
         s, dechunk = dechunk_steps(own.dechunk, bits, h, p_previous, self._mode)
         logits, decoder = self.byte_decoder.steps(s, r, byte_ids, own.decoder)
-        return logits, StudentSpan(state, own, index, bits, r, encoder, decoder, pool, dechunk)
+        return logits, StudentSpan(state, own, index, bits, r, chunks, h, encoder, decoder, pool, dechunk)
 
 
 @contextmanager

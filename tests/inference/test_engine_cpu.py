@@ -17,6 +17,7 @@ from megabyte_distill.config.training import KernelMode
 from megabyte_distill.inference import engine
 from megabyte_distill.inference.engine_cpu import CpuSlots, refusal
 from megabyte_distill.inference.engine_slots import Slots, TorchSlots
+from megabyte_distill.inference.state_guess import StateGuess
 from megabyte_distill.kernels import build, step_library
 from megabyte_distill.model.student import Student
 from tests.tiny_student import enlarged, tiny_backbone, tiny_student
@@ -54,7 +55,7 @@ def read_along(slots: Slots, seed: int) -> list[Tensor]:
         rows = (draw(4, count) > 0).nonzero()[:, 0]
         if not rows.shape[0]:
             continue
-        found.append(slots.step(draw(254, rows.shape[0]), rows))
+        found.append(slots.step(draw(254, rows.shape[0]), torch.zeros(rows.shape[0], dtype=torch.bool), rows))
         if turn % 3 == 0:  # prompts, ragged
             length = 1 + int(draw(40, 1))
             found.append(
@@ -67,7 +68,7 @@ def read_along(slots: Slots, seed: int) -> list[Tensor]:
             byte_ids, bits = draw(254, rows.shape[0], length), draw(2, rows.shape[0], length) == 0
             bits[:, 0] = True
             for place in range(length - 1):
-                found.append(slots.step(byte_ids[:, place].contiguous(), rows))
+                found.append(slots.step(byte_ids[:, place].contiguous(), bits[:, place], rows))
             found.append(slots.read(byte_ids, bits, rows, saved=True))
             slots.keep(1 + draw(length, rows.shape[0]))
         if turn == 17:
@@ -82,7 +83,10 @@ def read_along(slots: Slots, seed: int) -> list[Tensor]:
 def assert_steps_agree(student: Student) -> None:
     student.eval()
     assert refusal(student) is None
-    for got, expected in zip(read_along(CpuSlots(student, 5), 1), read_along(TorchSlots(student, 5), 1), strict=True):
+    cpu, usual = (
+        read_along(kind(student, 5, StateGuess(32, torch.device("cpu"))), 1) for kind in (CpuSlots, TorchSlots)
+    )
+    for got, expected in zip(cpu, usual, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
