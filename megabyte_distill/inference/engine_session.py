@@ -5,10 +5,10 @@ What is known of the rows is held in arrays on the host, all rows at once; no lo
 
 from __future__ import annotations
 
-import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 _PROMPT_BLOCK = 128
 """Bytes of each prompt that are read at once."""
-_HOPELESS = math.log(0.05)
-"""Drafting ends where the drafts together are less likely than this."""
 _GATHERED = 0.5
 """Share of the running rows that wait at a chunk's end before the backbone steps."""
 
@@ -44,6 +42,8 @@ class EngineCounts:
     """Bytes."""
     accepted: int = 0
     """Drafted bytes that were right."""
+    runs: Counter[int] = field(default_factory=Counter)
+    """Backbone passes by how many drafts they found right."""
 
 
 class Session:
@@ -129,11 +129,8 @@ class Session:
             self._drafts[rows, 0], self._drafted[rows], self._is_drafting[rows] = self._current[rows], 0, True
             self._hope[rows] = 0.0
         room = np.minimum(length, self._settings.max_new_bytes - self._made - 1)
-        is_over = (
-            (self._drafted >= room)
-            | (self._hope < _HOPELESS)
-            | ((self._drafted > 0) & (self._current % BYTE_VOCAB == BOS_BYTE))
-        )
+        is_over = (self._drafted >= room) | (self._hope < self._drafting.least_hope)
+        is_over |= (self._drafted > 0) & (self._current % BYTE_VOCAB == BOS_BYTE)
         parked: Array = self._is_drafting & is_over
         return parked
 
@@ -182,6 +179,7 @@ class Session:
         totals.backbone_passes += rows.shape[0]
         totals.drafted += int(drafted.sum())
         totals.accepted += int(counts.sum()) - rows.shape[0]
+        totals.runs.update((counts - 1).tolist())
         self._emit(rows, joint, score, counts)
 
     def _choose(self, logits: Tensor, rows: Array, places: Array, drafted: Array) -> tuple[Array, Array]:

@@ -18,8 +18,8 @@ class Slots(Protocol):
         """These rows begin a document: BOS comes next."""
 
     def step(self, byte_ids: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
-        """Joint logits [K, 512] behind one more byte [K] of each row; what the backbone says where bits [K] bool are True
-        is guessed, so that what follows is a draft.
+        """Joint logits [K, 512] behind one more byte [K] of each row. Where bits [K] bool are True, what the backbone
+        says of the chunk is guessed: what follows is a draft.
         """
 
     def save(self, rows: Tensor) -> None:

@@ -6,6 +6,7 @@ drafts right has read several chunks for the price of one, wrong drafts are work
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +33,10 @@ class DraftLength(Protocol):
     def now(self) -> int:
         """Bytes to draft behind a chunk's end."""
 
+    @property
+    def least_hope(self) -> float:
+        """Log-probability of a row's drafts together below which it drafts no further."""
+
     def observe(self, new_bytes: int, passes: float, seconds: float) -> None:
         """A step gave ``new_bytes`` and cost ``seconds``; the backbone stepped this share of the rows, ``passes``."""
 
@@ -46,6 +51,11 @@ class FixedLength:
     def longest(self) -> int:
         """The same."""
         return self.now
+
+    @property
+    def least_hope(self) -> float:
+        """Any."""
+        return -math.inf
 
     def observe(self, new_bytes: int, passes: float, seconds: float) -> None:
         """Nothing to learn."""
@@ -73,6 +83,11 @@ class MeasuredLength:
     def longest(self) -> int:
         """The longest of the choices."""
         return max(CHOICES)
+
+    @property
+    def least_hope(self) -> float:
+        """One in a hundred: long drafts are rarely right, so that few are lost."""
+        return math.log(0.01)
 
     def observe(self, new_bytes: int, passes: float, seconds: float) -> None:
         """As :class:`DraftLength` says."""
