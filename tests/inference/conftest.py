@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideCon
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import evaluation_rows
+from megabyte_distill.kernels import build
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import world
@@ -91,3 +94,14 @@ def rows() -> list[PackedRow]:
     """Rows of several documents each, cut ones and padding among them."""
     source = MockDataset(VOCABULARY, seed=3, num_documents=9, max_tokens=60)
     return list(evaluation_rows(source, row_bytes=96, chunk_bucket=8))
+
+
+@pytest.fixture(scope="session")
+def step_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The engine's CPU step of these sources, built here and the one that is found."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++; run on a machine that has it")
+    path = build.build_step(tmp_path_factory.mktemp("step"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "step_library_path", lambda: path)
+        yield path

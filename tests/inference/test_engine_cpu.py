@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +20,12 @@ from megabyte_distill.kernels import build, step_library
 from megabyte_distill.model.student import Student
 from tests.tiny_student import enlarged, tiny_backbone, tiny_student
 
-pytestmark = pytest.mark.usefixtures("groups")
+pytestmark = pytest.mark.usefixtures("groups", "step_library")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The library of these sources, built here."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++; run on a machine that has it")
-    path = build.build_step(tmp_path_factory.mktemp("step"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "step_library_path", lambda: path)
-        yield
-
-
-def read_along(slots: Slots, seed: int) -> list[Tensor]:
+def read_along(slots: Slots, turns: int) -> list[Tensor]:
     """Logits on a random way through every call: ragged rows, drafts, bytes taken back, documents begun anew."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(1)
 
     def draw(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=random)
@@ -51,7 +38,7 @@ def read_along(slots: Slots, seed: int) -> list[Tensor]:
         slots.read(torch.full((count, 1), BOS_BYTE), torch.ones(count, 1, dtype=torch.bool), every, saved=False)
     )
     slots.keep(torch.ones(count, dtype=torch.int64))
-    for turn in range(30):
+    for turn in range(turns):
         rows = (draw(4, count) > 0).nonzero()[:, 0]
         if not rows.shape[0]:
             continue
@@ -80,11 +67,11 @@ def read_along(slots: Slots, seed: int) -> list[Tensor]:
     return found
 
 
-def assert_steps_agree(student: Student) -> None:
+def assert_steps_agree(student: Student, turns: int = 19) -> None:
     student.eval()
     assert refusal(student) is None
     cpu, usual = (
-        read_along(kind(student, 5, StateGuess(32, torch.device("cpu"))), 1) for kind in (CpuSlots, TorchSlots)
+        read_along(kind(student, 5, StateGuess(32, torch.device("cpu"))), turns) for kind in (CpuSlots, TorchSlots)
     )
     for got, expected in zip(cpu, usual, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
@@ -137,12 +124,11 @@ def test_an_exports_layers_step_alike(shape: str) -> None:
     assert_steps_agree(student)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_share_the_work(threads: int) -> None:
+def test_threads_share_the_work() -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(2)
     try:
-        assert_steps_agree(tiny_student(ByteMixer.MAMBA2))
+        assert_steps_agree(tiny_student(ByteMixer.MAMBA2), turns=6)
     finally:
         torch.set_num_threads(before)
 
