@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FIRST_FIT = 64
-"""Chunks seen before the first fit; fits follow as their number grows by half."""
+_BATCH = 256
+"""Chunks that are added up at once: one by one each would cost a pass over the sums. The first fit comes with them."""
 _ENOUGH = 50_000
 """Chunks after which nothing more is learned."""
 _RIDGE = 1e-3
@@ -29,7 +29,9 @@ class StateGuess:
         self._gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._products = torch.zeros(size, width, dtype=torch.float64, device=device)
         self._weights: Tensor | None = None
-        self._next_fit = _FIRST_FIT
+        self._new: list[tuple[Tensor, Tensor]] = []
+        self._count = 0  # of them
+        self._next_fit = 0
         self.seen = 0
 
     def __call__(self, chunks: Tensor, before: Tensor) -> Tensor:
@@ -40,15 +42,23 @@ class StateGuess:
         """That the backbone gave ``hidden`` [N, E] for ``chunks`` [N, E] behind ``before`` [N, E]."""
         if self.seen >= _ENOUGH or not chunks.shape[0]:
             return
-        features = _features(chunks, before).double()
-        self._gram += features.T @ features
-        self._products += features.T @ hidden.double()
         self.seen += chunks.shape[0]
-        if self.seen >= self._next_fit:
-            self._next_fit = self.seen * 3 // 2
-            ridge = _RIDGE * self._gram.diagonal().mean()
-            damped = self._gram + ridge * torch.eye(self._gram.shape[0], dtype=torch.float64, device=self._gram.device)
-            self._weights = torch.linalg.solve(damped, self._products).float()
+        self._count += chunks.shape[0]
+        self._new.append((_features(chunks, before), hidden.float()))
+        if self._count >= _BATCH:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        features, hidden = (torch.cat(parts).double() for parts in zip(*self._new, strict=True))
+        self._new, self._count = [], 0
+        self._gram.addmm_(features.T, features)
+        self._products.addmm_(features.T, hidden)
+        if self.seen < self._next_fit:
+            return
+        self._next_fit = 2 * self.seen
+        damped = self._gram.clone()
+        damped.diagonal().add_(_RIDGE * self._gram.diagonal().mean())
+        self._weights = torch.linalg.solve(damped, self._products).float()
 
 
 def _features(chunks: Tensor, before: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ PROMPTS: list[str | bytes] = [
     "The king",
     "",
     b"half \xe6\x97",
-    "a much longer prompt, é, and so long that it is read in blocks: " + "words and words " * 6,
+    "a much longer prompt, é, and so long that it is read in blocks: " + "words and words " * 5,
     "日本語 العربية 🙂",
     b"\x80\0 no UTF-8",
     "x",
@@ -52,6 +52,11 @@ def plainly(sampling: str, count: int) -> list[Generated]:
     return generate(shared_student(), MANY, settings)
 
 
+def bits_of(sampling: str, count: int) -> list[tuple[bool, ...]]:
+    """How its prompts are cut: given where inferring it again would only take time."""
+    return [row.prompt_bits for row in plainly(sampling, count)]
+
+
 def assert_same(got: Sequence[Generated], expected: Sequence[Generated]) -> None:
     """Equal bytes, bits and endings; log-probabilities as near as fp32 sums in another order are."""
     assert len(got) == len(expected)
@@ -69,7 +74,8 @@ def test_every_kind_of_student_gives_the_bytes_of_plain_generation(
 ) -> None:
     student, expected = generated_by(mixer, mode, pooling)
     engine = Engine(student, max_batch_size=3, speculate=speculate, kernels=kernels)
-    assert_same(engine.generate(PROMPTS, GenerationSettings(max_new_bytes=12, sampling=GREEDY)), expected)
+    settings = GenerationSettings(max_new_bytes=12, sampling=GREEDY)
+    assert_same(engine.generate(PROMPTS, settings, prompt_bits=[row.prompt_bits for row in expected]), expected)
 
 
 @functools.cache
@@ -85,7 +91,7 @@ def test_drafts_change_no_byte(sampling: str, speculate: int) -> None:
     settings = GenerationSettings(max_new_bytes=40, sampling=SAMPLINGS[sampling], seed=3)
     for size in (1, 7, 32):
         engine = Engine(shared_student(), max_batch_size=size, speculate=speculate, kernels=FUSED)
-        assert_same(engine.generate(MANY, settings), plainly(sampling, 40))
+        assert_same(engine.generate(MANY, settings, prompt_bits=bits_of(sampling, 40)), plainly(sampling, 40))
         counts = engine.counts
         assert counts.new_bytes == sum(len(row.byte_ids) + row.ended for row in plainly(sampling, 40))
         assert counts.accepted <= counts.drafted and bool(counts.drafted) == bool(speculate)
@@ -96,15 +102,24 @@ def test_drafts_change_no_byte(sampling: str, speculate: int) -> None:
 def test_torch_drafts_change_no_byte(speculate: int) -> None:
     settings = GenerationSettings(max_new_bytes=40, sampling=GREEDY, seed=3)
     engine = Engine(shared_student(), speculate=speculate, kernels=REFERENCE)
-    assert_same(engine.generate(MANY, settings), plainly("greedy", 40))
+    assert_same(engine.generate(MANY, settings, prompt_bits=bits_of("greedy", 40)), plainly("greedy", 40))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_prompts_are_cut_as_in_plain_generation_whoever_they_are_read_beside(sampling: str) -> None:
+    settings = GenerationSettings(max_new_bytes=4, sampling=SAMPLINGS[sampling], seed=3)
+    engine = Engine(shared_student(), max_batch_size=11, kernels=FUSED)
+    found = engine.generate(MANY, settings)
+    assert [row.prompt_bits for row in found] == bits_of(sampling, 40)
 
 
 @pytest.mark.parametrize("speculate", [0, 4])
 def test_greedy_equals_reading_everything_again_for_each_byte(speculate: int) -> None:
     student = shared_student()
     engine = Engine(student, speculate=speculate, kernels=FUSED)
-    results = engine.generate(PROMPTS, GenerationSettings(max_new_bytes=16, sampling=GREEDY))
-    for prompt, result in zip(PROMPTS, results, strict=True):
+    prompts = [prompt[:20] for prompt in PROMPTS]
+    results = engine.generate(prompts, GenerationSettings(max_new_bytes=12, sampling=GREEDY))
+    for prompt, result in zip(prompts, results, strict=True):
         byte_ids, bits = list(prompt.encode() if isinstance(prompt, str) else prompt), list(result.prompt_bits)
         for byte, bit in zip(result.byte_ids, result.bits, strict=True):
             with torch.no_grad():
@@ -123,7 +138,8 @@ def test_a_rows_bytes_do_not_depend_on_when_it_is_admitted(speculate: int) -> No
     expected = plainly("greedy", 40)
     order = torch.randperm(len(MANY), generator=torch.Generator().manual_seed(2)).tolist()
     engine = Engine(shared_student(), max_batch_size=5, speculate=speculate, kernels=FUSED)
-    assert_same(engine.generate([MANY[i] for i in order], settings), [expected[i] for i in order])
+    found = engine.generate([MANY[i] for i in order], settings, prompt_bits=[expected[i].prompt_bits for i in order])
+    assert_same(found, [expected[i] for i in order])
 
 
 @pytest.mark.parametrize("speculate", [0, 4])
@@ -134,12 +150,19 @@ def test_stop_strings_and_short_limits_end_rows_as_in_plain_generation(speculate
     stop = (written[0].byte_ids[5:8], written[4].byte_ids[20:21], b"never written in forty bytes, surely not")
     for limit in (0, 1, 40):
         settings = GenerationSettings(max_new_bytes=limit, sampling=Sampling(), seed=3, stop=stop)
-        expected = generate(shared_student(), MANY, settings)
         engine = Engine(shared_student(), max_batch_size=size, speculate=speculate, kernels=FUSED)
-        assert_same(engine.generate(MANY, settings), expected)
-        stopped = [row for row in expected if row.stopped]
+        bits = bits_of("as the model says", 40)[: len(PROMPTS)]
+        found = engine.generate(MANY[: len(PROMPTS)], settings, prompt_bits=bits)
+        assert_same(found, plainly_stopped(limit, stop))
+        stopped = [row for row in found if row.stopped]
         assert all(row.byte_ids.endswith(stop) and not row.ended for row in stopped)
         assert bool(stopped) == (limit == 40)
+
+
+@functools.cache
+def plainly_stopped(limit: int, stop: tuple[bytes, ...]) -> list[Generated]:
+    settings = GenerationSettings(max_new_bytes=limit, sampling=Sampling(), seed=3, stop=stop)
+    return generate(shared_student(), MANY[: len(PROMPTS)], settings)
 
 
 @pytest.mark.parametrize("speculate", [0, 4])
@@ -148,7 +171,7 @@ def test_a_stream_brings_the_same_bytes(speculate: int) -> None:
     engine = Engine(shared_student(), max_batch_size=6, speculate=speculate, kernels=FUSED)
     rows: list[list[tuple[int, bool]]] = [[] for _ in MANY]
     total = [0.0] * len(MANY)
-    for new in engine.stream(MANY, settings):
+    for new in engine.stream(MANY, settings, prompt_bits=bits_of("as the model says", 40)):
         for row, byte, bit, score in zip(new.rows, new.byte_ids, new.bits, new.log_probabilities, strict=True):
             rows[row].append((byte, bit))
             total[row] += score
@@ -174,12 +197,11 @@ def test_known_bits_of_prompts_are_taken_as_they_are() -> None:
 
 def test_drafts_can_be_learned_from_text_beforehand() -> None:
     engine = Engine(shared_student(), speculate=8, kernels=FUSED)
-    engine.learn_drafts([b"some text " * 300, "日本語".encode() * 50])
+    engine.learn_drafts([b"some text and more " * 300, "日本語".encode() * 50])
     seen = engine.guess.seen
-    assert seen > 64
-    assert_same(
-        engine.generate(MANY, GenerationSettings(max_new_bytes=40, sampling=GREEDY, seed=3)), plainly("greedy", 40)
-    )
+    assert seen > 256  # a fit
+    settings = GenerationSettings(max_new_bytes=40, sampling=GREEDY, seed=3)
+    assert_same(engine.generate(MANY, settings, prompt_bits=bits_of("greedy", 40)), plainly("greedy", 40))
     assert engine.guess.seen > seen
     with pytest.raises(ValueError, match="the text has byte 254"):
         engine.learn_drafts([b"\xfe"])
