@@ -72,7 +72,7 @@ class OfficialReader:
 
     @torch.no_grad()
     def step(self, byte_ids: Tensor, bits: Tensor, state: StudentState) -> Tensor:
-        """One byte [R] and its bit in each row of ``state``, updated in place → joint logits [R, 512] of what follows."""
+        """One byte [R] and its bit in each row of ``state``, updated in place → joint logits [R, 512] behind it."""
         return self._step(byte_ids, bits, state, None)
 
     def _step(self, byte_ids: Tensor, bits: Tensor, state: StudentState, p: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.runs import load_student
 from tests.pretrain.job import Job
-from tools.generate import main, mark_chunks
+from tools.generate import main
 
 
 def test_a_seed_gives_the_text_of_the_api_from_a_prompt_and_from_a_file(
@@ -40,14 +40,6 @@ def test_boundaries_are_shown(finished: Path, capsys: pytest.CaptureFixture[str]
         assert main(["--load", str(finished), "--prompt", "the", "--max-new-bytes", "30", "--show-boundaries"]) == 0
     output = capsys.readouterr()
     assert output.out.replace("|", "").startswith("the") and "bytes per chunk" in output.err
-
-
-def test_chunks_are_marked_by_bars_or_colours() -> None:
-    assert mark_chunks(b"the cat", [False, False, True, False, False, False, True], colour=False) == "the| cat|"
-    assert mark_chunks(b"the c", [False, False, True, False, False], colour=False) == "the| c"
-    assert mark_chunks(b"", [], colour=False) == ""
-    coloured = mark_chunks("é!".encode(), [False, True, True], colour=True)
-    assert "é" in coloured and coloured.count("\x1b[0m") == 2
 
 
 def test_mistakes_are_one_error_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
