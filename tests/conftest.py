@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-# where transformers copies the code of exported folders; read when it is imported
-os.environ.setdefault("HF_MODULES_CACHE", str(Path(tempfile.gettempdir()) / f"megabyte-distill-modules-{os.getuid()}"))
+# where transformers copies the code of exported folders; read when it is imported. One for each pytest process: two
+# would copy over each other
+_MODULES = f"megabyte-distill-modules-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+os.environ["HF_MODULES_CACHE"] = str(Path(tempfile.gettempdir()) / _MODULES)
+# a shell's background job ignores Ctrl-C, and hands that on to the processes that the tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import random
 
