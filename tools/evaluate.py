@@ -166,6 +166,7 @@ def as_json(arguments: argparse.Namespace, name: str, found: Comparison) -> dict
     """One run's object: the figures of all text, those of each set, and what has to be said of them."""
     from megabyte_distill.evaluation.report import notes
 
+    missing = [] if arguments.train_data_path else ["unigram_bits_per_byte is null: it needs --train-data-path"]
     return {
         "run": name,
         **found.total.as_dict(),
@@ -173,7 +174,7 @@ def as_json(arguments: argparse.Namespace, name: str, found: Comparison) -> dict
         "bootstrap": {
             "resamples": arguments.resamples, "confidence": arguments.confidence, "seed": arguments.seed,
         },
-        "notes": notes(found),
+        "notes": notes(found) + missing,
     }  # fmt: skip
 
 

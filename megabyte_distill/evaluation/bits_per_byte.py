@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,15 +190,10 @@ def compare(
             name: path_figures(student, teacher, openings(rows, share), paths=paths)
             for name, rows in rows_of_set.items()
         }
-    variance = float(table_variance(teacher.embedding_table, teacher.columns))
-
-    def evaluation(table: Counts, path: PathFigures | None) -> Evaluation:
-        found = _evaluation(table, variance, bits, bootstrap or Bootstrap())
-        return replace(found, is_bound=not student.is_official, paths=path)
-
+    make = partial(_evaluation, judged, bits, bootstrap or Bootstrap())
     return Comparison(
-        total=evaluation(together, _all_paths(list(by_path.values()))),
-        sets={name: evaluation(table, by_path.get(name)) for name, table in counts.items()},
+        total=make(together, _all_paths(list(by_path.values()))),
+        sets={name: make(table, by_path.get(name)) for name, table in counts.items()},
     )
 
 
@@ -248,13 +244,13 @@ def _all_paths(parts: Sequence[PathFigures]) -> PathFigures | None:
     )
 
 
-def _evaluation(table: Counts, variance: float, bits: Bits, bootstrap: Bootstrap) -> Evaluation:
-    """The figures of some documents, without those that need more than counts."""
-    documents = len(table["text_bytes"])
-
-    def figures(counts: Counts) -> dict[str, NDArray[np.float64]]:
-        return _figures(counts, variance, bits)
-
+def _evaluation(
+    judged: Judged, bits: Bits, bootstrap: Bootstrap, table: Counts, paths: PathFigures | None
+) -> Evaluation:
+    """The figures of some documents, from the counts of each."""
+    figures = partial(
+        _figures, bits=bits, variance=float(table_variance(judged.teacher.embedding_table, judged.teacher.columns))
+    )
     sums = {name: values.sum(keepdims=True) for name, values in table.items()}
     if not sums["text_bytes"][0]:
         raise ValueError(NO_TEXT)
@@ -263,16 +259,16 @@ def _evaluation(table: Counts, variance: float, bits: Bits, bootstrap: Bootstrap
         values[name] = values[name] if sums["ends"][0] else None
     return Evaluation(
         text_bytes=int(sums["text_bytes"][0]),
-        documents=documents,
-        is_bound=True,
+        documents=len(table["text_bytes"]),
+        is_bound=not judged.student.is_official,
         bits=bits,
-        paths=None,
+        paths=paths,
         intervals=bootstrap.intervals(table, figures),
         **{"unigram_bits_per_byte": None, "teacher_next_byte_accuracy": None, **values},
     )
 
 
-def _figures(sums: Counts, variance: float, bits: Bits) -> dict[str, NDArray[np.float64]]:
+def _figures(sums: Counts, *, bits: Bits, variance: float) -> dict[str, NDArray[np.float64]]:
     """Every figure that is a function of counts, by its name in :class:`Evaluation`; all arrays are of one length."""
     size, teacher, stage1 = sums["text_bytes"], sums["teacher_bits"], sums["stage1_bits"]
     student = sums[f"{bits.value}_bits"]

@@ -27,8 +27,6 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if not total.is_bound:
         found.append("official dechunk reads p, which knows the next byte: the student's figures are no bounds")
-    if total.unigram_bits_per_byte is None:
-        found.append("unigram_bits_per_byte is null: it needs --train-data-path")
     single = [name for name, part in _parts(comparison) if part.documents < 2]
     if single:
         found.append(f"no confidence intervals for {', '.join(single)}: they need two documents")
