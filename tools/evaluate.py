@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from megabyte_distill.data.dataset import ByteTokenDataset
     from megabyte_distill.data.token_bytes import TokenBytes
     from megabyte_distill.evaluation.bits_per_byte import Comparison
+    from megabyte_distill.evaluation.bootstrap import Bootstrap
+    from megabyte_distill.evaluation.robustness import Section
 
 SUITES = ("heldout", "robustness")
 
@@ -41,10 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-documents", type=int, metavar="N", help="documents at most of each data set (default: all)")
     add("--suite", choices=SUITES, default="heldout", help="what is measured (heldout)")
     add("--paths", type=int, default=4, help="bit histories of figures without a tokenizer; 0 leaves them out (4)")
+    add("--resamples", type=int, default=1000, help="draws for confidence intervals; 0 makes none (1000)")
+    add("--confidence", type=float, default=0.95, help="share of draws inside an interval (0.95)")
     add("--seed", type=int, default=0, help="of all that is drawn (0)")
     add("--json", action="store_true", help="print one JSON object")
     add("--plots", type=Path, metavar="DIR", help="draw PNG pictures into this folder")
     _add_held_out(parser.add_argument_group("--suite heldout").add_argument)
+    _add_robustness(parser.add_argument_group("--suite robustness").add_argument)
     return parser
 
 
@@ -55,8 +61,12 @@ def _add_held_out(add: Any) -> None:
     add("--bits", choices=("gold", "router"), default="gold",
         help="boundary bits of the student's headline figures, as input and label (gold)")  # fmt: skip
     add("--path-bytes", type=int, default=20_000, metavar="N", help="text of the figure by --paths, spread (20000)")
-    add("--resamples", type=int, default=1000, help="draws of documents for confidence intervals; 0 makes none (1000)")
-    add("--confidence", type=float, default=0.95, help="share of draws inside an interval (0.95)")
+
+
+def _add_robustness(add: Any) -> None:
+    add("--suite-texts", type=int, default=12, metavar="N", help="pieces of text that are noised and cut (12)")
+    add("--suite-questions", type=int, default=24, metavar="N", help="questions of each task on characters (24)")
+    add("--suite-samples", type=int, default=4, metavar="N", help="samples of each of ten scripts (4)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -70,7 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
     from megabyte_distill.parallel.process_groups import world
 
     with world():
-        held_out(arguments)
+        if arguments.suite == "robustness":
+            robustness(arguments)
+        else:
+            held_out(arguments)
 
 
 def held_out(arguments: argparse.Namespace) -> None:
@@ -88,17 +101,73 @@ def held_out(arguments: argparse.Namespace) -> None:
         print(f"\n{report.run_table(comparisons)}")
 
 
+def robustness(arguments: argparse.Namespace) -> None:
+    """The suite of the same name, printed; needs process groups."""
+    from megabyte_distill.evaluation.robustness import suite_table
+
+    found = {str(root): measure_robustness(arguments, root) for root in arguments.load}
+    if arguments.json:
+        objects = [
+            {"run": name, "suite": arguments.suite, "sections": [asdict(section) for section in sections]}
+            for name, sections in found.items()
+        ]
+        print(json.dumps(objects[0] if len(objects) == 1 else {"runs": objects}, indent=2))
+        return
+    for name, sections in found.items():
+        print(f"{name}:\n{suite_table(sections)}" if len(found) > 1 else suite_table(sections))
+
+
+def measure_robustness(arguments: argparse.Namespace, root: Path) -> list[Section]:
+    """Loads a run and puts its student and its teacher through the suite; needs process groups."""
+    from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
+    from megabyte_distill.data import tokenizers
+    from megabyte_distill.evaluation.readers import StudentReader, TeacherReader
+    from megabyte_distill.evaluation.robustness import Budget, run_suite
+    from megabyte_distill.runs import load_run_teacher, load_student, require_speaking
+
+    budget = Budget(texts=arguments.suite_texts, questions=arguments.suite_questions, samples=arguments.suite_samples)
+    if arguments.paths < 1:
+        raise ValueError("--paths 0: --suite robustness reads without a tokenizer; give at least 1")
+    loaded = load_student(root, arguments.stage)
+    require_speaking(loaded)
+    if loaded.student.is_official:
+        raise ValueError(f"{root}: official dechunk looks one byte ahead; --suite robustness steps, which it cannot")
+    teacher = load_run_teacher(root, arguments.teacher)
+    sets = open_sets(arguments, loaded.token_bytes)
+    if arguments.max_documents is not None:
+        sets = {name: dataset.subset(dataset.documents[: arguments.max_documents]) for name, dataset in sets.items()}
+    tokenizer = tokenizers.load(root / TOKENIZER_FOLDER)
+    sections = run_suite(
+        TeacherReader(teacher.backbone, tokenizer, teacher.token_bytes),
+        StudentReader(loaded.student, paths=arguments.paths),
+        list(sets.values()),
+        budget,
+        bootstrap=bootstrap_of(arguments),
+    )
+    if arguments.plots is not None:
+        from megabyte_distill.evaluation.comparison_plots import plot_robustness
+
+        plot_robustness(sections, plot_folder(arguments, root) / "robustness.png")
+    return sections
+
+
+def bootstrap_of(arguments: argparse.Namespace) -> Bootstrap:
+    """How intervals are made; ValueError for settings out of range."""
+    from megabyte_distill.evaluation.bootstrap import Bootstrap
+
+    return Bootstrap(resamples=arguments.resamples, confidence=arguments.confidence, seed=arguments.seed)
+
+
 def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
     """Loads a run and compares its student with its teacher; needs process groups."""
     from megabyte_distill.data.dataset import open_blend
     from megabyte_distill.evaluation import bits_per_byte
     from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
-    from megabyte_distill.evaluation.bootstrap import Bootstrap
     from megabyte_distill.evaluation.held_out import held_out_rows
     from megabyte_distill.objectives.byte_tree import ByteTree
     from megabyte_distill.runs import load_run_teacher, load_students, require_speaking
 
-    bootstrap = Bootstrap(resamples=arguments.resamples, confidence=arguments.confidence, seed=arguments.seed)
+    bootstrap = bootstrap_of(arguments)
     students = load_students(root, arguments.stage)
     loaded = students.last
     require_speaking(loaded)

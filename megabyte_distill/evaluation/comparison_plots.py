@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from megabyte_distill.evaluation.bits_per_byte import Comparison, Evaluation
 from megabyte_distill.evaluation.plots import save_figure
+from megabyte_distill.evaluation.robustness import Section
 
 TEACHER, STUDENT = "#6b7280", "#1f6fb4"
 _WIDTH = 0.38
@@ -37,6 +38,33 @@ def plot_sets(comparison: Comparison, target: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(places, [_shown(name) for name in sets], rotation=30, ha="right", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, target)
+
+
+def plot_robustness(sections: Sequence[Section], target: Path) -> None:
+    """A panel for each section: both models' figures line by line, with confidence intervals."""
+    sections = [section for section in sections if section.lines]
+    heights = [1.1 + 0.2 * len(section.lines) for section in sections]
+    figure = Figure(figsize=(7.0, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(sections), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, section in zip(panels, sections, strict=True):
+        places = np.arange(len(section.lines))
+        for shift, colour, who in ((-0.12, TEACHER, "teacher"), (0.12, STUDENT, "student")):
+            values = [getattr(line, who) for line in section.lines]
+            axes.plot(
+                [np.nan if value is None else value for value in values], places + shift, "o", ms=4, color=colour,
+                label=who,
+            )  # fmt: skip
+            for place, line in zip(places, section.lines, strict=True):
+                interval = getattr(line, f"{who}_interval")
+                if interval is not None:
+                    axes.plot(interval, [place + shift] * 2, color=colour, lw=1)
+        axes.set_yticks(places, [line.label for line in section.lines], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title(f"{section.name}: {section.measure}", fontsize=8, loc="left")
+        axes.grid(axis="x", lw=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
     save_figure(figure, target)
 
 
