@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-_WORD = re.compile(r"[^\W\d_]{4,8}")
+_WORD = re.compile(r"(?<!\w)[^\W\d_]{4,8}(?!\w)")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 CHOICES = 4
 """The right answer among so many."""

@@ -152,9 +152,7 @@ def noise_sections(
         lines = []
         for number, (label, _) in enumerate(variants):
             entries = [
-                Entry(
-                    of_teacher[index] and of_teacher[index][place], of_student[index][place], len(pairs[index][place])
-                )
+                Entry(_part(of_teacher[index], place), of_student[index][place], len(pairs[index][place]))
                 for index in range(number * len(pieces), (number + 1) * len(pieces))
             ]
             lines.append(make_line(label, entries, bootstrap))
@@ -313,6 +311,10 @@ def _shown(value: float | None, interval: Interval | None) -> str:
 
 def _share(label: str, teacher: Sequence[bool], student: Sequence[bool], bootstrap: Bootstrap) -> Line:
     return make_line(label, [Entry(t, s, 1.0) for t, s in zip(teacher, student, strict=True)], bootstrap)
+
+
+def _part(pair: PairBits | None, place: int) -> float | None:
+    return None if pair is None else pair[place]
 
 
 def _total(pair: PairBits | None) -> float:
