@@ -80,7 +80,7 @@ EXPORTED = {
             "ssm_scan",
         )
     ),
-    *(f"inference.{name}" for name in ("bit_paths", "generation", "prompts", "sampling")),
+    *(f"inference.{name}" for name in ("bit_paths", "generation", "official", "prompts", "sampling", "utf8")),
     *(f"hf.{name}" for name in ("byte_filter", "torch_backbone")),
     *(f"hf.{name}_megabyte" for name in ("configuration", "modeling", "tokenization")),
 }

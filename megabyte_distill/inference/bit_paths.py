@@ -104,6 +104,11 @@ class BitPaths:
         self._state.put(self._slots(rows), fresh._state)
         self.log_weights[rows], self.log_probabilities[rows] = fresh.log_weights, fresh.log_probabilities
 
+    def positions(self) -> Tensor:
+        """[R] int64, positions of the backbone in use: those of the path that needs the fewest."""
+        lengths: Tensor = self._state.cache.lengths
+        return lengths.view(self.rows, self.paths).amin(1)
+
     def settle(self, path_of_row: Tensor) -> tuple[StudentState, Tensor]:
         """(state of R rows, log-probabilities [R, 512]) of one chosen path [R] int64 a row."""
         index = torch.arange(self.rows, device=path_of_row.device)
