@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": BELOW_MODEL | {"model", "objectives", "training"},
     "inference": BELOW_MODEL | {"model", "objectives"},
     "evaluation": BELOW_MODEL | {"model", "objectives", "inference", "conversion"},
-    "hf": BELOW_MODEL | {"model", "inference"},
+    "hf": BELOW_MODEL | {"model", "inference", "conversion"},
     "tool": set(),
     "harness": BELOW_MODEL | {"model", "inference", "evaluation", "conversion", "runs"},
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},

@@ -182,6 +182,7 @@ class Generation:
         is_constrained = settings.utf8 is Utf8Mode.CONSTRAIN
         self._utf8 = Utf8Rows(self.prompts, self._device) if is_constrained else None
         self._rows = [_Row() for _ in self.prompts]
+        self._is_over = False
 
     def _begin_official(self, student: Student) -> None:
         reader = OfficialReader(student, self.prompts)
@@ -199,9 +200,13 @@ class Generation:
             self._cursor = _Pairs(student.step, *read.settle(path))
         self.prompt_bits = [tuple(bits) for bits in read.history(path)]
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[NewBytes]:
         """One :class:`NewBytes` a step, until every row has ended or ``max_new_bytes`` are there."""
+        yield from self._steps()
+        self._is_over = True
+
+    @torch.no_grad()
+    def _steps(self) -> Iterator[NewBytes]:
         cursor, rows = self._cursor, torch.arange(len(self.prompts), device=self._device)
         for position in range(1, self._settings.max_new_bytes + 1):
             drawn = choose(self._possible(), self._settings.sampling, self._uniform[rows, position])
@@ -258,7 +263,7 @@ class Generation:
         """(bytes, bits) of a row so far, without those that may yet turn out to begin a stop text. Bits mean nothing in
         mode BYTES."""
         own = self._rows[row]
-        size = len(own.byte_ids) if own.is_done else own.settled(self._settings.stop)
+        size = len(own.byte_ids) if own.is_done or self._is_over else own.settled(self._settings.stop)
         return bytes(own.byte_ids[:size]), own.bits[:size]
 
     def results(self) -> list[Generated]:
@@ -369,8 +374,8 @@ def new_pairs(running: Generation) -> Iterator[tuple[int, bool]]:
         byte_ids, bits = running.written()
         yield from zip(byte_ids[shown:], bits[shown:], strict=True)
         shown = len(byte_ids)
-    rest = running.results()[0].byte_ids[shown:]
-    yield from zip(rest, running.results()[0].bits[shown:], strict=True)
+    byte_ids, bits = running.written()
+    yield from zip(byte_ids[shown:], bits[shown:], strict=True)
 
 
 def new_bytes(running: Generation) -> Iterator[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class OfficialReader:
 
     @torch.no_grad()
     def step(self, byte_ids: Tensor, bits: Tensor, state: StudentState) -> Tensor:
-        """One byte [R] and its bit in each row of ``state``, updated in place → joint logits [R, 512] of what follows."""
+        """One byte [R] and its bit in each row of ``state``, updated in place → joint logits [R, 512] behind it."""
         return self._step(byte_ids, bits, state, None)
 
     def _step(self, byte_ids: Tensor, bits: Tensor, state: StudentState, p: Tensor | None) -> Tensor:
@@ -85,7 +85,6 @@ def _averaging_step(student: Student, byte_ids: Tensor, bits: Tensor, state: Stu
     """A step under official dechunk. p [R] of the byte itself weighs its chunk; None: no average, as p is not known."""
     null_group = student.byte_decoder.null_group
     assert null_group is not None
-    every = torch.arange(byte_ids.shape[0], device=byte_ids.device)
     r, encoder = student.byte_encoder.step(byte_ids, state.encoder)
     chunks, pool = pool_step(state.pool, r, bits, student.pooling)
     ended = bits.nonzero()[:, 0]
@@ -99,10 +98,6 @@ def _averaging_step(student: Student, byte_ids: Tensor, bits: Tensor, state: Stu
         value[ended] = h
     s = torch.where(begun[:, None], value, null_group.to(value.dtype)).to(r.dtype)
     logits, decoder = student.byte_decoder.step(s, r, byte_ids, state.decoder)
-    state.encoder.put(every, encoder)
-    state.decoder.put(every, decoder)
-    state.pool.put(every, pool)
-    state.dechunk.value.copy_(value)
-    state.dechunk.begun.copy_(begun)
-    state.r_previous.copy_(r)
+    state.encoder, state.decoder, state.pool, state.r_previous = encoder, decoder, pool, r
+    state.dechunk = replace(state.dechunk, value=value, begun=begun)
     return logits
