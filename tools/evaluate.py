@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megabyte_distill.data.token_bytes import TokenBytes
     from megabyte_distill.evaluation.bits_per_byte import Comparison
     from megabyte_distill.evaluation.bootstrap import Bootstrap
-    from megabyte_distill.evaluation.robustness import Section
+    from megabyte_distill.evaluation.robustness import Budget, Section
 
 SUITES = ("heldout", "robustness")
 
@@ -60,6 +60,8 @@ def _add_held_out(add: Any) -> None:
     add("--max-bytes", type=int, metavar="N", help="text at most, whole rows, shared evenly by the sets (default: all)")
     add("--bits", choices=("gold", "router"), default="gold",
         help="boundary bits of the student's headline figures, as input and label (gold)")  # fmt: skip
+    add("--scoring", choices=("joint", "official"), default="joint",
+        help="official adds the paper's score, which is no bound (joint)")  # fmt: skip
     add("--path-bytes", type=int, default=20_000, metavar="N", help="text of the figure by --paths, spread (20000)")
 
 
@@ -103,12 +105,19 @@ def held_out(arguments: argparse.Namespace) -> None:
 
 def robustness(arguments: argparse.Namespace) -> None:
     """The suite of the same name, printed; needs process groups."""
-    from megabyte_distill.evaluation.robustness import suite_table
+    from megabyte_distill.evaluation.robustness import Budget, suite_table
 
-    found = {str(root): measure_robustness(arguments, root) for root in arguments.load}
+    budget = Budget(texts=arguments.suite_texts, questions=arguments.suite_questions, samples=arguments.suite_samples)
+    found = {str(root): measure_robustness(arguments, root, budget) for root in arguments.load}
     if arguments.json:
+        asked = {"suite": arguments.suite, "paths": arguments.paths, "budget": asdict(budget)}
         objects = [
-            {"run": name, "suite": arguments.suite, "sections": [asdict(section) for section in sections]}
+            {
+                "run": name,
+                **asked,
+                "bootstrap": asdict(bootstrap_of(arguments)),
+                "sections": list(map(asdict, sections)),
+            }
             for name, sections in found.items()
         ]
         print(json.dumps(objects[0] if len(objects) == 1 else {"runs": objects}, indent=2))
@@ -117,32 +126,32 @@ def robustness(arguments: argparse.Namespace) -> None:
         print(f"{name}:\n{suite_table(sections)}" if len(found) > 1 else suite_table(sections))
 
 
-def measure_robustness(arguments: argparse.Namespace, root: Path) -> list[Section]:
+def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget) -> list[Section]:
     """Loads a run and puts its student and its teacher through the suite; needs process groups."""
     from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
     from megabyte_distill.data import tokenizers
     from megabyte_distill.evaluation.readers import StudentReader, TeacherReader
-    from megabyte_distill.evaluation.robustness import Budget, run_suite
+    from megabyte_distill.evaluation.robustness import run_suite
     from megabyte_distill.runs import load_run_teacher, load_student, require_speaking
 
-    budget = Budget(texts=arguments.suite_texts, questions=arguments.suite_questions, samples=arguments.suite_samples)
-    if arguments.paths < 1:
-        raise ValueError("--paths 0: --suite robustness reads without a tokenizer; give at least 1")
+    bootstrap, limit = bootstrap_of(arguments), arguments.max_documents
+    if arguments.paths < 1 or (limit is not None and limit < 1):
+        raise ValueError(
+            f"--paths {arguments.paths}, --max-documents {limit}: --suite robustness reads at least one document without "
+            "a tokenizer; give at least 1"
+        )
     loaded = load_student(root, arguments.stage)
     require_speaking(loaded)
     if loaded.student.is_official:
         raise ValueError(f"{root}: official dechunk looks one byte ahead; --suite robustness steps, which it cannot")
     teacher = load_run_teacher(root, arguments.teacher)
-    sets = open_sets(arguments, loaded.token_bytes)
-    if arguments.max_documents is not None:
-        sets = {name: dataset.subset(dataset.documents[: arguments.max_documents]) for name, dataset in sets.items()}
-    tokenizer = tokenizers.load(root / TOKENIZER_FOLDER)
+    datasets = open_sets(arguments, loaded.token_bytes).values()
     sections = run_suite(
-        TeacherReader(teacher.backbone, tokenizer, teacher.token_bytes),
+        TeacherReader(teacher.backbone, tokenizers.load(root / TOKENIZER_FOLDER), teacher.token_bytes),
         StudentReader(loaded.student, paths=arguments.paths),
-        list(sets.values()),
+        [dataset.subset(dataset.documents[:limit]) for dataset in datasets],
         budget,
-        bootstrap=bootstrap_of(arguments),
+        bootstrap=bootstrap,
     )
     if arguments.plots is not None:
         from megabyte_distill.evaluation.comparison_plots import plot_robustness
@@ -196,6 +205,7 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         unigram=unigram,
         tree=ByteTree.of(teacher.token_bytes),
         bits=bits_per_byte.Bits(arguments.bits),
+        official=arguments.scoring == "official",
         paths=arguments.paths,
         path_bytes=arguments.path_bytes,
         bootstrap=bootstrap,
@@ -240,9 +250,7 @@ def as_json(arguments: argparse.Namespace, name: str, found: Comparison) -> dict
         "run": name,
         **found.total.as_dict(),
         "sets": {set_name: part.as_dict() for set_name, part in found.sets.items()},
-        "bootstrap": {
-            "resamples": arguments.resamples, "confidence": arguments.confidence, "seed": arguments.seed,
-        },
+        "bootstrap": asdict(bootstrap_of(arguments)),
         "notes": notes(found) + missing,
     }  # fmt: skip
 

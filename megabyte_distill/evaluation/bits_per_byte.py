@@ -24,6 +24,8 @@ from megabyte_distill.model.student import Student
 from megabyte_distill.objectives.alignment import table_variance
 from megabyte_distill.objectives.byte_tree import ByteTree
 
+_OPTIONAL = ("unigram_bits_per_byte", "teacher_next_byte_accuracy", "official_bits_per_byte", "official_retention")
+"""Figures that are None where what they need was not given."""
 NO_TEXT = "the rows hold not one byte of text; evaluate on documents that are not empty"
 
 
@@ -71,6 +73,10 @@ class Evaluation:
     """Joint, gold bits."""
     router_bits_per_byte: float
     """Joint, the router's bits."""
+    official_bits_per_byte: float | None
+    """The paper's score, no bound: it sees the next byte through the boundaries and takes the likelier of two bits.
+    None where not asked for."""
+    official_retention: float | None
     stage1_bits_per_byte: float
     """Gold chunks of bytes through encoder, backbone and token head."""
     stage1_retention: float
@@ -147,24 +153,25 @@ def compare(
     unigram: Tensor | None = None,
     tree: ByteTree | None = None,
     bits: Bits = Bits.GOLD,
+    official: bool = False,
     paths: int = 4,
     path_bytes: int = 20_000,
     bootstrap: Bootstrap | None = None,
 ) -> Comparison:
-    """Every figure, of each data set and of all together. ValueError for a set without a byte of text.
+    """Every figure, of each data set and of all together. ValueError for a set without text.
 
     Args:
         student: after 2a or 2b; an earlier one gives bits per byte of an untrained decoder.
         teacher: what it was distilled from.
         rows_of_set: by the sets' names; on the student's device or not.
         aligned_student: the student after 1a, for the alignment error. Default: ``stage1_student``.
-        stage1_student: the student after 1b, for the figures of the token head. 2b trains the
-            backbone on, and the token head no longer fits exactly. Default: ``student``.
+        stage1_student: the student after 1b, for the figures of the token head, which 2b does not keep up. Default:
+            ``student``.
         unigram: ``anchors.unigram_nll`` [W] of the training text, for the anchor.
         tree: the teacher's vocabulary, for its next-byte accuracy.
         bits: of the student's headline figures.
-        paths: K of the figure without a tokenizer, which steps byte by byte; 0 leaves it out, as does official mode,
-            which cannot step.
+        official: the paper's score as well.
+        paths: K of the figure without a tokenizer; 0 leaves it out, as does official mode, which cannot step.
         path_bytes: about how much text that figure is taken over, shared evenly by the sets: the openings of evenly
             spread rows.
         bootstrap: how the intervals are made (default: 1,000 draws, 95 %).
@@ -178,6 +185,7 @@ def compare(
         unigram=unigram,
         tree=tree,
         router_bits=bits is Bits.ROUTER,
+        official=official,
     )
     counts = {name: count_rows(judged, rows) for name, rows in rows_of_set.items()}
     together = {
@@ -264,7 +272,7 @@ def _evaluation(
         bits=bits,
         paths=paths,
         intervals=bootstrap.intervals(table, figures),
-        **{"unigram_bits_per_byte": None, "teacher_next_byte_accuracy": None, **values},
+        **{**dict.fromkeys(_OPTIONAL), **values},
     )
 
 
@@ -295,6 +303,9 @@ def _figures(sums: Counts, *, bits: Bits, variance: float) -> dict[str, NDArray[
     }
     if "unigram_bits" in sums:
         found["unigram_bits_per_byte"] = _over(sums["unigram_bits"], size)
+    if "official_bits" in sums:
+        found["official_bits_per_byte"] = _over(sums["official_bits"], size)
+        found["official_retention"] = _over(teacher, sums["official_bits"])
     if "teacher_byte_hits" in sums:
         found["teacher_next_byte_accuracy"] = _over(sums["teacher_byte_hits"], size)
     return found

@@ -15,7 +15,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import document_end_positions, text_positions
 from megabyte_distill.evaluation.anchors import score_constant_embedding, score_unigram
 from megabyte_distill.inference.bit_paths import device_of
-from megabyte_distill.inference.scoring import joint_nll, joint_row_score, token_nll, token_row_score
+from megabyte_distill.inference.scoring import joint_nll, joint_row_score, score_official, token_nll, token_row_score
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Gold, Parts, RouterDecides, Student
@@ -43,6 +43,8 @@ class Judged:
     """The teacher's vocabulary, for its next-byte accuracy."""
     router_bits: bool = False
     """Next bytes are told under the router's bits instead of the gold ones."""
+    official: bool = False
+    """The paper's score as well."""
 
     def on_its_device(self) -> Judged:
         """The same, with the tensors where the student is."""
@@ -95,7 +97,9 @@ def _of_student(judged: Judged, row: PackedRow) -> dict[str, Tensor]:
     predicted = decide(under_gold.p, row.byte_ids, official=student.is_official)
     mask = judged_positions(row)
     told = under_router.logits if judged.router_bits else under_gold.logits
+    official = {"official_bits": score_official(student, row).bits} if judged.official else {}
     return {
+        **official,
         "text_bytes": score.bytes,
         "ends": _by_segment(ends, row),
         "gold_bits": score.bits,

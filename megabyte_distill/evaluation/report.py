@@ -25,6 +25,11 @@ def notes(comparison: Comparison) -> list[str]:
             "under the router's bits the student's figure contains the cost of its own segmentation, the teacher's "
             "that of the tokenizer's"
         )
+    if total.official_bits_per_byte is not None:
+        found.append(
+            "the official score is no bound: boundaries are decided with the next byte in sight and tell about it, and "
+            "the likelier of a byte's two bits is credited whichever is input; compare it with published figures alone"
+        )
     if not total.is_bound:
         found.append("official dechunk reads p, which knows the next byte: the student's figures are no bounds")
     single = [name for name, part in _parts(comparison) if part.documents < 2]
@@ -74,6 +79,11 @@ def _main_lines(total: Evaluation) -> list[str]:
         f"retention {total.stage1_retention:.4f}",
         f"  anchor, teacher reading nothing   {total.constant_embedding_bits_per_byte:7.4f}",
     ]
+    if total.official_bits_per_byte is not None:
+        lines.append(
+            f"  student, official score           {total.official_bits_per_byte:7.4f}   "
+            f"retention {total.official_retention:.4f}"
+        )
     if total.unigram_bits_per_byte is not None:
         lines.append(f"  anchor, token unigram             {total.unigram_bits_per_byte:7.4f}")
     return lines

@@ -15,6 +15,7 @@ from megabyte_distill.evaluation import report
 from megabyte_distill.evaluation.bits_per_byte import Bits, Comparison, compare, evaluate_run
 from megabyte_distill.evaluation.bootstrap import Bootstrap
 from megabyte_distill.evaluation.comparison_plots import plot_sets
+from megabyte_distill.inference.scoring import score_official
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Gold, RouterDecides, Student
 from megabyte_distill.objectives.byte_tree import ByteTree
@@ -118,6 +119,20 @@ def test_the_teachers_next_byte_is_that_of_its_summed_tokens(
             right += mass.index(max(mass)) == int(row.labels[place]) % 256
     part = found.sets["two"]
     assert part.teacher_next_byte_accuracy == pytest.approx(right / part.text_bytes)
+
+
+def test_the_official_score_is_added_where_asked_for(
+    student: Student, teacher: Backbone, sets: dict[str, list[PackedRow]], found: Comparison
+) -> None:
+    part = compare(student, teacher, {"two": sets["two"]}, official=True, paths=0)
+    bits = sum(float(score_official(student, row).bits.sum()) for row in sets["two"])
+    assert part.total.official_bits_per_byte == pytest.approx(bits / part.total.text_bytes)
+    assert part.total.official_retention == pytest.approx(
+        part.total.teacher_bits_per_byte * part.total.text_bytes / bits
+    )
+    assert part.total.student_bits_per_byte == found.sets["two"].student_bits_per_byte
+    assert any("official score is no bound" in note for note in report.notes(part))
+    assert "official score" in report.table(part) and found.total.official_retention is None
 
 
 def test_what_must_be_said_is_said(student: Student, teacher: Backbone, sets: dict[str, list[PackedRow]]) -> None:

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.usefixtures("world"),
     pytest.mark.skipif(
         importlib.util.find_spec("lm_eval") is None,
-        reason="lm-evaluation-harness is not installed; pip install .[eval]",
+        reason="lm-evaluation-harness is not installed; pip install '.[test,eval]' && pytest tests/hf/test_lm_eval.py",
     ),
 ]
 
