@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.conversion.model_config import is_run
 from megabyte_distill.evaluation.continuations import score_continuations
+from megabyte_distill.hf.exported_folder import load_exported
 from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, generate
 from megabyte_distill.inference.prompts import prompt_bytes
 from megabyte_distill.inference.sampling import Sampling
@@ -185,23 +187,15 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
 def _load(path: Path, stage: str | None, device: str | None) -> Student:
     """The student of a run or of an exported folder, in evaluation mode."""
     root, named = split_stage(path)
-    if is_run(root):
-        loaded = load_student(root, stage or named)
-        require_speaking(loaded)
-        if loaded.student.is_official:
-            raise ValueError(f"{path}: official dechunk looks one byte ahead and is no causal byte model")
-        return loaded.student
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: neither a run nor an exported folder; expected one of them as path=")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    if not hasattr(model, "student"):
-        raise ValueError(f"{path}: a {type(model).__name__}, not an exported student; use --model hf for it")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    student: Student = model.to(place).eval().student
-    return student
+    if not is_run(root):
+        if stage is not None:
+            raise ValueError(f"stage={stage}: {path} is no run but an export, which holds one stage; leave it out")
+        return load_exported(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_student(root, stage or named)
+    require_speaking(loaded)
+    if loaded.student.is_official:
+        raise ValueError(f"{path}: official dechunk looks one byte ahead and is no causal byte model")
+    return loaded.student
 
 
 if __name__ == "__main__":

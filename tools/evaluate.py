@@ -137,8 +137,8 @@ def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget
     bootstrap, limit = bootstrap_of(arguments), arguments.max_documents
     if arguments.paths < 1 or (limit is not None and limit < 1):
         raise ValueError(
-            f"--paths {arguments.paths}, --max-documents {limit}: --suite robustness reads at least one document without "
-            "a tokenizer; give at least 1"
+            f"--paths {arguments.paths}, --max-documents {limit}: --suite robustness reads documents along paths; give "
+            "at least 1 of both"
         )
     loaded = load_student(root, arguments.stage)
     require_speaking(loaded)
