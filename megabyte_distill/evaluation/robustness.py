@@ -93,23 +93,32 @@ def run_suite(
 
 
 def take_pieces(datasets: Sequence[ByteTokenDataset], budget: Budget) -> list[Piece]:
-    """Pieces of evenly spread documents of all sets, each from the document's middle on.
+    """Pieces out of the middles of evenly spread documents of all sets.
 
-    ValueError where no document has two words.
+    ValueError where no document has two characters.
     """
-    places = [(dataset, document) for dataset in datasets for document in dataset.documents]
+    total = sum(len(dataset) for dataset in datasets)
+    wanted = min(budget.texts, total)
     pieces: list[Piece] = []
-    wanted = min(budget.texts, len(places))
     for number in range(wanted):
-        dataset, document = places[(2 * number + 1) * len(places) // (2 * wanted)]
+        dataset, document = _document(datasets, (2 * number + 1) * total // (2 * wanted))
         raw = bytes(dataset.byte_ids(document, 0, None))
         text = raw.decode("utf-8", "ignore")
         size = len(text) / max(1, len(raw))
         piece = cut_piece(text, round(budget.context_bytes * size), round(budget.continuation_bytes * size))
         pieces += [] if piece is None else [piece]
     if not pieces:
-        raise ValueError("the data sets hold no document of two words to test on; give more text")
+        raise ValueError("the data sets hold no document of two characters to test on; give more text")
     return pieces
+
+
+def _document(datasets: Sequence[ByteTokenDataset], place: int) -> tuple[ByteTokenDataset, int]:
+    """The data set and the index of the document at a place in all of them together."""
+    for dataset in datasets:
+        if place < len(dataset):
+            return dataset, dataset.documents[place]
+        place -= len(dataset)
+    raise AssertionError("a place behind the last document")
 
 
 def cut_piece(text: str, context: int, continuation: int) -> Piece | None:
@@ -117,17 +126,22 @@ def cut_piece(text: str, context: int, continuation: int) -> Piece | None:
 
     Less of both where the text is short, anywhere where it has no white space; None for one of under two characters.
     """
-    if len(text) < 2:
-        return None
     both = min(context + continuation, len(text))
-    start = (len(text) - both) // 2
-    while 0 < start < len(text) and not text[start - 1].isspace() and start > (len(text) - both) // 2 - 20:
-        start -= 1
-    piece = text[start : start + both]
-    middle = max(1, min(len(piece) - 1, round(both * context / (context + continuation))))
+    first = (len(text) - both) // 2
+    start = _word_end(text, first)
+    piece = text[start : max(start + 2, _word_end(text, first + both))]
+    if len(piece) < 2:
+        return None
+    middle = max(1, min(len(piece) - 1, round(len(piece) * context / (context + continuation))))
     blanks = [place for place in range(1, len(piece)) if piece[place].isspace()]
     middle = min(blanks, key=lambda place: abs(place - middle), default=middle)
     return Piece(context=piece[:middle], continuation=piece[middle:])
+
+
+def _word_end(text: str, place: int) -> int:
+    """Where the word at a place ends: the next white space within 20 characters, or the place itself."""
+    near = text[place : place + 20]
+    return place + next((offset for offset, character in enumerate(near) if character.isspace()), 0) if place else 0
 
 
 def noise_sections(
@@ -277,7 +291,8 @@ def make_line(label: str, entries: Sequence[Entry], bootstrap: Bootstrap, *, cou
     }
 
     def figures(sums: Counts) -> Mapping[str, NDArray[np.float64]]:
-        return {who: sums[who] / sums["size"] for who in ("teacher", "student")}
+        # noise may have dropped a whole text, which then costs nothing
+        return {who: sums[who] / np.maximum(sums["size"], 1.0) for who in ("teacher", "student")}
 
     values = figures({name: value.sum(keepdims=True) for name, value in table.items()})
     intervals = bootstrap.intervals(table, figures)

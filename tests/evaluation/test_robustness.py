@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.dataset import ByteTokenDataset
@@ -195,3 +197,10 @@ def test_clean_text_is_what_the_reader_says_of_it(
 def test_budgets_of_nothing_are_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
         Budget(**{field: value})
+
+
+@given(st.text(max_size=40), st.integers(1, 30), st.integers(1, 30))
+def test_a_piece_is_a_part_of_its_text(text: str, context: int, continuation: int) -> None:
+    piece = cut_piece(text, context, continuation)
+    if piece is not None:
+        assert piece.context and piece.continuation and piece.context + piece.continuation in text
