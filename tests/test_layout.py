@@ -81,7 +81,10 @@ EXPORTED = {
             "ssm_scan",
         )
     ),
-    *(f"inference.{name}" for name in ("bit_paths", "generation", "official", "prompts", "sampling", "utf8")),
+    *(
+        f"inference.{name}"
+        for name in ("bit_paths", "branching_cache", "generation", "official", "prompts", "sampling", "utf8")
+    ),
     *(f"hf.{name}" for name in ("byte_filter", "torch_backbone")),
     *(f"hf.{name}_megabyte" for name in ("configuration", "modeling", "tokenization")),
 }
