@@ -62,6 +62,8 @@ def _add_held_out(add: Any) -> None:
         help="boundary bits of the student's headline figures, as input and label (gold)")  # fmt: skip
     add("--scoring", choices=("joint", "official"), default="joint",
         help="official adds the paper's score, which is no bound (joint)")  # fmt: skip
+    add("--tokenizations", type=int, default=0, metavar="K",
+        help="with --paths, the teacher summed over K tokenizations of the same text (0: left out)")  # fmt: skip
     add("--path-bytes", type=int, default=20_000, metavar="N", help="text of the figure by --paths, spread (20000)")
 
 
@@ -73,11 +75,10 @@ def _add_robustness(add: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates and prints; ValueError for what the user can mend."""
-    if arguments.seq_length < 2 or arguments.paths < 0 or arguments.path_bytes < 1:
-        raise ValueError(
-            f"--seq-length {arguments.seq_length}, --paths {arguments.paths}, --path-bytes {arguments.path_bytes}: "
-            "expected at least 2, 0 and 1"
-        )
+    for name, least in (("seq_length", 2), ("paths", 0), ("tokenizations", 0), ("path_bytes", 1)):
+        value = getattr(arguments, name)
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     # megatron takes seconds to import, which --help should not
     from megabyte_distill.parallel.process_groups import world
 
@@ -173,10 +174,16 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
     from megabyte_distill.evaluation import bits_per_byte
     from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
     from megabyte_distill.evaluation.held_out import held_out_rows
-    from megabyte_distill.objectives.byte_tree import ByteTree
     from megabyte_distill.runs import load_run_teacher, load_students, require_speaking
 
-    bootstrap = bootstrap_of(arguments)
+    measures = bits_per_byte.Measures(
+        bits=bits_per_byte.Bits(arguments.bits),
+        official=arguments.scoring == "official",
+        paths=arguments.paths,
+        path_bytes=arguments.path_bytes,
+        tokenizations=arguments.tokenizations,
+        bootstrap=bootstrap_of(arguments),
+    )
     students = load_students(root, arguments.stage)
     loaded = students.last
     require_speaking(loaded)
@@ -200,15 +207,11 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         loaded.student,
         teacher.backbone,
         rows_of_set,
+        measures,
         stage1_student=students.distilled,
         aligned_student=students.aligned,
         unigram=unigram,
-        tree=ByteTree.of(teacher.token_bytes),
-        bits=bits_per_byte.Bits(arguments.bits),
-        official=arguments.scoring == "official",
-        paths=arguments.paths,
-        path_bytes=arguments.path_bytes,
-        bootstrap=bootstrap,
+        token_bytes=teacher.token_bytes,
     )
     if arguments.plots is not None:
         from megabyte_distill.evaluation.comparison_plots import plot_sets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.bootstrap import Bootstrap, Counts, Interval
 from megabyte_distill.evaluation.document_counts import Judged, count_rows
 from megabyte_distill.evaluation.held_out import openings
 from megabyte_distill.inference.bit_paths import device_of
 from megabyte_distill.inference.scoring import score_paths, score_row, score_tokens, segment_texts
+from megabyte_distill.inference.tokenizations import score_tokenizations
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.objectives.alignment import table_variance
@@ -49,6 +51,11 @@ class PathFigures:
     gold_bits_per_byte: float
     """The student under gold bits."""
     teacher_bits_per_byte: float
+    """Its own tokens."""
+    tokenizations: int
+    teacher_tokenizations_bits_per_byte: float | None
+    """The teacher's summed probability of so many tokenizations, its own among them, as the beginning of a longer text:
+    what compares with ``bits_per_byte``. None where not asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +123,24 @@ class Comparison:
     sets: Mapping[str, Evaluation]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measures:
+    """What is measured, and how."""
+
+    bits: Bits = Bits.GOLD
+    """Of the student's headline figures."""
+    official: bool = False
+    """The paper's score as well."""
+    paths: int = 4
+    """K of the figures without a tokenizer; 0 leaves them out, as does official mode, which cannot step."""
+    path_bytes: int = 20_000
+    """About how much text those are taken over, shared evenly by the sets: the openings of evenly spread rows."""
+    tokenizations: int = 0
+    """The teacher over so many tokenizations, on the same text; needs its token table. 0 leaves it out."""
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    """How the intervals are made."""
+
+
 def evaluate_run(
     student: Student,
     teacher: Backbone,
@@ -127,17 +152,18 @@ def evaluate_run(
     paths: int = 4,
     path_bytes: int = 20_000,
 ) -> Evaluation:
-    """All figures on the given rows of one data set (``held_out.held_out_rows``); see :func:`compare`."""
+    """All figures on the given rows of one data set (``held_out.held_out_rows``), without intervals.
+
+    See :func:`compare`.
+    """
     found = compare(
         student,
         teacher,
         {"": rows},
+        Measures(paths=paths, path_bytes=path_bytes, bootstrap=Bootstrap(resamples=0)),
         stage1_student=stage1_student,
         aligned_student=aligned_student,
         unigram=unigram,
-        paths=paths,
-        path_bytes=path_bytes,
-        bootstrap=Bootstrap(resamples=0),
     )
     return found.total
 
@@ -147,16 +173,12 @@ def compare(
     student: Student,
     teacher: Backbone,
     rows_of_set: Mapping[str, Sequence[PackedRow]],
+    measures: Measures,
     *,
     stage1_student: Student | None = None,
     aligned_student: Student | None = None,
     unigram: Tensor | None = None,
-    tree: ByteTree | None = None,
-    bits: Bits = Bits.GOLD,
-    official: bool = False,
-    paths: int = 4,
-    path_bytes: int = 20_000,
-    bootstrap: Bootstrap | None = None,
+    token_bytes: TokenBytes | None = None,
 ) -> Comparison:
     """Every figure, of each data set and of all together. ValueError for a set without text.
 
@@ -164,17 +186,12 @@ def compare(
         student: after 2a or 2b; an earlier one gives bits per byte of an untrained decoder.
         teacher: what it was distilled from.
         rows_of_set: by the sets' names; on the student's device or not.
+        measures: what is asked for.
+        stage1_student: the student after 1b, for the figures of the token head. 2b trains the
+            backbone on, and the token head no longer fits exactly. Default: ``student``.
         aligned_student: the student after 1a, for the alignment error. Default: ``stage1_student``.
-        stage1_student: the student after 1b, for the figures of the token head, which 2b does not keep up. Default:
-            ``student``.
         unigram: ``anchors.unigram_nll`` [W] of the training text, for the anchor.
-        tree: the teacher's vocabulary, for its next-byte accuracy.
-        bits: of the student's headline figures.
-        official: the paper's score as well.
-        paths: K of the figure without a tokenizer; 0 leaves it out, as does official mode, which cannot step.
-        path_bytes: about how much text that figure is taken over, shared evenly by the sets: the openings of evenly
-            spread rows.
-        bootstrap: how the intervals are made (default: 1,000 draws, 95 %).
+        token_bytes: the teacher's vocabulary, for its next-byte accuracy and its other tokenizations.
     """
     distilled = stage1_student or student
     judged = Judged(
@@ -183,53 +200,55 @@ def compare(
         distilled=distilled,
         aligned=aligned_student or distilled,
         unigram=unigram,
-        tree=tree,
-        router_bits=bits is Bits.ROUTER,
-        official=official,
+        tree=None if token_bytes is None else ByteTree.of(token_bytes),
+        router_bits=measures.bits is Bits.ROUTER,
+        official=measures.official,
     )
     counts = {name: count_rows(judged, rows) for name, rows in rows_of_set.items()}
-    together = {
-        name: np.concatenate([table[name] for table in counts.values()]) for name in next(iter(counts.values()))
-    }
+    tables = list(counts.values())
+    together = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     by_path = {}
-    if paths and not student.is_official:
-        share = -(-path_bytes // len(rows_of_set))
-        by_path = {
-            name: path_figures(student, teacher, openings(rows, share), paths=paths)
-            for name, rows in rows_of_set.items()
-        }
-    make = partial(_evaluation, judged, bits, bootstrap or Bootstrap())
+    if measures.paths and not student.is_official:
+        share = replace(measures, path_bytes=-(-measures.path_bytes // len(rows_of_set)))
+        by_path = {name: _path_figures(judged, rows, share, token_bytes) for name, rows in rows_of_set.items()}
+    make = partial(_evaluation, judged, measures)
     return Comparison(
         total=make(together, _all_paths(list(by_path.values()))),
         sets={name: make(table, by_path.get(name)) for name, table in counts.items()},
     )
 
 
-def path_figures(
-    student: Student, teacher: Backbone, rows: Sequence[PackedRow], *, paths: int = 4, batch: int = 32
+def _path_figures(
+    judged: Judged, rows: Sequence[PackedRow], measures: Measures, token_bytes: TokenBytes | None
 ) -> PathFigures:
-    """The student along K paths, and gold bits and the teacher on the same rows; ``batch`` segments run side by side.
-
-    ValueError for rows without a byte of text and in official mode.
-    """
+    """The student along K paths, and gold bits and the teacher on the same text. ValueError where there is none."""
+    student, teacher = judged.student, judged.teacher
     device = device_of(student)
     gold = tokens = 0.0
     texts: list[Tensor] = []
-    for row in (row.to(device) for row in rows):
+    canonical: list[list[int]] = []
+    for row in (row.to(device) for row in openings(rows, measures.path_bytes)):
         gold += float(score_row(student, row).bits.sum())
         tokens += float(score_tokens(teacher, row).bits.sum())
-        texts += [text for text in segment_texts(row) if text.shape[0]]
+        texts += segment_texts(row)
+        canonical.append(row.tokens[1:].tolist())  # an opening is one segment
     size = sum(text.shape[0] for text in texts)
     if not size:
         raise ValueError(NO_TEXT)
-    score = score_paths(student, texts, paths=paths, batch=batch)
+    score = score_paths(student, texts, paths=measures.paths)
+    over_tokenizations = None
+    if measures.tokenizations and token_bytes is not None:
+        summed = score_tokenizations(teacher, token_bytes, texts, paths=measures.tokenizations, canonical=canonical)
+        over_tokenizations = float(summed.prefix_bits.sum()) / size
     return PathFigures(
-        paths=paths,
+        paths=measures.paths,
         text_bytes=size,
         bits_per_byte=float(score.bits.sum()) / size,
         filter_bits_per_byte=float(score.filter_bits.sum()) / size,
         gold_bits_per_byte=gold / size,
         teacher_bits_per_byte=tokens / size,
+        tokenizations=measures.tokenizations,
+        teacher_tokenizations_bits_per_byte=over_tokenizations,
     )
 
 
@@ -242,9 +261,12 @@ def _all_paths(parts: Sequence[PathFigures]) -> PathFigures | None:
     def mean(name: str) -> float:
         return float(sum(getattr(part, name) * part.text_bytes for part in parts)) / size
 
+    every = parts[0].teacher_tokenizations_bits_per_byte is not None
     return PathFigures(
         paths=parts[0].paths,
         text_bytes=size,
+        tokenizations=parts[0].tokenizations,
+        teacher_tokenizations_bits_per_byte=mean("teacher_tokenizations_bits_per_byte") if every else None,
         bits_per_byte=mean("bits_per_byte"),
         filter_bits_per_byte=mean("filter_bits_per_byte"),
         gold_bits_per_byte=mean("gold_bits_per_byte"),
@@ -252,13 +274,10 @@ def _all_paths(parts: Sequence[PathFigures]) -> PathFigures | None:
     )
 
 
-def _evaluation(
-    judged: Judged, bits: Bits, bootstrap: Bootstrap, table: Counts, paths: PathFigures | None
-) -> Evaluation:
+def _evaluation(judged: Judged, measures: Measures, table: Counts, paths: PathFigures | None) -> Evaluation:
     """The figures of some documents, from the counts of each."""
-    figures = partial(
-        _figures, bits=bits, variance=float(table_variance(judged.teacher.embedding_table, judged.teacher.columns))
-    )
+    variance = float(table_variance(judged.teacher.embedding_table, judged.teacher.columns))
+    figures = partial(_figures, bits=measures.bits, variance=variance)
     sums = {name: values.sum(keepdims=True) for name, values in table.items()}
     if not sums["text_bytes"][0]:
         raise ValueError(NO_TEXT)
@@ -269,9 +288,9 @@ def _evaluation(
         text_bytes=int(sums["text_bytes"][0]),
         documents=len(table["text_bytes"]),
         is_bound=not judged.student.is_official,
-        bits=bits,
+        bits=measures.bits,
         paths=paths,
-        intervals=bootstrap.intervals(table, figures),
+        intervals=measures.bootstrap.intervals(table, figures),
         **{**dict.fromkeys(_OPTIONAL), **values},
     )
 

@@ -93,12 +93,17 @@ def _path_lines(total: Evaluation) -> list[str]:
     paths = total.paths
     if paths is None:
         return []
+    several = []
+    if paths.teacher_tokenizations_bits_per_byte is not None:
+        label = f"  teacher, {paths.tokenizations} tokenizations"
+        several = [f"{label:36}{paths.teacher_tokenizations_bits_per_byte:7.4f}"]
     return [
         f"without a tokenizer, {paths.text_bytes:,} bytes",
         f"  student, {paths.paths:3d} paths                {paths.bits_per_byte:7.4f}",
         f"  student, causal byte filter       {paths.filter_bits_per_byte:7.4f}",
         f"  student, gold bits, same text     {paths.gold_bits_per_byte:7.4f}",
         f"  teacher, same text                {paths.teacher_bits_per_byte:7.4f}",
+        *several,
     ]
 
 

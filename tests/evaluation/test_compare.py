@@ -12,13 +12,14 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import evaluation_rows
 from megabyte_distill.data.text_mask import text_positions
 from megabyte_distill.evaluation import report
-from megabyte_distill.evaluation.bits_per_byte import Bits, Comparison, compare, evaluate_run
+from megabyte_distill.evaluation.bits_per_byte import Bits, Comparison, Measures, compare, evaluate_run
 from megabyte_distill.evaluation.bootstrap import Bootstrap
 from megabyte_distill.evaluation.comparison_plots import plot_sets
-from megabyte_distill.inference.scoring import score_official
+from megabyte_distill.evaluation.held_out import openings
+from megabyte_distill.inference.scoring import score_official, segment_texts
+from megabyte_distill.inference.tokenizations import score_tokenizations
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Gold, RouterDecides, Student
-from megabyte_distill.objectives.byte_tree import ByteTree
 from tests.tiny_student import VOCAB_SIZE, tiny_backbone, tiny_student
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -48,8 +49,8 @@ def teacher(world: object) -> Backbone:
 
 @pytest.fixture(scope="module")
 def found(student: Student, teacher: Backbone, sets: dict[str, list[PackedRow]]) -> Comparison:
-    tree = ByteTree.of(mock_table(VOCAB_SIZE))
-    return compare(student, teacher, sets, tree=tree, paths=2, path_bytes=200, bootstrap=Bootstrap(resamples=200))
+    measures = Measures(paths=2, path_bytes=200, tokenizations=3, bootstrap=Bootstrap(resamples=200))
+    return compare(student, teacher, sets, measures, token_bytes=mock_table(VOCAB_SIZE))
 
 
 def test_each_set_is_what_it_is_alone(
@@ -72,6 +73,23 @@ def test_the_total_is_the_sum_of_the_sets(found: Comparison) -> None:
     assert min(bits) <= total.paths.bits_per_byte <= max(bits)
 
 
+def test_several_tokenizations_are_no_dearer_than_the_teachers_own(
+    found: Comparison, teacher: Backbone, sets: dict[str, list[PackedRow]]
+) -> None:
+    texts = [text for row in openings(sets["two"], 100) for text in segment_texts(row)]
+    figures = found.sets["two"].paths
+    assert figures is not None and figures.text_bytes == sum(text.shape[0] for text in texts)
+    tokens = [row.tokens[1:].tolist() for row in openings(sets["two"], 100)]
+    score = score_tokenizations(teacher, mock_table(VOCAB_SIZE), texts, paths=3, canonical=tokens)
+    several = figures.teacher_tokenizations_bits_per_byte
+    assert several == pytest.approx(float(score.prefix_bits.sum()) / figures.text_bytes)
+    assert several is not None and several < figures.teacher_bits_per_byte
+    total, other = found.total.paths, found.sets["one"].paths
+    assert total is not None and other is not None and "3 tokenizations" in report.table(found)
+    mean = several * figures.text_bytes + other.teacher_tokenizations_bits_per_byte * other.text_bytes  # type: ignore[operator]
+    assert total.teacher_tokenizations_bits_per_byte == pytest.approx(mean / total.text_bytes)
+
+
 def test_intervals_hold_the_figures(found: Comparison) -> None:
     for name in ("teacher_bits_per_byte", "student_bits_per_byte", "retention", "boundary_f1", "next_byte_accuracy"):
         low, high = found.total.intervals[name]
@@ -90,7 +108,7 @@ def test_next_bytes_are_told_under_the_chosen_bits(
         mask = text_positions(row)
         right += int((guess == row.labels % 256)[mask].sum())
         size += int(mask.sum())
-    part = compare(student, teacher, {"one": sets["one"]}, bits=bits, paths=0).total
+    part = compare(student, teacher, {"one": sets["one"]}, Measures(bits=bits, paths=0)).total
     assert part.next_byte_accuracy == pytest.approx(right / size)
     assert part.student_bits_per_byte == getattr(part, f"{bits.value}_bits_per_byte")
     assert part.gold_bits_per_byte != part.router_bits_per_byte
@@ -124,7 +142,7 @@ def test_the_teachers_next_byte_is_that_of_its_summed_tokens(
 def test_the_official_score_is_added_where_asked_for(
     student: Student, teacher: Backbone, sets: dict[str, list[PackedRow]], found: Comparison
 ) -> None:
-    part = compare(student, teacher, {"two": sets["two"]}, official=True, paths=0)
+    part = compare(student, teacher, {"two": sets["two"]}, Measures(official=True, paths=0))
     bits = sum(float(score_official(student, row).bits.sum()) for row in sets["two"])
     assert part.total.official_bits_per_byte == pytest.approx(bits / part.total.text_bytes)
     assert part.total.official_retention == pytest.approx(
@@ -137,13 +155,13 @@ def test_the_official_score_is_added_where_asked_for(
 
 def test_what_must_be_said_is_said(student: Student, teacher: Backbone, sets: dict[str, list[PackedRow]]) -> None:
     """A teacher that is worse than the student, one document, no anchor."""
-    better = compare(student, teacher, {"x": rows_of(5, 1)}, paths=0)
+    better = compare(student, teacher, {"x": rows_of(5, 1)}, Measures(paths=0))
     assert better.total.retention < 1 and not [note for note in report.notes(better) if "retention" in note]
     with torch.no_grad():
         worse = tiny_backbone()
         for parameter in worse.parameters():
             parameter.mul_(6.0)
-    said = report.notes(compare(student, worse, {"x": rows_of(5, 1)}, paths=0, bits=Bits.ROUTER))
+    said = report.notes(compare(student, worse, {"x": rows_of(5, 1)}, Measures(paths=0, bits=Bits.ROUTER)))
     assert any("retention above 1 on x" in note for note in said)
     assert any("need two documents" in note for note in said) and any("router's bits" in note for note in said)
 
