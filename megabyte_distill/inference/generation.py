@@ -166,6 +166,11 @@ class Generation:
         """ValueError for no prompts, a bare text, bytes 254 and 255 in one, one that is too long, and a student in
         official mode that is to be read along paths."""
         self.prompts = checked_prompts(prompts)
+        if student.is_official and settings.reading is not PromptReading.OFFICIAL:
+            raise ValueError(
+                "a student with --dechunk-mode official reads one byte ahead and cannot be stepped along paths; "
+                "generate in the paper's way (PromptReading.OFFICIAL, --scoring official)"
+            )
         self._settings, count = settings, len(self.prompts)
         self._device = device_of(student)
         self._uniform = uniform_numbers(count, settings.max_new_bytes + 1, settings.seed).to(self._device)
