@@ -226,6 +226,9 @@ def test_a_row_ends_where_the_backbone_has_no_position_left(student: Student, ba
         assert result.is_full or (result.byte_ids, result.ended) == (free.byte_ids, free.ended)
         assert len(result.bits) == len(result.byte_ids)
     assert any(result.is_full for result in draw())
+    [prompt_bits] = [result.prompt_bits for result in draw()[:1]]
+    limited(student, 1 + sum(prompt_bits))
+    assert draw()[0].is_full and draw()[0].byte_ids == b""
 
 
 @pytest.mark.parametrize(
