@@ -12,15 +12,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # would copy over each other
 _MODULES = f"megabyte-distill-modules-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 os.environ["HF_MODULES_CACHE"] = str(Path(tempfile.gettempdir()) / _MODULES)
-# a shell's background job ignores Ctrl-C, and hands that on to the processes that the tests interrupt
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import random
 
 import numpy as np
 import pytest
 import torch
+
+# a shell's background job ignores Ctrl-C, and hands that on to the processes that the tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = 1234
 
