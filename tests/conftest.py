@@ -10,8 +10,10 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 # where transformers copies the code of exported folders; read when it is imported. One for each pytest process: two
 # would copy over each other
-_MODULES = f"megabyte-distill-modules-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
-os.environ["HF_MODULES_CACHE"] = str(Path(tempfile.gettempdir()) / _MODULES)
+os.environ["HF_MODULES_CACHE"] = str(
+    Path(tempfile.gettempdir())
+    / f"megabyte-distill-modules-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+)
 
 import random
 
