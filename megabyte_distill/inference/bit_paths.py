@@ -139,9 +139,9 @@ class BitPaths:
         h = torch.zeros_like(wide)
         if ended.shape[0]:
             h[ended] = student.backbone.step(chunks[ended], self._cache, slots[ended]).to(h.dtype)  # type: ignore[operator]
-        repeated = byte_ids.repeat_interleave(self.paths), p_previous.repeat_interleave(self.paths)
-        s, dechunk = dechunk_step(states.dechunk, bits, h, repeated[1], self._mode)
-        logits, decoder = student.byte_decoder.step(s, wide, repeated[0], states.decoder)
+        p_of_path = p_previous.repeat_interleave(self.paths)
+        s, dechunk = dechunk_step(states.dechunk, bits, h, p_of_path, self._mode)
+        logits, decoder = student.byte_decoder.step(s, wide, byte_ids.repeat_interleave(self.paths), states.decoder)
         following = PathStates(pool, dechunk, decoder)
         if rows is None:
             self._encoder, self._r, self._states = encoder, r, following
