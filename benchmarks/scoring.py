@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402 - after the path is set
 import torch  # noqa: E402
 
 from megabyte_distill.alphabet import BYTE_VOCAB  # noqa: E402
-from megabyte_distill.config.model import BackboneConfig, ByteSideConfig  # noqa: E402
+from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig  # noqa: E402
 from megabyte_distill.data.packing import PackedRow, Segment, pack_row  # noqa: E402
 from megabyte_distill.hf.torch_backbone import TorchBackbone  # noqa: E402
 from megabyte_distill.inference.scoring import score_paths, score_row  # noqa: E402
@@ -84,8 +84,8 @@ def make_student(shape: str) -> Student:
     width, encoder, decoder, router, mixer = WIDTHS[shape]
     backbone = SHAPES[shape]
     config = ByteSideConfig(
-        backbone_width=backbone.hidden_size, byte_width=width, encoder_layers=2, decoder_layers=2,
-        encoder_ffn_hidden_size=encoder, decoder_ffn_hidden_size=decoder, router_hidden_size=router,
+        backbone_width=backbone.hidden_size, byte_width=width, byte_mixer=ByteMixer.CONV, encoder_layers=2,
+        decoder_layers=2, encoder_ffn_hidden_size=encoder, decoder_ffn_hidden_size=decoder, router_hidden_size=router,
         conv_ffn_hidden_size=mixer, conv_dilations=(1, 4),
     )  # fmt: skip
     student = Student(config, TorchBackbone(backbone)).eval()

@@ -66,3 +66,12 @@ def test_the_fused_operators_move_what_they_must(tmp_path: Path) -> None:
         # less than the floor's share: a case that is not counted at all would show here
         assert 0.8 <= found[operator]["fused_to_floor"] <= 1.3, (operator, found[operator])
         assert found[operator]["eager_to_floor"] > 1.5
+
+
+@pytest.mark.slow
+def test_four_bit_histories_cost_little_more_than_one_each() -> None:
+    command = [sys.executable, str(BENCHMARKS / "scoring.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < found["k4_cost_per_byte_over_one_path_times_k"] <= 1.5, found

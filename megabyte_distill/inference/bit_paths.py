@@ -79,13 +79,21 @@ class BitPaths:
         joint = self.next_log_probabilities()
         return torch.logaddexp(joint[:, :BYTE_VOCAB], joint[:, BYTE_VOCAB:])
 
+    def log_probability_of(self, byte_ids: Tensor) -> Tensor:
+        """[R] fp64: of one next byte [R] int64 in each row, as :meth:`next_byte_log_probabilities` has it."""
+        both_bits = self.log_weights[..., None] + self._scores(byte_ids, slice(None))
+        return both_bits.flatten(1).logsumexp(-1) - self.log_probability()
+
+    def _scores(self, byte_ids: Tensor, rows: Tensor | slice) -> Tensor:
+        """[N, K, 2] log-probabilities of one byte [N] in each of the rows [N], with either bit."""
+        observed = torch.stack((byte_ids, byte_ids + BYTE_VOCAB), dim=-1)
+        return self.log_probabilities[rows].gather(2, observed[:, None].expand(-1, self.paths, -1))
+
     def advance(self, byte_ids: Tensor, rows: Tensor | None = None) -> None:
         """Read one byte [N] int64 in each of the rows [N] int64, distinct (default: all rows, in order)."""
         whole = rows is None
         index = torch.arange(self.rows, device=byte_ids.device) if rows is None else rows
-        observed = torch.stack((byte_ids, byte_ids + BYTE_VOCAB), dim=-1)
-        scores = self.log_probabilities[index].gather(2, observed[:, None].expand(-1, self.paths, -1))
-        candidates = self.log_weights[index][..., None] + scores
+        candidates = self.log_weights[index][..., None] + self._scores(byte_ids, index)
         kept = torch.zeros(candidates.shape, dtype=torch.bool, device=byte_ids.device)
         kept.flatten(1).scatter_(1, candidates.flatten(1).topk(self.paths).indices, True)
         # a path with one heir hands its place on; one with two takes the place of one that died, of the same row: per
@@ -131,9 +139,9 @@ class BitPaths:
         h = torch.zeros_like(wide)
         if ended.shape[0]:
             h[ended] = student.backbone.step(chunks[ended], self._cache, slots[ended]).to(h.dtype)  # type: ignore[operator]
-        repeated = byte_ids.repeat_interleave(self.paths), p_previous.repeat_interleave(self.paths)
-        s, dechunk = dechunk_step(states.dechunk, bits, h, repeated[1], self._mode)
-        logits, decoder = student.byte_decoder.step(s, wide, repeated[0], states.decoder)
+        p_of_path = p_previous.repeat_interleave(self.paths)
+        s, dechunk = dechunk_step(states.dechunk, bits, h, p_of_path, self._mode)
+        logits, decoder = student.byte_decoder.step(s, wide, byte_ids.repeat_interleave(self.paths), states.decoder)
         following = PathStates(pool, dechunk, decoder)
         if rows is None:
             self._encoder, self._r, self._states = encoder, r, following

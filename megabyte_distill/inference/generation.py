@@ -166,6 +166,11 @@ class Generation:
         """ValueError for no prompts, a bare text, bytes 254 and 255 in one, one that is too long, and a student in
         official mode that is to be read along paths."""
         self.prompts = checked_prompts(prompts)
+        if student.is_official and settings.reading is not PromptReading.OFFICIAL:
+            raise ValueError(
+                "a student with --dechunk-mode official reads one byte ahead and cannot be stepped along paths; "
+                "generate in the paper's way (PromptReading.OFFICIAL, --scoring official)"
+            )
         self._settings, count = settings, len(self.prompts)
         self._device = device_of(student)
         self._uniform = uniform_numbers(count, settings.max_new_bytes + 1, settings.seed).to(self._device)
@@ -209,6 +214,9 @@ class Generation:
     def _steps(self) -> Iterator[NewBytes]:
         cursor, rows = self._cursor, torch.arange(len(self.prompts), device=self._device)
         for position in range(1, self._settings.max_new_bytes + 1):
+            rows = self._without_full(rows)
+            if not rows.shape[0]:
+                return
             drawn = choose(self._possible(), self._settings.sampling, self._uniform[rows, position])
             chances = cursor.log_probabilities.gather(1, drawn[:, None])[:, 0]
             byte_ids, bits = split_class(drawn)
@@ -222,12 +230,14 @@ class Generation:
             cursor.advance(byte_ids, bits == 1)
             if self._utf8 is not None:
                 self._utf8.read(byte_ids)
-            if self._limit is not None:
-                for row in rows[cursor.positions() >= self._limit].tolist():
-                    self._rows[row].is_full = True
-                rows = self._keep(rows, self._going(rows))
-                if not rows.shape[0]:
-                    return
+
+    def _without_full(self, rows: Tensor) -> Tensor:
+        """The rows for which the backbone has a position left; the others end here."""
+        if self._limit is None:
+            return rows
+        for row in rows[self._cursor.positions() >= self._limit].tolist():
+            self._rows[row].is_full = True
+        return self._keep(rows, self._going(rows))
 
     def _possible(self) -> Tensor:
         """Log-probabilities of what may be drawn, [R, 512] or [R, 256]."""

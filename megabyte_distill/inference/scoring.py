@@ -168,7 +168,7 @@ def _score_batch(student: Student, texts: list[Tensor], paths: int) -> Tensor:
                 break
             running.keep(torch.arange(count, device=padded.device))
         byte_ids = padded[position, :count]
-        result[1, :count] -= running.next_byte_log_probabilities().gather(1, byte_ids[:, None])[:, 0]
+        result[1, :count] -= running.log_probability_of(byte_ids)
         running.advance(byte_ids)
     return result
 

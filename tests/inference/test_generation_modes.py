@@ -173,6 +173,18 @@ def test_the_papers_prompt_is_one_pass_over_it_with_a_forced_end(
             assert float(reader.log_probabilities[row, pair]) == pytest.approx(float(first[row]))
 
 
+def test_a_student_in_official_mode_generates_in_the_papers_way_alone(make_student: Callable[..., Student]) -> None:
+    student = make_student(DechunkMode.OFFICIAL)
+    with pytest.raises(ValueError, match="--scoring official"):
+        generate(student, ["a"], JOINT)
+    settings = replace(JOINT, reading=PromptReading.OFFICIAL, seed=2)
+    together = generate(student, PROMPTS, settings)
+    assert any(result.byte_ids for result in together)
+    for index, prompt in enumerate(PROMPTS):
+        alone = generate(student, [prompt], replace(settings, seed=2 + index))[0]
+        assert (alone.byte_ids, alone.bits) == (together[index].byte_ids, together[index].bits)
+
+
 def test_every_byte_but_two_may_stand_in_a_prompt(student: Student) -> None:
     everything = bytes(byte for byte in range(256) if byte not in (BOS_BYTE, PAD_BYTE))
     for settings in (BYTES, replace(JOINT, reading=PromptReading.OFFICIAL, utf8=Utf8Mode.CONSTRAIN)):
@@ -214,6 +226,9 @@ def test_a_row_ends_where_the_backbone_has_no_position_left(student: Student, ba
         assert result.is_full or (result.byte_ids, result.ended) == (free.byte_ids, free.ended)
         assert len(result.bits) == len(result.byte_ids)
     assert any(result.is_full for result in draw())
+    [prompt_bits] = [result.prompt_bits for result in draw()[:1]]
+    limited(student, 1 + sum(prompt_bits))
+    assert draw()[0].is_full and draw()[0].byte_ids == b""
 
 
 @pytest.mark.parametrize(
