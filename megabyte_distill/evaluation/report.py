@@ -17,8 +17,8 @@ def notes(comparison: Comparison) -> list[str]:
     for name, part in _parts(comparison):
         if part.retention > 1:
             found.append(
-                f"retention above 1 on {name}: the student codes it better than the teacher, which does not know such "
-                "text; the ratio then says nothing of what was retained"
+                f"retention above 1 on {name}: the student codes it better than the teacher, as on text that the "
+                "teacher does not know; the ratio then says nothing of what was retained"
             )
     if total.bits is Bits.ROUTER:
         found.append(
