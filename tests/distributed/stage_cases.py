@@ -209,8 +209,9 @@ def _of_all_ranks(result: dict[str, Any], here: World) -> dict[str, Any]:
     return {**result, "changed": sorted({name for names in changed for name in names})}
 
 
-def trained_once(case: Case, here: World) -> TrainerModel:
-    """An update of a model whose fresh weights depend on nothing."""
+def trained_once(here: World, seed: int) -> TrainerModel:
+    """2b after an update on random rows."""
+    case = CASES["2b"]
     torch.manual_seed(5)
     model = build_model(model_config(case))
     parts = virtual_stages(model)
@@ -218,23 +219,21 @@ def trained_once(case: Case, here: World) -> TrainerModel:
     for part in parts:
         set_trainable(part, stage.trains(config, model_config(case).backbone))
     trained = wrap_for_training(model, parts[0].config, config)
-    train_step(trained, stage.objective(config, None, None), random_rows(ROWS, row_bytes=ROW_BYTES, seed=13), 0, here)
+    rows = random_rows(ROWS, row_bytes=ROW_BYTES, bucket=BUCKET, seed=seed)
+    train_step(trained, stage.objective(config, None, None), rows, 0, here)
     return trained
 
 
 def write_trained(folder: Path, here: World) -> None:
     """A checkpoint of weights and optimizer after an update."""
-    trained = trained_once(CASES["2b"], here)
+    trained = trained_once(here, seed=13)
     save_checkpoint(folder, 1, trained.module, optimizer=trained, loop={}, texts={})
 
 
 def save_again(folder: Path, target: Path, here: World) -> None:
     """What :func:`write_trained` wrote, read and written at another cut."""
-    trained = trained_once(CASES["2b"], here)
+    trained = trained_once(here, seed=14)  # other weights and moments, all to be overwritten
     checkpoint = folder / "iter_0000001"
-    for part in virtual_stages(trained.module):
-        for parameter in part.parameters():
-            torch.nn.init.ones_(parameter)
     load_checkpoint(checkpoint, trained.module)
     load_training_state(checkpoint, trained.module, trained, with_rng=False)
     save_checkpoint(target, 1, trained.module, optimizer=trained, loop={}, texts={})
