@@ -68,11 +68,15 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             ),
             _same("context-parallel-size", "1 alone: each segment's chunks would have to divide by 2 × the size"),
             _other("model-parallel-size", "the old name of --tensor-model-parallel-size"),
+            _same(
+                "num-virtual-stages-per-pipeline-rank num-layers-per-virtual-pipeline-stage "
+                "microbatch-group-size-per-virtual-pipeline-stage",
+                "any T × P × V × DP; the byte encoder is on the first virtual stage, the decoder on the last",
+            ),
+            _other("virtual-pipeline-model-parallel-size", "give --num-virtual-stages-per-pipeline-rank"),
             _absent(
-                "virtual-pipeline-model-parallel-size num-layers-per-virtual-pipeline-stage "
-                "num-virtual-stages-per-pipeline-rank",
-                "the byte encoder and decoder stand on the first and last stage, and what goes between stages has no "
-                "interleaved form yet; use more micro-batches (--global-batch-size) to fill the pipeline",
+                "no-overlap-p2p-communication overlap-p2p-communication-warmup-flush",
+                "virtual pipeline stages send while they compute, but wait where the pipeline fills and empties",
             ),
             _absent(
                 "decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers pipeline-model-parallel-layout "

@@ -63,7 +63,7 @@ class RecomputeMethod(str, Enum):
     UNIFORM = "uniform"
     """All, in groups of --recompute-num-layers of which only the first input is kept."""
     BLOCK = "block"
-    """The first --recompute-num-layers of each pipeline stage."""
+    """The first --recompute-num-layers of each (virtual) pipeline stage."""
 
 
 class RecomputeModule(str, Enum):

@@ -19,6 +19,7 @@ from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
 from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_nlls
 from megabyte_distill.objectives.objective import Sums
+from megabyte_distill.parallel.pipeline import virtual_stages
 
 BYTE_LOSS = "byte ce"
 ROUTER_LOSS = "router bce"
@@ -40,7 +41,7 @@ class ByteSft:
     on_first_stage = False
 
     def __init__(
-        self, config: StageConfig, teacher: Backbone | None, table: TokenBytes | None, *, trains_router: bool
+        self, config: StageConfig, teacher: nn.Module | None, table: TokenBytes | None, *, trains_router: bool
     ) -> None:
         self.weights = {BYTE_LOSS: 1.0}
         self._parts = Parts.ENCODER | Parts.BACKBONE | Parts.DECODER
@@ -113,15 +114,16 @@ class ByteSft:
 class _TeacherTargets:
     """A frozen teacher's exact byte targets, from its states on the gold tokens."""
 
-    def __init__(self, teacher: Backbone, table: TokenBytes) -> None:
+    def __init__(self, teacher: nn.Module, table: TokenBytes) -> None:
         self.teacher = teacher
-        self._tree = ByteTree.of(table).to(teacher.device)
+        self._head: Backbone = virtual_stages(teacher)[-1]  # of which the last rank's alone has a head
+        self._tree = ByteTree.of(table).to(self._head.device)
 
     @torch.no_grad()
     def of(self, row: PackedRow, states: Tensor) -> ExactTargets:
         return exact_targets(
             self._tree,
-            self.teacher.logits(states),
+            self._head.logits(states),
             byte_ids=row.byte_ids,
             bits=row.bits,
             labels=row.labels,

@@ -25,6 +25,7 @@ from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
 from megabyte_distill.runs import stage_progress, teacher_path
@@ -70,17 +71,21 @@ def start_fresh(root: Path) -> None:
 def prepare_run(settings: Settings, world: World) -> Prepared:
     """Resolve ``--load`` and ``--save``, write the run's root on the main rank, check that it is the same run.
 
-    ValueError where the teacher is missing, does not fit the preset, or the folder belongs to another teacher or model.
+    From here on models are cut into the virtual stages that the settings ask for. ValueError where the teacher is
+    missing, does not fit the preset, or the folder belongs to another teacher or model.
     """
     root, load = _folder(settings.checkpoint.save, "--save"), _folder(settings.checkpoint.load, "--load")
     source = load if load.is_dir() and is_run(load) else None
     teacher = teacher_path(load) if source is not None else load
     backbone = read_model_config(teacher).backbone
+    parallel = settings.parallel
     check_parallel_sizes(
         backbone,
-        tensor_parallel=settings.parallel.tensor_model_parallel_size,
-        pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        pipeline_parallel=parallel.pipeline_model_parallel_size,
         flags=("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
+        virtual_stages=parallel.num_virtual_stages_per_pipeline_rank,
+        layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
     )
     check_engine_limits(settings, backbone, world.device)
     table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
@@ -94,6 +99,7 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
             _check_same_model(read_model_config(other), config, other, flag)
     _check_same_tokenizer(root, table, teacher)
     on_main_rank(world, lambda: _write_root(root, config, teacher))
+    set_virtual_size(parallel.virtual_stages(backbone.num_layers))
     return Prepared(root=root, teacher=teacher, source=source, model_config=config, token_bytes=table)
 
 
