@@ -16,6 +16,7 @@ from torch import Tensor
 from megabyte_distill.config import Settings, StageConfig
 from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.config.stage import ByteTargets
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
@@ -208,8 +209,8 @@ def _run_micro_batch(
 ) -> MicroBatch:
     row = even_row(config, bytes_per_chunk)
     student = built.student.train()
-    needs_table = stage.teacher(config) is TeacherNeed.FROZEN and stage.name.startswith("2")
-    table = even_tokens(built.teacher.backbone_config.vocab_size) if needs_table and built.teacher else None
+    needs_table = config.byte_targets is not ByteTargets.HARD and stage.name.startswith("2")
+    table = even_tokens(student.backbone.backbone_config.vocab_size) if needs_table else None  # type: ignore[union-attr]
     with WithoutValues(), FusedAttention():  # type: ignore[no-untyped-call]
         objective = stage.objective(config, built.teacher, table)
         with nullcontext() if built.trained is None else built.trained.ddp.no_sync():
