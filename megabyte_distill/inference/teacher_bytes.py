@@ -54,13 +54,16 @@ class TeacherBytes:
         """
         every = torch.arange(self.rows, device=self._nodes.device)
         pairs = pair_mass(self._mass, every, self._nodes)
-        if not bool((pairs.total > 0).all()):
-            row = int((pairs.total <= 0).nonzero()[0, 0])
-            raise ValueError(f"text {row}: the teacher gives no token that begins with its last bytes any probability")
         result = torch.zeros(self.rows, JOINT_CLASSES, dtype=torch.float64, device=every.device)
-        result[pairs.owner, pairs.joint] = pairs.mass / pairs.total[pairs.owner]
-        result[:, END_OF_DOCUMENT_CLASS] = pairs.end_of_text / pairs.total
-        return result
+        result[pairs.owner, pairs.joint] = pairs.mass
+        result[:, END_OF_DOCUMENT_CLASS] = pairs.end_of_text
+        total = result.sum(-1, keepdim=True)
+        without = (total[:, 0] <= 0).nonzero()[:, 0].tolist()
+        if without:
+            raise ValueError(
+                f"text {without[0]}: the teacher gives no token that begins with its last bytes any probability"
+            )
+        return result / total
 
     @torch.no_grad()
     def advance(self, byte_ids: Tensor, bits: Tensor, uniform: Tensor | None = None) -> None:

@@ -27,6 +27,8 @@ VANISHING = 1e-12
 
 _SPAN = 8
 """Neighbouring tokens whose masses are added up at once; a range that begins or ends inside adds singles."""
+_SINGLES_UP_TO = 1 << 14
+"""Of so few ids each is its own span: cumulative sums over them cost less than the singles."""
 _CPU_BLOCK_ENTRIES = 1 << 22
 """Logits worked on at a time on a CPU, where what fits the cache is fast."""
 _BLOCK_ENTRIES = 1 << 27
@@ -48,14 +50,19 @@ class ExactTargets(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenMass:
-    """Probabilities of this rank's token ids in the tree's order, ready to be summed over ranges of places."""
+    """Probabilities of this rank's token ids in the tree's order, ready to be summed over ranges of places.
+
+    A range is the singles behind its beginning, whole spans, and the singles before its end. No sum is taken that one
+    token could dominate and another be the difference of, but for whole spans, in fp64: fp32 differences err by 0.03
+    nats at W = 4096.
+    """
 
     tree: ByteTree
     probability: Tensor
     """[M, C] fp32, normalised over the rank's own ids."""
-    spans: Tensor
-    """[M, C / 8 + 1] fp64: mass before each whole span. In fp64, because differences of fp32 sums err by 0.03 nats at
-    W = 4096; of spans, because a sum for each token would be most of the memory traffic."""
+    before: Tensor
+    """[M, C / span + 1] fp64: mass before each whole span."""
+    span: int
     share: Tensor
     """[M] fp64: the rank's part of the whole distribution."""
 
@@ -66,34 +73,55 @@ class TokenMass:
         if not own.shape[1]:  # a rank of mere padding
             own = own.new_zeros(own.shape[0], 1)
         probability = own.softmax(-1, dtype=torch.float32)
-        whole = own.shape[1] // _SPAN * _SPAN
-        sums = probability[:, :whole].view(own.shape[0], -1, _SPAN).sum(-1, dtype=torch.float64)
-        spans = torch.nn.functional.pad(sums.cumsum(-1), (1, 0))
-        return cls(tree, probability, spans, _own_share(tree, own, probability))
+        rows, columns = probability.shape
+        span = 1 if columns <= _SINGLES_UP_TO else _SPAN
+        spans = columns // span
+        sums = probability
+        if span > 1:
+            sums = probability[:, : spans * span].view(rows, spans, span).sum(-1)
+        before = torch.empty(rows, spans + 1, dtype=torch.float64, device=own.device)
+        before[:, 0] = 0.0
+        torch.cumsum(sums, -1, dtype=torch.float64, out=before[:, 1:])
+        return cls(tree, probability, before, span, _own_share(tree, own, probability))
 
-    def before(self, rows: Tensor, places: Tensor) -> Tensor:
-        """[n] fp64: in each of the rows [n], the mass of the tokens before a place [n]."""
-        span = places // _SPAN
-        singles = torch.arange(_SPAN, device=places.device)
-        inside = singles < (places - span * _SPAN)[:, None]
-        columns = self.probability.shape[1]
-        index = (rows * columns + span * _SPAN)[:, None] + singles
-        single = self.probability.view(-1)[torch.where(inside, index, 0)]
-        rest = single.masked_fill_(~inside, 0.0).sum(-1, dtype=torch.float64)
-        return self.spans.view(-1)[rows * self.spans.shape[1] + span] + rest
+    def pieces(self, rows: Tensor, places: Tensor) -> Tensor:
+        """[n] fp64: the rank's mass of the tokens from each place [n] to the next one, in the row [n] of the former.
+
+        Undefined for the last place and where the next place is in another row or before it. Times :attr:`share` a mass
+        is a part of the whole distribution.
+        """
+        at = rows * self.before.shape[1]
+        before = self.before.view(-1)
+        if self.span == 1:
+            until = before[at + places]
+            return (until.roll(-1) - until).clamp_(min=0.0)
+        first = places // self.span
+        offset = places - first * self.span
+        last, end = first.roll(-1), offset.roll(-1)
+        flat = self.probability.view(-1)
+        within = torch.arange(self.span, device=places.device)
+        index = (rows * self.probability.shape[1] + first * self.span)[:, None] + within
+        singles = flat[index.clamp_(max=flat.shape[0] - 1)]  # behind the last token nothing is wanted
+        is_one_span = first == last
+        stop = torch.where(is_one_span, end, self.span)
+        begins = (singles * ((within >= offset[:, None]) & (within < stop[:, None]))).sum(-1)
+        ends = (singles * (within < offset[:, None])).sum(-1).roll(-1).masked_fill_(is_one_span, 0.0)
+        whole = before[at + last] - before[at + torch.minimum(first + 1, last)]
+        return whole.clamp_(min=0.0) + begins + ends
 
     def select(self, rows: Tensor) -> TokenMass:
         """A copy of some rows [K] int64."""
-        return replace(self, probability=self.probability[rows], spans=self.spans[rows], share=self.share[rows])
+        return replace(self, probability=self.probability[rows], before=self.before[rows], share=self.share[rows])
 
     def put(self, rows: Tensor, other: TokenMass) -> None:
         """Overwrite the rows [K] int64 with those of ``other`` in order, in place."""
-        self.probability[rows], self.spans[rows], self.share[rows] = other.probability, other.spans, other.share
+        self.probability[rows], self.before[rows], self.share[rows] = other.probability, other.before, other.share
 
     def allowed(self) -> Tensor:
         """[M] fp64: mass of all allowed tokens and the end of text. Collective as :meth:`of`."""
         rows = torch.arange(self.share.shape[0], device=self.share.device)
-        text = self.before(rows, torch.full_like(rows, self.tree.allowed)) * self.share
+        edges = torch.tensor([0, self.tree.allowed], device=rows.device).repeat(rows.shape[0])
+        text = self.pieces(rows.repeat_interleave(2), edges)[::2] * self.share
         return self.tree.columns.total(text + self.end_of_text)
 
     @property
@@ -137,8 +165,6 @@ class PairMass(NamedTuple):
     """[E] fp64, the teacher's mass of tokens that go that way; 0 in the unused entry behind each byte's last."""
     end_of_text: Tensor
     """[n] fp64, 0 inside a token."""
-    total: Tensor
-    """[n] fp64, Z."""
 
 
 def pair_mass(mass: TokenMass, rows: Tensor, nodes: Tensor) -> PairMass:
@@ -149,19 +175,15 @@ def pair_mass(mass: TokenMass, rows: Tensor, nodes: Tensor) -> PairMass:
     owner = torch.repeat_interleave(torch.arange(nodes.shape[0], device=nodes.device), count)
     end = count.cumsum(0)
     entry = torch.arange(owner.shape[0], device=nodes.device) + (first - end + count)[owner]
-    before = mass.before(rows[owner], tree.entry_place[entry])
-    share = mass.share[rows]
-    # a range without mass may come out as −1e-16 where its ends lie in different spans
-    pieces = (before.roll(-1) - before).clamp_(min=0.0) * share[owner]
+    row = rows[owner]
+    pieces = mass.pieces(row, tree.entry_place[entry])
     pieces[end - 1] = 0.0
-    total = (before[end - 1] - before[end - count]) * share
     end_of_text = torch.where(nodes == 0, mass.end_of_text[rows], 0.0)
     if tree.columns.group is not None:
-        sizes = [part.shape[0] for part in (pieces, total, end_of_text)]
         # differences are made: from here on fp32 is exact enough
-        together = tree.columns.total(torch.cat((pieces, total, end_of_text)).float()).double()
-        pieces, total, end_of_text = torch.split(together, sizes)
-    return PairMass(owner, tree.entry_class[entry], pieces, end_of_text, total + end_of_text)
+        together = torch.cat((pieces * mass.share[row], end_of_text)).float()
+        pieces, end_of_text = torch.split(tree.columns.total(together).double(), [owner.shape[0], nodes.shape[0]])
+    return PairMass(owner, tree.entry_class[entry], pieces, end_of_text)
 
 
 @torch.no_grad()
@@ -187,9 +209,7 @@ def exact_targets(
     place = wanted.nonzero()[:, 0]
     chunk = (bits.to(torch.int64).cumsum(0) - 1)[place]
     node = tree.nodes_along(byte_ids, bits)[place]
-    label = labels[place]
     distribution = torch.zeros(byte_ids.shape[0], JOINT_CLASSES, dtype=torch.float32, device=place.device)
-    replaced = torch.zeros((), dtype=torch.int64, device=place.device)
     excluded = torch.zeros((), dtype=torch.float64, device=place.device)
     chunks = int(chunk[-1]) + 1 if chunk.shape[0] else 0
     entries = _CPU_BLOCK_ENTRIES if states.device.type == "cpu" else _BLOCK_ENTRIES
@@ -201,13 +221,13 @@ def exact_targets(
         mass = TokenMass.of(tree, head(states[first : min(first + rows, chunks)]))
         excluded += mass.excluded.sum()
         pairs = pair_mass(mass, chunk[here] - first, node[here].clamp(min=0))
-        vanishing = (node[here] < 0) | (pairs.total < VANISHING)
-        scale = torch.where(vanishing, 0.0, 1.0 / pairs.total)
         at = place[here]
-        distribution[at[pairs.owner], pairs.joint] = (pairs.mass * scale[pairs.owner]).float()
-        distribution[at, END_OF_DOCUMENT_CLASS] = (pairs.end_of_text * scale).float()
-        distribution[at, label[here]] += vanishing.float()
-        replaced += vanishing.sum()
-    # what was clamped is noticed where hardly any mass is left
-    distribution /= distribution.sum(-1, keepdim=True).masked_fill_(~wanted[:, None], 1.0)
-    return ExactTargets(distribution, replaced, tree.columns.total(excluded), chunks)
+        distribution[at[pairs.owner], pairs.joint] = pairs.mass.float()
+        distribution[at, END_OF_DOCUMENT_CLASS] = pairs.end_of_text.float()
+    total = distribution.sum(-1)
+    scale = torch.where(total < VANISHING, 0.0, 1.0 / total)
+    scale[place[node < 0]] = 0.0
+    distribution *= scale[:, None]
+    vanishing = scale[place] == 0
+    distribution[place, labels[place]] += vanishing.float()
+    return ExactTargets(distribution, vanishing.sum(), tree.columns.total(excluded), chunks)

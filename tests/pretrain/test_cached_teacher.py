@@ -142,7 +142,7 @@ def test_contexts_go_on_from_window_to_window(job: Job, whole: str, tmp_path: Pa
 def refused(job: Job, whole: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     def refused(*flags: str, says: str) -> None:
         capsys.readouterr()
-        assert train(job, whole, tmp_path / "refused", *flags) == 2
+        assert train(job, whole, tmp_path / "refused", "--fresh", *flags) == 2
         message = capsys.readouterr().err
         assert says in message and "Traceback" not in message, message
 
