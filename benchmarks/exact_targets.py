@@ -33,8 +33,8 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -71,7 +71,13 @@ BYTES_PER_TOKEN = 4.4
 TARGETS, HEAD, TEACHER, OTHER = "targets", "head", "teacher", "student"
 
 _aten = torch.ops.aten
-_READS_WHAT_IT_TAKES = {_aten.index.Tensor, _aten.index_select.default, _aten.gather.default, _aten.embedding.default}
+_READS_WHAT_IT_TAKES = {
+    _aten.index.Tensor,
+    _aten.index_select.default,
+    _aten.gather.default,
+    _aten.embedding.default,
+    _aten.searchsorted.Tensor,
+}
 _FREE = {_aten.detach, _aten.alias, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
 
 
@@ -278,9 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_large_buffers()
     rates = (arguments.matmul_rate, arguments.copy_rate)
     seq_length, presets = (2048, PRESETS[-1:]) if arguments.quick else (8192, PRESETS)
-    print(
-        f"microseconds a byte of text at {rates[0] / 1e12:.0f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s; rows of {seq_length}"
-    )
+    card = f"{rates[0] / 1e12:.0f} TFLOP/s and {rates[1] / 1e12:.2f} TB/s"
+    print(f"microseconds a byte of text at {card}; rows of {seq_length} bytes")
     names = (TARGETS, HEAD, TEACHER, OTHER)
     print(f"{'':16}" + "".join(f"{name:>10}" for name in names) + "   share of the step   of its products alone")
     published = []
@@ -290,10 +295,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             entry = at_published_shape(preset, stage, seq_length, table, rates)
             published.append(entry)
             cells = "".join(f"{entry['microseconds_per_byte'][name]:10.4f}" for name in names)
-            print(
-                f"{preset:13}{stage}{cells}   {entry['share_of_step']:17.2%}   {entry['share_of_products']:22.2%}",
-                flush=True,
-            )
+            shares = f"   {entry['share_of_step']:17.2%}   {entry['share_of_products']:25.2%}"
+            print(f"{preset:13} {stage}{cells}{shares}", flush=True)
     print("microseconds a byte of text on this CPU, one thread: 2a at the tiny preset's widths")
     small = []
     for vocab_size in (4096, 32_768) if arguments.quick else (4096, 32_768, 128_256):
