@@ -5,9 +5,10 @@
     python benchmarks/cached_teacher.py --quick     # few updates: under a minute
 
 The embedded teacher's targets for a part of its text are stored with 512, 32 and 8 pairs a byte. Then the same updates
-are made from the same weights with the teacher running and from each cache, in turns, and timed (CPU seconds). Reported for each
-stage: the ratio of the times, and by how much the stored targets miss the exact ones: Kullback–Leibler divergence of
-the restored distribution from the exact one, nats a byte, mean over training rows. The last line is one JSON object.
+are made from the same weights with the teacher running and from each cache, in turns, and their CPU seconds taken.
+Reported for each stage: the ratio of the times; for each cache its size, and by how much the stored targets miss the
+exact ones: Kullback–Leibler divergence of the restored distribution from the exact one, nats a byte, mean over training
+rows. The last line is one JSON object.
 """
 
 from __future__ import annotations

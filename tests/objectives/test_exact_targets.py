@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from megabyte_distill.data.packing import PackedRow, Segment, pack_row
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.objectives import exact_targets as module
 from megabyte_distill.objectives.byte_tree import ByteTree
-from megabyte_distill.objectives.exact_targets import ExactTargets, PairMass, TokenMass, exact_targets, pair_mass
+from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
+from megabyte_distill.objectives.target_check import EveryToken
 
 TOKENS: list[bytes | None] = [
     None,  # 0 end of text
@@ -175,99 +175,52 @@ def test_rows_are_the_same_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -
     assert float(parts.excluded) == pytest.approx(float(whole.excluded), rel=1e-12)
 
 
-class Large(NamedTuple):
-    """A large vocabulary with every token's way through its tree."""
-
-    table: TokenBytes
-    tree: ByteTree
-    text_ids: Tensor
-    """[A] ids of all allowed tokens."""
-    entry: Tensor
-    """[bytes of all of them] which entry of the tree each byte takes."""
-    node: Tensor
-    """[the same] the node before each byte."""
-    owner: Tensor
-    """[the same] position in ``text_ids``."""
-    same: Tensor
-    """[A] a number for each distinct byte string."""
-
-
 @cache
-def large(vocab_size: int) -> Large:
-    table = worded_table(vocab_size)
-    tree = ByteTree.of(table)
-    ids = tree.order[: tree.allowed]
-    lengths = torch.from_numpy(table.lengths.astype(np.int64))[ids]
-    owner = torch.repeat_interleave(torch.arange(ids.shape[0]), lengths)
-    text = torch.from_numpy(table.concatenate(ids.numpy()).astype(np.int64))
-    last = torch.zeros(text.shape[0], dtype=torch.bool)
-    last[lengths.cumsum(0) - 1] = True
-    inside = tree.nodes_along(text, last)  # behind each byte; tokens follow one another
-    node = torch.cat((torch.zeros(1, dtype=torch.int64), inside[:-1]))
-    joint = joint_class(text, last.to(torch.int64))
-    of_entry = torch.repeat_interleave(
-        torch.arange(tree.entry_first.shape[0] - 1), tree.entry_first[1:] - tree.entry_first[:-1]
-    )
-    keys = of_entry * JOINT_CLASSES + tree.entry_class
-    order = keys.argsort()
-    wanted = node * JOINT_CLASSES + joint
-    entry = order[torch.searchsorted(keys[order], wanted)]
-    assert torch.equal(keys[entry], wanted)
-    numbers: dict[bytes, int] = {}
-    same = torch.tensor([numbers.setdefault(table[token], len(numbers)) for token in ids.tolist()])
-    return Large(table, tree, ids, entry, node, owner, same)
+def large(vocab_size: int) -> EveryToken:
+    return EveryToken(worded_table(vocab_size))
 
 
 def drawn_logits(kind: str, vocab_size: int) -> Tensor:
-    logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size))
     if kind == "one token":
-        logits[0, 1234] = 18.0  # 0.998 of the mass, beside neighbours of 1e-8
+        logits[1234] = 18.0  # 0.998 of the mass, beside neighbours of 1e-8
         return logits
     return logits * {"flat": 2.0, "peaked": 8.0}[kind]
 
 
-def every_node(case: Large, logits: Tensor) -> PairMass:
-    nodes = torch.arange(case.tree.entry_first.shape[0] - 1)
-    return pair_mass(TokenMass.of(case.tree, logits), torch.zeros_like(nodes), nodes)
-
-
 @pytest.mark.parametrize("kind", ["flat", "peaked", "one token"])
 @pytest.mark.parametrize("vocab_size", [128_256, 151_936])
-def test_every_node_and_every_token_of_a_large_vocabulary(vocab_size: int, kind: str) -> None:
-    case, logits = large(vocab_size), drawn_logits(kind, vocab_size)
-    pairs = every_node(case, logits)
-    total = pairs.end_of_text.index_add(0, pairs.owner, pairs.mass)
-    # brute force: token by token in fp64
-    p = logits[0].double().softmax(-1)
-    spelled = torch.zeros_like(p).index_add_(0, case.same, p[case.text_ids])[case.same]
-    allowed = p[case.text_ids].sum() + p[case.table.end_of_text_id]
-    extending = torch.zeros_like(total).index_add_(0, case.node, p[case.text_ids][case.owner])
-    extending[0] += p[case.table.end_of_text_id]
-    # against the root, as in the targets: torch's fp32 softmax itself sums to 1 ± 3e-5 here
-    error = (total / total[0] - extending / allowed).abs() - 1e-5 * extending / allowed
-    assert float(error.max()) < 1e-15 and float(pairs.mass.min()) >= 0
-    products = torch.zeros_like(spelled).index_add_(
-        0, case.owner, (pairs.mass[case.entry] / total[case.node]).log()
-    ).exp()  # fmt: skip
-    smallest = torch.ones_like(spelled).scatter_reduce_(0, case.owner, total[case.node], "amin")
-    judged = smallest >= module.VANISHING
-    error = (products - spelled / allowed).abs() - 1e-5 * spelled / allowed
-    assert float(error[judged].max()) < 1e-15 and int(judged.sum()) > 1000
+def test_every_prefix_and_every_token_of_a_large_vocabulary(vocab_size: int, kind: str) -> None:
+    errors = large(vocab_size).errors(drawn_logits(kind, vocab_size))
+    assert errors.is_exact and errors.tokens > (40_000 if kind == "peaked" else 128_000 - 1), errors
+
+
+def test_every_token_of_a_small_one_with_duplicates_and_split_characters() -> None:
+    for seed in range(5):
+        logits = some_logits(row_of(TEXT), 3.0, seed)
+        assert all(EveryToken(TABLE).errors(row).is_exact for row in logits)
+
+
+@pytest.mark.parametrize("singles", [0, 1 << 20])
+def test_the_size_of_spans_changes_nothing(monkeypatch: pytest.MonkeyPatch, singles: int) -> None:
+    monkeypatch.setattr(module, "_SINGLES_UP_TO", singles)
+    errors = EveryToken(worded_table(5000)).errors(drawn_logits("flat", 5000))
+    assert errors.is_exact and errors.tokens == 5000 - 256
 
 
 def test_fp32_sums_would_not_do() -> None:
-    """The test above can fail: plain fp32 sums differ by much more than it allows."""
-    case = large(128_256)
-    p = drawn_logits("one token", 128_256)[0].softmax(-1)[case.tree.order]
+    """What is promised above is far from what plain fp32 sums give."""
+    tree = large(128_256).tree
+    p = drawn_logits("one token", 128_256).softmax(-1)[tree.order]
     before = torch.nn.functional.pad(p.cumsum(0), (1, 0))
-    single = (before[1:] - before[:-1])[: case.tree.allowed]
-    assert float((single / p[: case.tree.allowed] - 1).abs().max()) > 1e-2
+    single = (before[1:] - before[:-1])[: tree.allowed]
+    assert float((single / p[: tree.allowed] - 1).abs().max()) > 1e-2
 
 
 def test_a_whole_row_under_a_large_vocabulary_sums_to_one_on_every_byte() -> None:
     case = large(128_256)
     generator = torch.Generator().manual_seed(5)
-    ids = case.text_ids[torch.randint(case.tree.allowed, (60,), generator=generator)]
+    ids = case.ids[torch.randint(case.tree.allowed, (60,), generator=generator)]
     byte_ids = torch.tensor([BOS_BYTE, *case.table.concatenate(ids.numpy()).tolist()])
     bits = torch.zeros(byte_ids.shape[0], dtype=torch.bool)
     bits[torch.from_numpy(np.cumsum([0, *case.table.lengths[ids.numpy()].tolist()]))] = True
@@ -281,7 +234,7 @@ def test_a_whole_row_under_a_large_vocabulary_sums_to_one_on_every_byte() -> Non
     picked = found.distribution.gather(1, labels[:, None])[:, 0].double().log()
     chunk = bits.to(torch.int64).cumsum(0) - 1
     products = torch.zeros(61, dtype=torch.float64).index_add_(0, chunk, picked)[:60]
-    allowed = log_p[:60][:, [*case.text_ids.tolist(), case.table.end_of_text_id]].logsumexp(-1)
+    allowed = log_p[:60][:, [*case.ids.tolist(), case.table.end_of_text_id]].logsumexp(-1)
     expected = log_p[torch.arange(60), ids] - allowed
     judged = expected > math.log(1e-10)
     torch.testing.assert_close(products[judged], expected[judged], atol=1e-5, rtol=0)
