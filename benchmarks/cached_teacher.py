@@ -124,7 +124,7 @@ def divergence(root: Path, dataset: ByteTokenDataset, cache: Path, rows: int) ->
             exact = exact_targets(
                 tree,
                 teacher.backbone(teacher.backbone.embed(row.tokens), row.cu_chunks),
-                teacher.backbone.own_logits,
+                head=teacher.backbone.own_logits,
                 byte_ids=row.byte_ids,
                 bits=row.bits,
                 labels=row.labels,

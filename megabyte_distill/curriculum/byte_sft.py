@@ -149,7 +149,7 @@ class _TeacherTargets:
         found = exact_targets(
             self._tree,
             states,
-            self.teacher.own_logits,
+            head=self.teacher.own_logits,
             byte_ids=row.byte_ids,
             bits=row.bits,
             labels=row.labels,

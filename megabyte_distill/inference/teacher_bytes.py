@@ -32,7 +32,7 @@ class TeacherBytes:
             raise ValueError("the teacher's vocabulary is cut over ranks; spell bytes without tensor parallelism")
         if rows < 1:
             raise ValueError(f"{rows} texts; expected at least one")
-        self._teacher, self._table = teacher, table
+        self._teacher = teacher
         self._tree = ByteTree.of(table).to(teacher.device)
         self._cache = teacher.init_cache(rows)
         self._nodes = torch.zeros(rows, dtype=torch.int64, device=teacher.device)
@@ -172,25 +172,24 @@ def sample_texts(
 
 
 @torch.no_grad()
-def score_teacher_bytes(teacher: Backbone, tree: ByteTree, table: TokenBytes, row: PackedRow) -> RowScore:
+def score_teacher_bytes(teacher: Backbone, tree: ByteTree, row: PackedRow) -> RowScore:
     """The teacher's exact code length of a row's text as (byte, bit) pairs, by segment.
 
     The token NLL, less what is gained by never drawing an id that cannot be text and by counting equal spellings
-    together. ``tree``: of ``table``, with the teacher's columns. Collective over tensor-parallel ranks.
+    together. ``tree``: of the teacher's vocabulary, with its columns. Collective over tensor-parallel ranks.
     """
     hidden = teacher(teacher.embed(row.tokens), row.cu_chunks)
     size = max(1, _LOGIT_ENTRIES // max(1, tree.columns.count))
     parts = zip(torch.split(hidden, size), torch.split(row.token_labels, size), strict=True)
-    nll = torch.cat([_pair_nll(teacher, tree, table, states, labels) for states, labels in parts])
-    return token_row_score(nll, row)
+    return token_row_score(torch.cat([_pair_nll(teacher, tree, states, labels) for states, labels in parts]), row)
 
 
-def _pair_nll(teacher: Backbone, tree: ByteTree, table: TokenBytes, hidden: Tensor, labels: Tensor) -> Tensor:
+def _pair_nll(teacher: Backbone, tree: ByteTree, hidden: Tensor, labels: Tensor) -> Tensor:
     """[m] fp64 nats."""
     logits = teacher.own_logits(hidden)
     log_p = tree.columns.log_softmax(logits.float())
     spelled = tree.columns.of_labels(log_p, labels).double()
-    for group in table.duplicates:
+    for group in tree.alike:
         here = torch.isin(labels, torch.tensor(group, device=labels.device))
         if bool(here.any()):
             each = [tree.columns.of_labels(log_p, torch.full_like(labels, token)) for token in group]

@@ -47,6 +47,8 @@ class ByteTree:
     """[K] int64, the node behind the edge; −1 where no token goes on."""
     longest: int
     """Bytes of the longest allowed token."""
+    alike: tuple[tuple[int, ...], ...]
+    """Ids of allowed tokens that are spelled alike, each group ascending."""
 
     @classmethod
     def of(cls, table: TokenBytes, columns: VocabularyColumns | None = None) -> ByteTree:
@@ -83,6 +85,7 @@ class ByteTree:
             edge_key=torch.from_numpy(256 * edges.node + edges.byte),
             edge_node=torch.from_numpy(edges.behind),
             longest=int(lengths[order].max()),
+            alike=tuple(group for group in table.duplicates if not forbidden[group[0]]),
         )
 
     def to(self, device: torch.device | str) -> ByteTree:

@@ -190,8 +190,8 @@ def pair_mass(mass: TokenMass, rows: Tensor, nodes: Tensor) -> PairMass:
 def exact_targets(
     tree: ByteTree,
     states: Tensor,
-    head: Callable[[Tensor], Tensor],
     *,
+    head: Callable[[Tensor], Tensor] | None = None,
     byte_ids: Tensor,
     bits: Tensor,
     labels: Tensor,
@@ -202,7 +202,7 @@ def exact_targets(
     Args:
         tree: of the teacher's vocabulary, with this rank's columns.
         states: [M, E] of the teacher on the gold tokens: row j holds its belief about what follows chunk j.
-        head: this rank's columns of the logits [m, C] of states [m, E].
+        head: this rank's columns of the logits [m, C] of states [m, E]; None where ``states`` are those already.
         byte_ids, bits, labels: [P] of the row.
         wanted: [P] bool, bytes that get a target.
     """
@@ -218,7 +218,8 @@ def exact_targets(
     cuts = torch.searchsorted(chunk, torch.tensor([*starts, chunks], device=chunk.device)).tolist()
     for first, low, high in zip(starts, cuts, cuts[1:], strict=False):
         here = slice(low, high)
-        mass = TokenMass.of(tree, head(states[first : min(first + rows, chunks)]))
+        part = states[first : min(first + rows, chunks)]
+        mass = TokenMass.of(tree, part if head is None else head(part))
         excluded += mass.excluded.sum()
         pairs = pair_mass(mass, chunk[here] - first, node[here].clamp(min=0))
         at = place[here]

@@ -172,7 +172,7 @@ class Maker:
         found = exact_targets(
             self._tree,
             self._teacher(self._teacher.embed(row.tokens), row.cu_chunks),
-            self._teacher.own_logits,
+            head=self._teacher.own_logits,
             byte_ids=row.byte_ids,
             bits=row.bits,
             labels=row.labels,

@@ -47,7 +47,7 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(stud
         target = exact_targets(
             ByteTree.of(TABLE),
             teacher(teacher.embed(row.tokens), row.cu_chunks),
-            teacher.own_logits,
+            head=teacher.own_logits,
             byte_ids=row.byte_ids,
             bits=row.bits,
             labels=row.labels,

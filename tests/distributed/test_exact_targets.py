@@ -44,7 +44,7 @@ def compare(ranks: World) -> dict[str, Any]:
             return states if columns is None else states[:, columns.first : columns.first + columns.count]
 
         return exact_targets(
-            ByteTree.of(table, columns), logits, head,
+            ByteTree.of(table, columns), logits, head=head,
             byte_ids=row.byte_ids, bits=row.bits, labels=row.labels, wanted=row.loss_mask,
         )  # fmt: skip
 

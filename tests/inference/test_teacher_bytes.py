@@ -33,7 +33,7 @@ def targets_of(teacher: Backbone, row: PackedRow) -> Tensor:
     return exact_targets(
         ByteTree.of(TABLE),
         teacher(teacher.embed(row.tokens), row.cu_chunks),
-        teacher.own_logits,
+        head=teacher.own_logits,
         byte_ids=row.byte_ids,
         bits=row.bits,
         labels=row.labels,
@@ -109,7 +109,7 @@ def _assert_drawn(drawn: list[int], p: Tensor, names: list[int]) -> None:
 def test_the_exact_score_is_the_token_nll_less_the_disallowed_mass(teacher: Backbone) -> None:
     row = row_of(TEXT)
     tree = ByteTree.of(TABLE, teacher.columns)
-    exact, tokens = score_teacher_bytes(teacher, tree, TABLE, row), score_tokens(teacher, row)
+    exact, tokens = score_teacher_bytes(teacher, tree, row), score_tokens(teacher, row)
     assert torch.equal(exact.bytes, tokens.bytes) and exact.ends == tokens.ends == 1
     p = teacher.logits(teacher(teacher.embed(row.tokens), row.cu_chunks)).double().softmax(-1)
     allowed = p[:, [*ALLOWED, 0]].sum(-1).log2()

@@ -88,7 +88,6 @@ def targets_of(row: PackedRow, logits: Tensor, bits: Tensor | None = None) -> Ex
     return exact_targets(
         ByteTree.of(TABLE),
         logits,
-        lambda states: states,
         byte_ids=row.byte_ids,
         bits=row.bits if bits is None else bits,
         labels=row.labels,
@@ -226,9 +225,7 @@ def test_a_whole_row_under_a_large_vocabulary_sums_to_one_on_every_byte() -> Non
     bits[torch.from_numpy(np.cumsum([0, *case.table.lengths[ids.numpy()].tolist()]))] = True
     labels = torch.cat((joint_class(byte_ids, bits.to(torch.int64))[1:], torch.tensor([END_OF_DOCUMENT_CLASS])))
     logits = 2.0 * torch.randn(61, 128_256, generator=generator)
-    found = exact_targets(
-        case.tree, logits, lambda x: x, byte_ids=byte_ids, bits=bits, labels=labels, wanted=bits | True
-    )
+    found = exact_targets(case.tree, logits, byte_ids=byte_ids, bits=bits, labels=labels, wanted=bits | True)
     assert float((found.distribution.sum(-1) - 1).abs().max()) < 1e-6 and float(found.distribution.min()) >= 0
     log_p = logits.double().log_softmax(-1)
     picked = found.distribution.gather(1, labels[:, None])[:, 0].double().log()
