@@ -120,9 +120,6 @@ def _data(settings: Settings) -> Iterator[str]:
         "--valid-data-path": bool(data.valid_data_path),
         "--split": data.split is not None,
     }
-    caches = [stage for stage, config in settings.stages.items() if config.logits_load_dir is not None]
-    if data.mock_data and caches and not settings.run.dry_run:
-        yield f"stage {', '.join(caches)}: --mock-data is random text, of which --logits-load-dir knows nothing"
     if data.mock_data:
         for flag, is_given in given.items():
             if is_given:
