@@ -59,11 +59,16 @@ def run(arguments: argparse.Namespace) -> None:
     from megabyte_distill.config.blend import parse_split
     from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher
     from megabyte_distill.data.dataset import open_blend, split_documents
+    from megabyte_distill.parallel import cpu_megatron
+    from megabyte_distill.parallel.cpu_memory import keep_large_buffers
     from megabyte_distill.parallel.process_groups import world
     from megabyte_distill.pretrain.cache_teacher import make_cache
     from megabyte_distill.training.target_cache import teacher_hash
 
-    with world() as ranks:
+    if cpu_megatron.apply():
+        keep_large_buffers()
+    # ranks wait for the slowest one at the end
+    with world(timeout_minutes=24 * 60) as ranks:
         stored = find_teacher(arguments.load)
         datasets, _ = open_blend(arguments.data_path, tokenizer_hash=stored.token_bytes.hash)
         if arguments.split:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megabyte_distill.alphabet import JOINT_CLASSES
@@ -274,6 +275,7 @@ def _make(
             f"ETA {duration((len(left) - count) * seconds / count)}"
         )
     seconds = max(time.monotonic() - started, 1e-9)
+    dist.barrier()
     on_main_rank(world, lambda: _end(folder, shards))
     cache = TargetCache(folder)
     found = cache.shards
@@ -305,6 +307,11 @@ def _begin(folder: Path, identity: CacheIdentity) -> None:
 
 
 def _end(folder: Path, shards: Sequence[Shard]) -> None:
+    missing = [shard.name for shard in shards if shard.load(folder) is None]
+    if missing:
+        raise ValueError(
+            f"{folder}: {len(missing)} shards went missing, {missing[0]} first; start the same command again"
+        )
     if not (folder / MANIFEST_FILE).exists():
-        finish(folder, [found for shard in shards if (found := shard.load(folder)) is not None])
+        finish(folder, shards)
     TargetCache(folder).verify_all()

@@ -14,7 +14,7 @@ import pytest
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.training.target_cache import TargetCache
 from tests.data.preprocessing import preprocess
-from tests.pretrain.job import WORDS, Job, metrics, run_command, weights, write_data, write_teacher
+from tests.pretrain.job import ROOT, WORDS, Job, metrics, run_command, torchrun, weights, write_data, write_teacher
 from tools.cache_teacher import main
 
 ROW_BYTES = 256
@@ -109,6 +109,16 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_files(job: Job
     done = run_command([sys.executable, "-m", "tests.pretrain.cache_killer", str(folder), "4", "2", *flags])
     assert done.returncode == 0, done.stderr
     assert files_of(folder) == files_of(wanted)
+
+
+def test_two_ranks_share_the_work_and_write_the_same_files(job: Job, whole: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(cache_flags(job, whole, one)) == 0
+    command = [str(ROOT / "tools" / "cache_teacher.py"), *cache_flags(job, whole, two, "--json")]
+    done = run_command(torchrun(*command, processes=2))
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads(done.stdout.splitlines()[-1])["shards_made"] < len(list(two.glob("*.bin")))
+    assert files_of(one) == files_of(two)
 
 
 def test_contexts_go_on_from_window_to_window(job: Job, whole: str, tmp_path: Path) -> None:
