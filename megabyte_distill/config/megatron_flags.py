@@ -288,10 +288,9 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             ),
             _always("no-gradient-accumulation-fusion", "gradients are accumulated by megatron's DDP"),
             _absent("cross-entropy-loss-fusion cross-entropy-fusion-impl", "the losses are this package's own"),
-            _absent(
-                "logits-save-dir logits-load-dir logits-save-top-k logits-load-kd-loss-alpha",
-                "the teacher runs beside the student, over its whole vocabulary; see --byte-targets, --kd-loss-alpha",
-            ),
+            _same("logits-load-dir", "the teacher's exact byte targets, stored; in 2a and 2b"),
+            _other("logits-save-dir logits-save-top-k", "give it to tools/cache_teacher.py"),
+            _other("logits-load-kd-loss-alpha", "give --kd-loss-alpha"),
             _absent("multi-latent-attention mtp-num-layers hybrid-layer-pattern", "no supported teacher has them"),
         ),
     }

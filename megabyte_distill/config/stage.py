@@ -125,6 +125,11 @@ class StageConfig:
         high=1,
         stages=("2a", "2b"),
     )
+    logits_load_dir: str | None = option(
+        None,
+        "folder of tools/cache_teacher.py from which the exact targets are read, instead of running the teacher",
+        stages=("2a", "2b"),
+    )
     align_loss_scale: AlignLossScale = option(
         AlignLossScale.TABLE_VARIANCE, "what the alignment error is divided by", stages=("1a",)
     )

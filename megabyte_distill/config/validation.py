@@ -325,6 +325,8 @@ def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
         )
     if config.kd_loss_alpha != StageConfig().kd_loss_alpha and config.byte_targets is not ByteTargets.MIXED:
         yield f"stage {stage}: --kd-loss-alpha weighs --byte-targets mixed, which is {config.byte_targets.value} here"
+    if config.logits_load_dir is not None and config.byte_targets is ByteTargets.HARD:
+        yield f"stage {stage}: --logits-load-dir holds the targets of --byte-targets exact or mixed, which is hard here"
     yield from (f"stage {stage}: {problem}" for problem in _recompute_problems(config))
     if config.freeze_backbone and config.backbone_lr is not None:
         yield f"stage {stage}: --freeze-backbone and --backbone-lr contradict each other; leave one out"

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from megabyte_distill.config import Settings, StageConfig
 from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.config.stage import ByteTargets
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.memory.in_flight import worst_moment
 from megabyte_distill.memory.live_bytes import LiveBytes
@@ -238,10 +238,8 @@ def _run_micro_batch(
     bytes_per_chunk: float,
 ) -> MicroBatch:
     row = even_row(config, bytes_per_chunk)
-    needs_table = stage.teacher(config) is TeacherNeed.FROZEN and stage.name.startswith("2")
-    table: TokenBytes | None = None
-    if needs_table and built.teacher is not None:
-        table = even_tokens(virtual_stages(built.teacher)[0].backbone_config.vocab_size)
+    needs_table = config.byte_targets is not ByteTargets.HARD and stage.name.startswith("2")
+    table = even_tokens(part.backbone.backbone_config.vocab_size) if needs_table else None  # type: ignore[union-attr]
     with WithoutValues(), FusedAttention():  # type: ignore[no-untyped-call]
         objective = stage.objective(config, built.teacher, table)
         with ExitStack() as stack:

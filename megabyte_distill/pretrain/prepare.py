@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,15 @@ from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENI
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.data.mock import MockRowStream
-from megabyte_distill.data.sampler import RowStream
+from megabyte_distill.data.sampler import RowPlan, RowStream
+from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
 from megabyte_distill.runs import stage_progress, teacher_path
 from megabyte_distill.training.checkpoint import find_checkpoint
+from megabyte_distill.training.target_cache import TargetCache, teacher_hash
 
 WRITTEN_BY_RUNS = (
     *STAGE_ORDER,
@@ -217,6 +220,21 @@ def data_sets(settings: Settings, prepared: Prepared) -> tuple[WeightedSets, Wei
                 sets.append(dataset.subset(documents))
                 kept.append(weight)
     return parts
+
+
+def stored_targets(
+    settings: Settings, config: StageConfig, prepared: Prepared, rows: RowStream
+) -> Callable[[RowPlan], StoredTargets] | None:
+    """What gives the exact targets of a stage's planned rows from ``--logits-load-dir``; None where it is not given.
+
+    ValueError where the cache is incomplete, damaged, or of another teacher, tokenizer or text.
+    """
+    if config.logits_load_dir is None:
+        return None
+    cache = TargetCache(Path(config.logits_load_dir), verify=settings.checkpoint.verify_checkpoint)
+    teacher = teacher_hash(find_checkpoint(prepared.teacher))
+    cache.require(tokenizer_hash=prepared.token_bytes.hash, teacher=teacher, datasets=rows.datasets)
+    return lambda plan: cache.of_row(plan, rows.datasets, rows.row_bytes)
 
 
 def row_streams(

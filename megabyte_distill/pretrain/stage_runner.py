@@ -21,7 +21,7 @@ from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import joined, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
+from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point, stored_targets
 from megabyte_distill.runs import StageProgress, backbone_overrides, build_model, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.invariants import Invariants
@@ -137,6 +137,7 @@ class StageRunner:
     def _loop(self, stage: Stage, config: StageConfig, student: nn.Module, teacher: nn.Module | None) -> Loop:
         settings, world = self.settings, self.world
         train, valid = row_streams(settings, config, self.prepared, stage.name)
+        stored = stored_targets(settings, config, self.prepared, train)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
         objective = stage.objective(config, teacher, self.prepared.token_bytes)
         return Loop(
@@ -153,7 +154,7 @@ class StageRunner:
                 position=self.position,
             ),
             objective=objective,
-            rows=MicroBatches(train, config, world, document_mask=mask),
+            rows=MicroBatches(train, config, world, document_mask=mask, stored_targets=stored),
             config=config,
             run_config=settings.run,
             world=world,

@@ -126,6 +126,21 @@ def test_activations_are_those_of_a_real_run(stage: str, flags: str) -> None:
         assert memory.kept == pytest.approx(total[0], rel=0.05)
 
 
+@pytest.mark.parametrize("flags", ["--byte-targets exact", "--byte-targets exact --logits-load-dir somewhere"])
+def test_exact_targets_are_counted_beside_a_teacher_or_from_a_cache(flags: str) -> None:
+    settings, (rank,) = reckoned(f"--stages 2a {flags}")
+    (memory,) = rank.virtual_stages
+    is_cached = "logits-load-dir" in flags
+    assert (rank.teacher == 0) == is_cached
+    config = settings.stages["2a"]
+    with world():
+        student, teacher, _ = real_models(settings, STAGES["2a"])
+        objective = STAGES["2a"].objective(config, teacher, even_tokens(BACKBONE.vocab_size))
+        real = measured(student.train(), objective, even_row(config, BYTES_PER_CHUNK))
+    assert memory.kept == pytest.approx(real.kept, rel=0.01)
+    assert memory.peak == pytest.approx(real.peak, rel=0.01)
+
+
 def test_in_a_pipeline_the_first_stage_has_the_most_micro_batches_in_flight() -> None:
     flags = "--pipeline-model-parallel-size 2 --stages 2b"
     _, (first, last) = reckoned(flags, world_size=2)
