@@ -52,11 +52,15 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
+    group: int | None = None
+    """Micro-batches that a virtual stage takes at a turn."""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     overlap: bool = False
     """Gradients are reduced during the backward pass, weights gathered during the forward pass."""
     bf16: bool = False
+    cases: tuple[str, ...] | None = None
+    """Those that are run; all where they are not named."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,7 +74,8 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "PP2": Layout(pipeline=2),
         "PP2, bf16": Layout(pipeline=2, bf16=True),
         "PP2 x VPP2": Layout(pipeline=2, virtual=2),
-        "PP2 x VPP2, bf16": Layout(pipeline=2, virtual=2, bf16=True),
+        "PP2 x VPP2 in groups of 4": Layout(pipeline=2, virtual=2, group=4, cases=("1b", "2b router, causal")),
+        "PP2 x VPP2, bf16": Layout(pipeline=2, virtual=2, bf16=True, cases=("1b", "2b router, causal")),
         "TP2 + SP": Layout(tensor=2, sequence_parallel=True),
         "DP2": Layout(),
         "DP2 + distributed optimizer": Layout(distributed_optimizer=True),
@@ -82,7 +87,11 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "PP4": Layout(pipeline=4),
         "PP2 x DP2 + distributed optimizer": Layout(pipeline=2, distributed_optimizer=True, overlap=True),
         "PP2 x VPP2 x DP2 + distributed optimizer": Layout(
-            pipeline=2, virtual=2, distributed_optimizer=True, overlap=True
+            pipeline=2,
+            virtual=2,
+            distributed_optimizer=True,
+            overlap=True,
+            cases=("1a", "1b tied", "2a", "2b router, causal"),
         ),
     },
 }
@@ -113,6 +122,10 @@ CASES = {
     "2b router, official": Case("2b", _ROUTER, mode=DechunkMode.OFFICIAL),
     "2b frozen, mixed": Case("2b", {"freeze_backbone": True, "byte_targets": ByteTargets.MIXED}),
 }
+
+
+def cases_of(layout: Layout) -> tuple[str, ...]:
+    return layout.cases or tuple(CASES)
 
 
 def model_config(case: Case) -> ModelConfig:
@@ -161,7 +174,11 @@ def _mine(rows: list[PackedRow], here: World) -> list[PackedRow]:
 
 def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, Any]:
     """Three updates; the same on every rank but for what each knows of its own weights."""
-    overrides = {"sequence_parallel": layout.sequence_parallel, "pipeline_dtype": layout.dtype}
+    overrides = {
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_dtype": layout.dtype,
+        "microbatch_group_size_per_vp_stage": layout.group,
+    }
     student = build_model(model_config(case), overrides=overrides)
     parts = virtual_stages(student)
     load_checkpoint(start_folder(start, case) / "iter_0000001", student)
@@ -245,7 +262,9 @@ def run_all(start: Path) -> dict[str, dict[str, Any]]:
     for name, layout in LAYOUTS[dist.get_world_size()].items():
         here = regroup(tensor_parallel=layout.tensor, pipeline_parallel=layout.pipeline, virtual_stages=layout.virtual)
         results[name] = {
-            title: _of_all_ranks(run_case(case, layout, here, start), here) for title, case in CASES.items()
+            title: _of_all_ranks(run_case(case, layout, here, start), here)
+            for title, case in CASES.items()
+            if title in cases_of(layout)
         }
         if name == SAVED_AGAIN:
             save_again(start / TRAINED, start / name, here)

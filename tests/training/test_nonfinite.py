@@ -183,16 +183,9 @@ def on_one_rank(world: World) -> str:
     return found(trained, objective, ROWS[2 * world.rank : 2 * world.rank + 2], world)
 
 
-def test_the_rank_is_named_on_all_ranks(tmp_path: Path) -> None:
-    both = run_ranks(tmp_path, "tests.training.test_nonfinite", "on_one_rank")
-    assert both[0] == both[1]
-    assert both[0].startswith("on rank 1, micro-batch 0: the output of byte_encoder.")
-
-
 def on_a_virtual_stage(world: World) -> str:
-    world = regroup(tensor_parallel=1, pipeline_parallel=2, virtual_stages=2)
     torch.manual_seed(2)
-    model = build_model(ModelConfig(backbone=replace(BACKBONE, num_layers=4), byte_side=BYTE_SIDE))
+    model = build_model(ModelConfig(backbone=replace(BACKBONE, num_layers=4), byte_side=BYTE_SIDE)).to(world.device)
     parts, config, stage = virtual_stages(model), StageConfig(), STAGES["2a"]
     for part in parts:
         set_trainable(part, stage.trains(config, BACKBONE))
@@ -202,11 +195,18 @@ def on_a_virtual_stage(world: World) -> str:
     return found(trained, stage.objective(config, None, None), ROWS[:2], world)
 
 
-def test_the_virtual_stage_is_named_on_all_ranks(tmp_path: Path) -> None:
-    both = run_ranks(tmp_path, "tests.training.test_nonfinite", "on_a_virtual_stage")
+def answers(world: World) -> list[str]:
+    copies = on_one_rank(world)
+    return [copies, on_a_virtual_stage(regroup(tensor_parallel=1, pipeline_parallel=2, virtual_stages=2))]
+
+
+def test_the_rank_and_its_virtual_stage_are_named_on_all_ranks(tmp_path: Path) -> None:
+    both = run_ranks(tmp_path, "tests.training.test_nonfinite", "answers")
     assert both[0] == both[1]
+    copies, stages = both[0]
+    assert copies.startswith("on rank 1, micro-batch 0: the output of byte_encoder.")
     where = "the output of backbone.decoder.layers.0.pre_mlp_layernorm of pipeline stage 2 has "
-    assert both[0].startswith(f"on rank 0, micro-batch 0: {where}"), both[0]
+    assert stages.startswith(f"on rank 0, micro-batch 0: {where}"), stages
 
 
 def test_a_byte_is_told_by_row_document_and_place(world: World) -> None:
