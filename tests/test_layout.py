@@ -64,6 +64,7 @@ EXPORTED = {
             "rotary",
             "router",
             "row_state",
+            "step_layers",
             "student",
         )
     ),

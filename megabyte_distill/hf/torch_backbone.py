@@ -16,11 +16,13 @@ from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.packed_attention import (
     KeyValueCache,
     LayerReach,
+    NewPositions,
     RotaryTable,
     cached_attention,
     packed_attention,
 )
 from megabyte_distill.model.rotary import packed_positions, rotate
+from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 
 Attend = Callable[[Tensor, Tensor, Tensor, int, LayerReach], Tensor]
 """(query [N, heads, d], key and value [N, groups, d], layer, its reach) → [N, heads · d]."""
@@ -93,6 +95,36 @@ class BackboneLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rotations, attend)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
+    def step_layer(self) -> StepLayer:
+        """Its weights: all queries, all keys, all values."""
+        attention, mlp = self.self_attn, self.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        begins = [0, attention.q_proj.out_features, attention.q_proj.out_features + attention.k_proj.out_features]
+        heads = [
+            [begin + place for place in range(0, projection.out_features, attention.head_dim)]
+            for begin, projection in zip(begins, projections, strict=True)
+        ]
+        after_attention = self.post_attention_layernorm
+        first, second = (
+            (after_attention, self.post_feedforward_layernorm)
+            if self.post_norm
+            else (self.input_layernorm, after_attention)
+        )
+        has_norm = attention.norm_kind is not QkNorm.NONE
+        return StepLayer(
+            projections=[(projection.weight, projection.bias) for projection in projections],
+            query_at=heads[0],
+            key_at=heads[1],
+            value_at=heads[2],
+            out=attention.o_proj.weight,
+            up=[mlp.gate_proj.weight, mlp.up_proj.weight],
+            down=mlp.down_proj.weight,
+            attention_norm=first.weight,
+            mlp_norm=second.weight,
+            query_norm=attention.q_norm.weight if has_norm else None,
+            key_norm=attention.k_norm.weight if has_norm else None,
+        )
+
 
 class BackboneStack(nn.Module):
     """Token embedding, layers and final norm: the ``model.`` of the parameters' names."""
@@ -133,6 +165,11 @@ class TorchBackbone(nn.Module):
         states: Tensor = self.model(x, self._rotations(packed_positions(cu_seqlens, x.shape[0])), attend)
         return states
 
+    def step_weights(self) -> StepBackbone:
+        """The weights themselves, for steps outside these modules."""
+        layers = [layer.step_layer() for layer in self.model.layers if isinstance(layer, BackboneLayer)]
+        return StepBackbone(config=self.backbone_config, layers=layers, final_norm=self.model.norm.weight)
+
     def init_cache(self, rows: int) -> KeyValueCache:
         """An empty key/value cache for :meth:`step`."""
         return KeyValueCache.empty(rows, self.model.norm.weight.device)
@@ -143,12 +180,23 @@ class TorchBackbone(nn.Module):
 
         Equal to :meth:`forward` on those rows' whole sequences.
         """
+        states = self.extend(x, cache, rows)
+        cache.lengths[rows] += 1
+        return states
+
+    @torch.no_grad()
+    def extend(self, x: Tensor, cache: KeyValueCache, rows: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """States [N, E] of positions x [N, E] behind what the cache's rows ``rows`` [N] hold.
+
+        A row may get several: ``offsets`` [N] counts them from 0 (the default). The caller moves ``cache.lengths`` on
+        by as many as he keeps.
+        """
+        new = NewPositions.of(cache, rows, offsets)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
-            return cached_attention(query, key, value, cache=cache, layer=layer, rows=rows, window=reach.window)
+            return cached_attention(query, key, value, cache=cache, layer=layer, new=new, window=reach.window)
 
-        states: Tensor = self.model(x, self._rotations(cache.lengths[rows]), attend)
-        cache.lengths[rows] += 1
+        states: Tensor = self.model(x, self._rotations(new.places), attend)
         return states
 
     def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megabyte_distill.model.packed_attention import KeyValueCache
+from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions
 
 _SMALLEST = 64
 """Positions a store has room for at first."""
@@ -73,19 +73,17 @@ class BranchingCache(KeyValueCache):
         self.lengths[rows] = sub.lengths
         self._seen = set()
 
-    def append(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one new position [K, groups, head_dim] of each row in ``rows`` [K]; return those rows' caches."""
+    def append(self, layer: int, new: NewPositions, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As :class:`KeyValueCache`, one new position of each row."""
+        count = new.rows.shape[0]
         if not self._seen or layer in self._seen:  # the first layer of a step
-            positions = self.lengths[rows]
-            longest = int(positions.max()) + 1
-            new = self._new_places(rows.shape[0], longest)
-            self.places[rows, positions] = new
-            self._read = self.places[rows, :longest]
+            self.places[new.rows, new.places] = self._new_places(count, new.needed)
+            self._read = self.places[new.rows, : new.needed]
             self._seen = set()
         self._seen.add(layer)
-        new = torch.arange(self.used - rows.shape[0], self.used, device=rows.device)
-        self._write(self.keys, layer, new, keys)
-        self._write(self.values, layer, new, values)
+        written = torch.arange(self.used - count, self.used, device=new.rows.device)
+        self._write(self.keys, layer, written, keys)
+        self._write(self.values, layer, written, values)
         return self.keys[layer][self._read], self.values[layer][self._read]
 
     def _new_places(self, count: int, longest: int) -> Tensor:

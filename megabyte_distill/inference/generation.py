@@ -6,7 +6,7 @@ A faster engine must give the same bytes.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -186,8 +186,7 @@ class Generation:
         self._limit = limit if limit is not None and longest + settings.max_new_bytes >= limit else None
         is_constrained = settings.utf8 is Utf8Mode.CONSTRAIN
         self._utf8 = Utf8Rows(self.prompts, self._device) if is_constrained else None
-        self._rows = [_Row() for _ in self.prompts]
-        self._is_over = False
+        self._rows = [WrittenRow() for _ in self.prompts]
 
     def _begin_official(self, student: Student) -> None:
         reader = OfficialReader(student, self.prompts)
@@ -207,8 +206,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[NewBytes]:
         """One :class:`NewBytes` a step, until every row has ended or ``max_new_bytes`` are there."""
-        yield from self._steps()
-        self._is_over = True
+        return self._steps()
 
     @torch.no_grad()
     def _steps(self) -> Iterator[NewBytes]:
@@ -269,13 +267,6 @@ class Generation:
             log_probabilities=chances,
         )
 
-    def written(self, row: int = 0) -> tuple[bytes, list[bool]]:
-        """(bytes, bits) of a row so far, without those that may yet turn out to begin a stop text. Bits mean nothing in
-        mode BYTES."""
-        own = self._rows[row]
-        size = len(own.byte_ids) if own.is_done or self._is_over else own.settled(self._settings.stop)
-        return bytes(own.byte_ids[:size]), own.bits[:size]
-
     def results(self) -> list[Generated]:
         """The continuation of each prompt, as far as it has been iterated over."""
         if self._read is not None:
@@ -298,7 +289,7 @@ class Generation:
 
 
 @dataclass
-class _Row:
+class WrittenRow:
     """What one row has written."""
 
     byte_ids: bytearray = field(default_factory=bytearray)
@@ -310,6 +301,7 @@ class _Row:
 
     @property
     def is_done(self) -> bool:
+        """True where nothing more may be written."""
         return self.ended or self.stopped_by is not None or self.is_full
 
     def add(self, byte: int, bit: bool, chance: float, stop: tuple[bytes, ...]) -> None:
@@ -377,23 +369,29 @@ def complete_characters(new_bytes: Iterator[int], begun: bytes = b"") -> Iterato
         yield rest
 
 
-def new_pairs(running: Generation) -> Iterator[tuple[int, bool]]:
-    """(byte, bit) of the continuation of a generation's first prompt, as they come; a stop text never shows."""
-    shown = 0
-    for _ in running:
-        byte_ids, bits = running.written()
-        yield from zip(byte_ids[shown:], bits[shown:], strict=True)
-        shown = len(byte_ids)
-    byte_ids, bits = running.written()
-    yield from zip(byte_ids[shown:], bits[shown:], strict=True)
+def new_pairs(steps: Iterable[NewBytes], stop: tuple[bytes, ...] = ()) -> Iterator[tuple[int, bool]]:
+    """(byte, bit) of the steps of one prompt's continuation, as they come; bits that are not known are False.
+
+    What may turn out to begin a ``stop`` text is held back, and a stop text never shows.
+    """
+    row, shown = WrittenRow(), 0
+    for new in steps:
+        bits = new.bits or [False] * len(new.byte_ids)
+        for byte, bit, chance in zip(new.byte_ids, bits, new.log_probabilities, strict=True):
+            row.add(byte, bit, chance, stop)
+        size = len(row.byte_ids) if row.is_done else row.settled(stop)
+        yield from zip(row.byte_ids[shown:size], row.bits[shown:size], strict=True)
+        shown = size
+    yield from zip(row.byte_ids[shown:], row.bits[shown:], strict=True)
 
 
-def new_bytes(running: Generation) -> Iterator[int]:
+def new_bytes(steps: Iterable[NewBytes], stop: tuple[bytes, ...] = ()) -> Iterator[int]:
     """The bytes of :func:`new_pairs`."""
-    return (byte for byte, _ in new_pairs(running))
+    return (byte for byte, _ in new_pairs(steps, stop))
 
 
 def stream(student: Student, prompt: str | bytes, settings: GenerationSettings | None = None) -> Iterator[str]:
     """The continuation of one prompt, character by character (:func:`complete_characters`). Errors come at the call."""
-    running = Generation(student, [prompt], settings or GenerationSettings())
-    return complete_characters(new_bytes(running), running.prompts[0])
+    settings = settings or GenerationSettings()
+    running = Generation(student, [prompt], settings)
+    return complete_characters(new_bytes(running, settings.stop), running.prompts[0])

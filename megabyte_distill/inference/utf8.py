@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB
 
-_LONGEST_OPEN = 3
+LONGEST_OPEN = 3
 """Bytes of a character that is not complete."""
 _START, _ONE, _TWO, _THREE, _AFTER_E0, _AFTER_ED, _AFTER_F0, _AFTER_F4 = range(8)
 """Where a reader stands: at a character's start, before the last one, two or three bytes of one, or behind a first byte
@@ -63,7 +64,7 @@ _TABLE = _transitions()
 def state_after(text: bytes) -> int:
     """Where a reader of ``text`` stands. A byte that cannot follow begins anew: what it breaks off is forgotten."""
     state = _START
-    for byte in text[-_LONGEST_OPEN:]:  # a character's first byte decides, whatever came before
+    for byte in text[-LONGEST_OPEN:]:  # a character's first byte decides, whatever came before
         state = _follow(state, byte)
     return state
 
@@ -91,13 +92,32 @@ def count_invalid(text: bytes, *, begun: bytes = b"", ended: bool = True) -> int
     return invalid + pending if ended else invalid
 
 
+def allowed_after(tails: Tensor) -> Tensor:
+    """[N, 256] bool: bytes that may go on texts that end in tails [N, 3] int64, and BOS between characters.
+
+    A shorter text is filled up in front with any byte below 128. Equal to :class:`Utf8Rows` where that allowed all.
+    """
+    table, follow = _tables(tails.device)
+    states = torch.zeros_like(tails[:, 0])
+    for column in tails.unbind(1):
+        states = follow[states, column]
+    return table[states] >= 0
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """[8, 256] int64 each: the next state or −1, and where a byte that cannot follow begins anew."""
+    table = torch.tensor(_TABLE, dtype=torch.int64, device=device)
+    return table, torch.where(table >= 0, table, table[_START].clamp(min=_START))
+
+
 class Utf8Rows:
     """R texts read byte by byte under :attr:`Utf8Mode.CONSTRAIN`."""
 
     def __init__(self, texts: Iterable[bytes], device: torch.device) -> None:
         """``texts``: what each row has read so far, of any bytes."""
         self._states = torch.tensor([state_after(text) for text in texts], dtype=torch.int64, device=device)
-        self._table = torch.tensor(_TABLE, dtype=torch.int64, device=device)
+        self._table, _ = _tables(device)
 
     def allowed(self) -> Tensor:
         """[R, 256] bool: bytes that may come next, BOS among them only between characters. Some byte always may."""

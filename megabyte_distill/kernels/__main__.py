@@ -1,7 +1,7 @@
 """``python -m megabyte_distill.kernels``: what is built, for which GPUs, which path each operator takes and why.
 
-``build [cuda|cpu]`` compiles: cuda (the default) fails on register spills and prints what every kernel uses; cpu is the
-build of the same sources for tests.
+``build [cuda|cpu|step]`` compiles: cuda (the default) fails on register spills and prints what every kernel uses;
+cpu is the build of the same sources for tests; step is what the engine generates with on this machine's CPU.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megabyte_distill.kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     building = commands.add_parser("build", help="compile the kernels")
-    building.add_argument("target", nargs="?", choices=("cuda", "cpu"), default="cuda")
+    building.add_argument("target", nargs="?", choices=("cuda", "cpu", "step"), default="cuda")
     building.add_argument("--if-missing", action="store_true", help="not where the library of these sources is there")
     building.add_argument("--arch", nargs="+", default=(), metavar="sm_90a", help="only these (default: all known)")
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         return _report()
-    if arguments.if_missing and build.library_path(arguments.target).exists():
+    target = arguments.target
+    wanted = build.step_library_path() if target == "step" else build.library_path(target)
+    if arguments.if_missing and wanted.exists():
         return 0
     try:
-        return _build_cuda(arguments.arch) if arguments.target == "cuda" else _build_cpu()
+        if target == "cuda":
+            return _build_cuda(arguments.arch)
+        print(build.build_step() if target == "step" else build.build_cpu())
+        return 0
     except build.BuildError as error:
         print(error, file=sys.stderr)
         return 1
@@ -53,11 +58,6 @@ def _build_cuda(architectures: Sequence[str]) -> int:
     return 1 if spilling else 0
 
 
-def _build_cpu() -> int:
-    print(build.build_cpu())
-    return 0
-
-
 def _report() -> int:
     import torch
 
@@ -71,6 +71,8 @@ def _report() -> int:
             print(f"{kind} library: {build.library_path(kind)}, for {' '.join(load(kind).targets)}")
         except ValueError as error:
             print(f"{kind} library: {error}")
+    step = build.step_library_path()
+    print(f"step library: {step if step.exists() else 'not built; python -m megabyte_distill.kernels build step'}")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     for mode in KernelMode:

@@ -1,14 +1,17 @@
 """Compiles csrc/*.cu into one library for CUDA with nvcc, and into one for the CPU with g++ for tests.
 
-Needs neither torch nor the network. The libraries stand in kernels/lib/, a hash of their sources in their names, so one
-of other sources is never loaded. Nothing is built behind a user's back: `make kernels` does it, `pip install .` does it
-where nvcc is there, and so does ``python -m megabyte_distill.kernels build``.
+A third library, from cpu_step/, is the engine's step on a CPU. Needs neither torch nor the network. The libraries stand
+in kernels/lib/, a hash of their sources in their names, so one of other sources is never loaded. Nothing is built
+behind a user's back: `make kernels` does it, `pip install .` does it where nvcc is there, and so does
+``python -m megabyte_distill.kernels build``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
+STEP_SOURCES = Path(__file__).parent / "cpu_step"
 LIBRARIES = Path(__file__).parent / "lib"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 """Binaries for Ampere, Hopper and Blackwell; other GPUs compile the PTX of compute_80 when they load it."""
 _NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 _CPU_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-x", "c++")
+_STEP_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-fvisibility=hidden")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -111,14 +116,50 @@ def build_cpu(folder: Path = LIBRARIES, *, sources: Path = SOURCES, extra_flags:
     Raises:
         BuildError: without g++, and where it fails.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise BuildError("g++ was not found; install it, or set CXX to another C++20 compiler")
+    compiler = _compiler()
     command = [compiler, *_CPU_FLAGS, *extra_flags, _targets("cpu")]
     path = library_path("cpu", folder, sources)
     _compile_and_link(sources, path, command, [compiler, "-shared", *extra_flags])
     _remove_others("cpu", folder, sources)
     return path
+
+
+def step_library_path(folder: Path = LIBRARIES) -> Path:
+    """Where the engine's CPU step stands that was made from these sources for this machine's instructions."""
+    return folder / f"{_stem('step')}{_step_identity()}.so"
+
+
+def build_step(folder: Path = LIBRARIES, *, extra_flags: Sequence[str] = ()) -> Path:
+    """Build the engine's CPU step (cpu_step/) for this machine into ``folder``; returns the library's path.
+
+    Raises:
+        BuildError: without g++, and where it fails.
+    """
+    compiler, path = _compiler(), step_library_path(folder)
+    with _scratch_in(folder) as scratch:
+        built = Path(scratch) / path.name
+        _run([compiler, *_STEP_FLAGS, *extra_flags, "-shared", str(STEP_SOURCES / "step.cpp"), "-o", str(built)])
+        built.replace(path)
+    return path
+
+
+def _step_identity() -> str:
+    """16 hex digits over the sources and the instructions they are compiled for."""
+    digest = hashlib.sha256(platform.machine().encode())
+    for path in sorted(STEP_SOURCES.iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.read_bytes())
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        digest.update(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").encode())
+    return digest.hexdigest()[:16]
+
+
+def _compiler() -> str:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise BuildError("g++ was not found; install it, or set CXX to another C++20 compiler")
+    return compiler
 
 
 def _remove_others(kind: str, folder: Path, sources: Path) -> None:

@@ -43,6 +43,11 @@ def step_indices(byte_ids: Tensor, recent: Tensor, sizes: Sequence[int], rows: i
     return _hashed(list(window.flip(1).unbind(1)), sizes, rows), window[:, 1:]
 
 
+def window_indices(recent: Tensor, count: int, sizes: Sequence[int], rows: int) -> Tensor:
+    """:func:`ngram_indices` [R, T, tables] of the last T = ``count`` bytes of recent [R, max(sizes) − 1 + T]."""
+    return _hashed(list(recent.unfold(1, max(sizes), 1)[:, -count:].flip(2).unbind(2)), sizes, rows)
+
+
 def _hashed(recent: Sequence[Tensor], sizes: Sequence[int], rows: int) -> Tensor:
     """[.., T] from the byte itself, the one before it, and so on."""
     hashes, power, total = {}, 1, torch.zeros_like(recent[0])

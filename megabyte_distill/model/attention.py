@@ -20,6 +20,7 @@ from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.model.packed_attention import (
     KeyValueCache,
     LayerReach,
+    NewPositions,
     cached_attention,
     packed_attention,
 )
@@ -46,11 +47,11 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
 
 @dataclass
 class CachedRows(PackedSeqParams):  # type: ignore[misc]
-    """One step of the rows ``rows`` [K] of a :class:`KeyValueCache`."""
+    """One step of a :class:`KeyValueCache`."""
 
     qkv_format: str = "sbhd"
     cache: KeyValueCache | None = None
-    rows: Tensor | None = None
+    new: NewPositions | None = None
     rotations: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
 
 
@@ -91,15 +92,15 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
             out = self.attend(query, key, value[:, 0], packed_seq_params)
         else:
             # rows stand on the sequence axis
-            cache, rows = packed_seq_params.cache, packed_seq_params.rows
-            assert cache is not None and rows is not None
+            cache, new = packed_seq_params.cache, packed_seq_params.new
+            assert cache is not None and new is not None
             out = cached_attention(
                 query,
                 key,
                 value[:, 0],
                 cache=cache,
                 layer=self.layer_number,
-                rows=rows,
+                new=new,
                 window=self.reach.window,
                 scale=self.softmax_scale,
             )

@@ -16,10 +16,17 @@ from torch import Tensor
 from megabyte_distill.config.engine import TransformerImpl
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import CachedRows, PackedSegments
-from megabyte_distill.model.backbone_layers import LayerParts, block_spec, local_parts, mark_parallel_parameters
+from megabyte_distill.model.backbone_layers import (
+    LayerParts,
+    block_spec,
+    local_parts,
+    mark_parallel_parameters,
+    step_layer,
+)
 from megabyte_distill.model.engine_layers import engine_parts
-from megabyte_distill.model.packed_attention import KeyValueCache, RotaryTable
+from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions, RotaryTable
 from megabyte_distill.model.rotary import packed_positions
+from megabyte_distill.model.step_layers import StepBackbone
 from megabyte_distill.parallel.pipeline import is_first_stage, is_last_stage, pipeline_size, virtual_size
 from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
@@ -239,6 +246,18 @@ class Backbone(MegatronModule):  # type: ignore[misc]
             stored.replica_id = (1, *stored.replica_id[1:])
         return state
 
+    def step_weights(self) -> StepBackbone | None:
+        """The weights, for steps outside megatron's layers; None of a model in parts, or of another's layers."""
+        transformer, config = self.config, self.backbone_config
+        is_whole = transformer.tensor_model_parallel_size == 1 and self.pre_process and self.post_process
+        if not is_whole or transformer.transformer_impl != TransformerImpl.LOCAL.value:
+            return None
+        return StepBackbone(
+            config=config,
+            layers=[step_layer(layer, config) for layer in self.decoder.layers],
+            final_norm=self.decoder.final_layernorm.weight,
+        )
+
     def init_cache(self, rows: int) -> KeyValueCache:
         """An empty key/value cache for :meth:`step`."""
         return KeyValueCache.empty(rows, self.device)
@@ -249,11 +268,20 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
         Equal to :meth:`forward` on those rows' whole sequences.
         """
-        rotations = self._rotary(cache.lengths[rows])
-        hidden: Tensor = self.decoder(
-            x.to(self.dtype)[:, None], None, packed_seq_params=CachedRows(cache=cache, rows=rows, rotations=rotations)
-        )
+        hidden = self.extend(x, cache, rows)
         cache.lengths[rows] += 1
+        return hidden
+
+    @torch.no_grad()
+    def extend(self, x: Tensor, cache: KeyValueCache, rows: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """States [N, E] of positions x [N, E] behind what the cache's rows ``rows`` [N] hold.
+
+        A row may get several: ``offsets`` [N] counts them from 0 (the default). The caller moves ``cache.lengths`` on
+        by as many as he keeps.
+        """
+        new = NewPositions.of(cache, rows, offsets)
+        carrier = CachedRows(cache=cache, new=new, rotations=self._rotary(new.places))
+        hidden: Tensor = self.decoder(x.to(self.dtype)[:, None], None, packed_seq_params=carrier)
         return hidden[:, 0]
 
 

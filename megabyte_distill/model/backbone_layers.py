@@ -20,6 +20,7 @@ from torch import Tensor
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import SegmentAttention
 from megabyte_distill.model.parallel_linears import total_over_ranks
+from megabyte_distill.model.step_layers import StepLayer
 
 _CUT_ALONG = {
     tensor_parallel.VocabParallelEmbedding: 0,
@@ -200,3 +201,30 @@ def block_spec(
         attention.q_layernorm, attention.k_layernorm = FullQueryNorm, FullKeyNorm
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
+
+
+def step_layer(layer: Any, config: BackboneConfig) -> StepLayer:
+    """The weights of one of megatron's layers: a group's queries stand in front of its key and its value."""
+    width, groups = config.head_dim, config.num_query_groups
+    heads = config.num_attention_heads // groups
+    begins = [group * (heads + 2) * width for group in range(groups)]
+    attention, mlp = layer.self_attention, layer.mlp
+    has_norm = config.qk_norm is not QkNorm.NONE
+    first, second = (
+        (layer.post_attention_norm, layer.post_mlp_norm)
+        if config.post_norm
+        else (layer.input_layernorm, layer.pre_mlp_layernorm)
+    )
+    return StepLayer(
+        projections=[(attention.linear_qkv.weight, attention.linear_qkv.bias)],
+        query_at=[begin + head * width for begin in begins for head in range(heads)],
+        key_at=[begin + heads * width for begin in begins],
+        value_at=[begin + (heads + 1) * width for begin in begins],
+        out=attention.linear_proj.weight,
+        up=[mlp.linear_fc1.weight],
+        down=mlp.linear_fc2.weight,
+        attention_norm=first.weight,
+        mlp_norm=second.weight,
+        query_norm=attention.q_layernorm.weight if has_norm else None,
+        key_norm=attention.k_layernorm.weight if has_norm else None,
+    )

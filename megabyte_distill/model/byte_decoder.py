@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,12 @@ from megabyte_distill.kernels.ops import (
     dechunk_residual,
 )
 from megabyte_distill.kernels.segments import Segments
-from megabyte_distill.model.byte_stack import ByteMixerStack, StackState
+from megabyte_distill.model.byte_stack import ByteMixerStack, StackSpan, StackState
 from megabyte_distill.model.chunking import ChunkLayout
 from megabyte_distill.model.feed_forward import SwiGLU
 from megabyte_distill.model.linears import LinearFactory, PlainLinears
 from megabyte_distill.model.normalization import RMSNorm
-from megabyte_distill.model.row_state import RowState
+from megabyte_distill.model.row_state import RowState, after_each
 
 
 class ByteDecoder(nn.Module):
@@ -94,6 +95,14 @@ class ByteDecoder(nn.Module):
         x, state = self.mixer.step(x, state)
         return self.head(self.norm(x)), state
 
+    def steps(self, s: Tensor, r: Tensor, byte_ids: Tensor, state: StackState) -> tuple[Tensor, StackSpan]:
+        """The next T bytes of each row at once: s, r [R, T, E], byte_ids [R, T] -> (logits [R, T, 512], how state goes
+        on)."""
+        added = self.input(s + self.residual(r)).flatten(0, 1)
+        x = byte_embedding(byte_ids.flatten(), self.embedding.weight, added)
+        x, span = self.mixer.steps(x.view(*byte_ids.shape, -1), state)
+        return self.head(self.norm(x)), span
+
     def _confidence(self, p: Tensor, bits: Tensor) -> Tensor:
         """Probability of the decision taken, [P].
 
@@ -158,4 +167,19 @@ def dechunk_step(
     settled = torch.where(state.is_pending[:, None], weight * state.pending + (1.0 - weight) * state.value, state.value)
     read = torch.where(ended[:, None], raw, settled)
     begun = state.begun | state.is_pending
-    return read.to(h.dtype), DechunkState(settled, torch.where(ended[:, None], raw, state.pending), ended, begun)
+    pending = torch.where(ended[:, None], raw, state.pending)
+    # a copy: the caller's own bits must not change with the state
+    return read.to(h.dtype), DechunkState(settled, pending, ended.clone(), begun)
+
+
+def dechunk_steps(
+    state: DechunkState, ended: Tensor, h: Tensor, p_previous: Tensor, mode: DechunkMode
+) -> tuple[Tensor, Callable[[Tensor], DechunkState]]:
+    """:func:`dechunk_step` over T bytes: ended and p_previous [R, T], h [R, T, E] -> (s [R, T, E], the state behind
+    counts [R] bytes)."""
+    read, states = [], [state]
+    for t in range(h.shape[1]):
+        own, state = dechunk_step(state, ended[:, t], h[:, t], p_previous[:, t], mode)
+        read.append(own)
+        states.append(state)
+    return torch.stack(read, dim=1), lambda counts: after_each(states, counts)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from megabyte_distill.alphabet import BYTE_VOCAB
 from megabyte_distill.config.model import ByteSideConfig
-from megabyte_distill.kernels.ngrams import ngram_indices, no_recent_bytes, step_indices
+from megabyte_distill.kernels.ngrams import ngram_indices, no_recent_bytes, step_indices, window_indices
 from megabyte_distill.kernels.ops import byte_embedding, ngram_embedding
 from megabyte_distill.kernels.segments import Segments
-from megabyte_distill.model.byte_stack import ByteMixerStack, StackState
+from megabyte_distill.model.byte_stack import ByteMixerStack, StackSpan, StackState
 from megabyte_distill.model.feed_forward import SwiGLU
 from megabyte_distill.model.linears import LinearFactory, PlainLinears
 from megabyte_distill.model.normalization import RMSNorm
-from megabyte_distill.model.row_state import RowState
+from megabyte_distill.model.row_state import RowState, window_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,22 @@ class EncoderState(RowState):
     mixer: StackState
     recent: Tensor
     """[R, n − 1] int64, the last bytes, as far as the longest n-gram reaches back."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpan:
+    """A :class:`Span` of the encoder."""
+
+    mixer: StackSpan
+    recent: Tensor
+    """[R, n − 1 + T] int64, the last bytes before and the new ones."""
+    reach: int
+    """n − 1."""
+
+    def after(self, counts: Tensor) -> EncoderState:
+        """The state behind the first ``counts`` [R] bytes."""
+        recent = window_after(self.recent[..., None], self.reach, counts)[..., 0]
+        return EncoderState(self.mixer.after(counts), recent)
 
 
 class ByteEncoder(nn.Module):
@@ -71,6 +87,17 @@ class ByteEncoder(nn.Module):
         """The state of ``rows`` sequences whose first byte (BOS) comes next."""
         device = self.embedding.weight.device
         return EncoderState(self.mixer.init_state(rows, device), no_recent_bytes(rows, self.ngrams, device))
+
+    def steps(self, byte_ids: Tensor, state: EncoderState) -> tuple[Tensor, EncoderSpan]:
+        """The next T bytes of each row at once: byte_ids [R, T] -> (r [R, T, E], how the state goes on)."""
+        flat, recent = byte_ids.flatten(), torch.cat((state.recent, byte_ids), dim=1)
+        if self.ngram_table is None:
+            x = byte_embedding(flat, self.embedding.weight)
+        else:
+            indices = window_indices(recent, byte_ids.shape[1], self.ngrams, self.ngram_rows)
+            x = ngram_embedding(flat, indices.flatten(0, 1), self.embedding.weight, self.ngram_table)
+        x, mixer = self.mixer.steps(x.view(*byte_ids.shape, -1), state.mixer)
+        return self.head(self.norm(x)), EncoderSpan(mixer, recent, state.recent.shape[1])
 
     def step(self, byte_ids: Tensor, state: EncoderState) -> tuple[Tensor, EncoderState]:
         """One byte of each row: byte_ids [R] -> (r [R, E], the next state)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.kernels.segments import Segments
-from megabyte_distill.model.row_state import RowState
+from megabyte_distill.model.row_state import RowState, Span
 
 
 class ByteMixerBlock(nn.Module, ABC):
@@ -22,6 +22,10 @@ class ByteMixerBlock(nn.Module, ABC):
     @abstractmethod
     def init_state(self, rows: int, device: torch.device) -> RowState:
         """The state in front of a segment's first byte, for ``rows`` sequences."""
+
+    @abstractmethod
+    def steps(self, x: Tensor, state: Any) -> tuple[Tensor, Span[Any]]:
+        """The next T bytes of each row at once: x [R, T, D] -> ([R, T, D], how the state goes on)."""
 
     @abstractmethod
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -16,7 +16,7 @@ from megabyte_distill.model.byte_mixer import ByteMixerBlock
 from megabyte_distill.model.conv_mixer import ConvMixerBlock
 from megabyte_distill.model.linears import LinearFactory
 from megabyte_distill.model.mamba2 import Mamba2Block
-from megabyte_distill.model.row_state import RowState
+from megabyte_distill.model.row_state import RowState, Span
 
 MixerBuilder = Callable[[ByteSideConfig, int, LinearFactory], ByteMixerBlock]
 """(config, index of the layer in its stack, linears) -> block."""
@@ -31,6 +31,17 @@ class StackState(RowState):
     """One state a block."""
 
     blocks: tuple[RowState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StackSpan:
+    """A :class:`Span` a block."""
+
+    blocks: tuple[Span[RowState], ...]
+
+    def after(self, counts: Tensor) -> StackState:
+        """The state behind the first ``counts`` [R] bytes."""
+        return StackState(tuple(block.after(counts) for block in self.blocks))
 
 
 class ByteMixerStack(nn.Module):
@@ -55,6 +66,14 @@ class ByteMixerStack(nn.Module):
     def init_state(self, rows: int, device: torch.device) -> StackState:
         """The state of ``rows`` sequences that have not begun."""
         return StackState(tuple(block.init_state(rows, device) for block in self._typed()))
+
+    def steps(self, x: Tensor, state: StackState) -> tuple[Tensor, StackSpan]:
+        """The next T bytes of each row at once: [R, T, D] -> ([R, T, D], how the state goes on)."""
+        spans = []
+        for block, own in zip(self._typed(), state.blocks, strict=True):
+            x, span = block.steps(x, own)
+            spans.append(span)
+        return x, StackSpan(tuple(spans))
 
     def step(self, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         """One byte of each row: [R, D] -> ([R, D], the next state)."""

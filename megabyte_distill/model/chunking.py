@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megabyte_distill.config.model import ChunkPooling
 from megabyte_distill.kernels.ops import ChunkIndex, accumulation_dtype, chunk_index, chunk_pool
-from megabyte_distill.model.row_state import RowState
+from megabyte_distill.model.row_state import RowState, after_each
 
 ChunkLayout = ChunkIndex
 """The M chunks of a packed row. −1 in chunk_of_byte is reached only when BOS is not an end: the official way."""
@@ -63,3 +64,17 @@ def pool_step(state: PoolState, r: Tensor, ended: Tensor, pooling: ChunkPooling)
         pooled = value = torch.where(begins, wide, torch.maximum(state.value, wide))
     following = PoolState(value.masked_fill(ended[:, None], 0.0), count.masked_fill(ended, 0))
     return pooled.to(r.dtype), following
+
+
+def pool_steps(
+    state: PoolState, r: Tensor, ended: Tensor, pooling: ChunkPooling
+) -> tuple[Tensor, Callable[[Tensor], PoolState]]:
+    """:func:`pool_step` over T bytes: r [R, T, E], ended [R, T] -> ([R, T, E], the state behind counts [R] bytes)."""
+    if pooling is ChunkPooling.LAST:
+        return r, lambda counts: state
+    pooled, states = [], [state]
+    for t in range(r.shape[1]):
+        own, state = pool_step(state, r[:, t], ended[:, t], pooling)
+        pooled.append(own)
+        states.append(state)
+    return torch.stack(pooled, dim=1), lambda counts: after_each(states, counts)

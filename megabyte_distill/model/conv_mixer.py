@@ -15,7 +15,7 @@ from megabyte_distill.model.byte_mixer import ByteMixerBlock
 from megabyte_distill.model.feed_forward import SwiGLU
 from megabyte_distill.model.linears import LinearFactory
 from megabyte_distill.model.normalization import RMSNorm
-from megabyte_distill.model.row_state import RowState
+from megabyte_distill.model.row_state import RowState, window_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,20 @@ class ConvMixerState(RowState):
 
     past: Tensor
     """[R, (K−1) · dilation, D], oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvMixerSpan:
+    """A :class:`Span`."""
+
+    window: Tensor
+    """[R, (K−1) · dilation + T, D], oldest first."""
+    reach: int
+    """(K−1) · dilation."""
+
+    def after(self, counts: Tensor) -> ConvMixerState:
+        """The state behind the first ``counts`` [R] bytes."""
+        return ConvMixerState(window_after(self.window, self.reach, counts))
 
 
 class ConvMixerBlock(ByteMixerBlock):
@@ -60,6 +74,18 @@ class ConvMixerBlock(ByteMixerBlock):
         channels, taps = self.conv_weight.shape
         reach = (taps - 1) * self.dilation
         return ConvMixerState(torch.zeros(rows, reach, channels, device=device, dtype=self.conv_weight.dtype))
+
+    def steps(self, x: Tensor, state: ConvMixerState) -> tuple[Tensor, ConvMixerSpan]:
+        """The next T bytes of each row at once: [R, T, D] -> ([R, T, D], how the state goes on)."""
+        normed = self.norm(x)
+        value: Tensor = self.value(normed)
+        window = torch.cat((state.past, value.to(state.past.dtype)), dim=1)
+        taps, length = self.conv_weight.shape[1], x.shape[1]
+        mixed = torch.zeros_like(value)
+        for tap in range(taps):
+            mixed = mixed + window[:, tap * self.dilation :][:, :length] * self.conv_weight[:, tap]
+        x = x + self.out(swiglu(mixed, self.gate(normed)))
+        return x + self.ffn(self.ffn_norm(x)), ConvMixerSpan(window, state.past.shape[1])
 
     def step(self, x: Tensor, state: ConvMixerState) -> tuple[Tensor, ConvMixerState]:
         """One byte of each row: [R, D] -> ([R, D], the next state)."""

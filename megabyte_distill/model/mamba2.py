@@ -15,7 +15,7 @@ from megabyte_distill.kernels.segments import Segments
 from megabyte_distill.model.byte_mixer import ByteMixerBlock
 from megabyte_distill.model.linears import LinearFactory
 from megabyte_distill.model.normalization import RMSNorm, SharedRMSNorm
-from megabyte_distill.model.row_state import RowState
+from megabyte_distill.model.row_state import RowState, window_after
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 _A_MIN, _A_MAX = 1.0, 16.0
@@ -33,6 +33,34 @@ class Mamba2State(RowState):
     """[R, K−1, N]."""
     ssm: Tensor
     """[R, H, I / H, N], fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2Span:
+    """A :class:`Span`: what each byte writes into the heads' states, and how fast it fades."""
+
+    before: Mamba2State
+    windows: tuple[Tensor, Tensor, Tensor]
+    """[R, K−1 + T, ..] of the three convolutions."""
+    logs: Tensor
+    """[R, T, H], log of the decay from the beginning up to each byte."""
+    x_dt: Tensor
+    """[R, T, H, F]."""
+    b: Tensor
+    """[R, T, N]."""
+
+    def after(self, counts: Tensor) -> Mamba2State:
+        """The state behind the first ``counts`` [R] bytes."""
+        kept = self.before.conv_x.shape[1]
+        length = self.logs.shape[1]
+        row = torch.arange(counts.shape[0], device=counts.device)
+        until = self.logs[row, (counts - 1).clamp_min(0)].masked_fill((counts == 0)[:, None], 0.0)
+        is_read = torch.arange(length, device=counts.device) < counts[:, None]
+        weight = (until[:, None] - self.logs).masked_fill(~is_read[..., None], -torch.inf).exp()
+        written = torch.einsum("rthf,rtn->rhfn", weight[..., None] * self.x_dt, self.b)
+        x, b, c = (window_after(window, kept, counts) for window in self.windows)
+        ssm = until.exp()[..., None, None] * self.before.ssm + written
+        return Mamba2State(conv_x=x, conv_b=b, conv_c=c, ssm=ssm)
 
 
 class Mamba2Block(ByteMixerBlock):
@@ -92,6 +120,24 @@ class Mamba2Block(ByteMixerBlock):
             ),
         )
 
+    def steps(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2Span]:
+        """The next T bytes of each row at once: [R, T, D] -> ([R, T, D], how the state goes on)."""
+        normed = self.norm(x)
+        inputs, window_x = _conv_steps(self.x(normed), state.conv_x, self.conv_x_weight, self.conv_x_bias)
+        b, window_b = _conv_steps(self.b(normed), state.conv_b, self.conv_b_weight, self.conv_b_bias)
+        c, window_c = _conv_steps(self.c(normed), state.conv_c, self.conv_c_weight, self.conv_c_bias)
+        by_head = inputs.view(*inputs.shape[:-1], self.d_skip.shape[0], self.head_dim)
+        dt = self._step_sizes(normed)
+        b, c, x_dt = b.to(dt.dtype), c.to(dt.dtype), dt[..., None] * by_head.to(dt.dtype)
+        logs = (dt * self._decay_rates()).cumsum(1)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        fading = (logs[:, :, None] - logs[:, None]).masked_fill(later[..., None], -torch.inf).exp()  # [R, T, T, H]
+        weights = (fading * torch.bmm(c, b.transpose(1, 2))[..., None]).permute(0, 3, 1, 2)
+        y = torch.matmul(weights, x_dt.transpose(1, 2)).transpose(1, 2)
+        y = y + logs.exp()[..., None] * torch.einsum("rhfn,rtn->rthf", state.ssm, c)
+        span = Mamba2Span(before=state, windows=(window_x, window_b, window_c), logs=logs, x_dt=x_dt, b=b)
+        return x + self._finish(y, by_head, self.z(normed)), span
+
     def step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One byte of each row: [R, D] -> ([R, D], the next state)."""
         normed = self.norm(x)
@@ -140,3 +186,9 @@ def _conv_step(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     """silu(convolution) at one byte: x [R, C], past [R, K−1, C] -> ([R, C], the next past)."""
     window = torch.cat((past, x[:, None].to(past.dtype)), dim=1)
     return F.silu((window * weight.t()).sum(1) + bias), window[:, 1:]
+
+
+def _conv_steps(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(convolution) at T bytes: x [R, T, C], past [R, K−1, C] -> ([R, T, C], past and x [R, K−1 + T, C])."""
+    window = torch.cat((past, x.to(past.dtype)), dim=1)
+    return F.silu((window.unfold(1, weight.shape[1], 1) * weight).sum(-1) + bias), window

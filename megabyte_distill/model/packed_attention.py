@@ -31,6 +31,11 @@ class RotaryTable:
         self._has_sliding = bool(config.sliding_layers)
         self._magnitude = rotation_magnitude(config.rope_scaling, config.rope_scaling_kind)
 
+    @property
+    def frequencies(self) -> tuple[Tensor, Tensor, float]:
+        """(radians a position of full layers [head_dim / 2], of sliding layers, factor on the full layers' turns)."""
+        return self._full, self._sliding, self._magnitude
+
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(turns [2, N, head_dim] of full layers, of sliding layers), fp32; the same where no layer slides.
 
@@ -103,15 +108,48 @@ class KeyValueCache:
         store[layer] = grown
         return grown
 
-    def append(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one new position [K, groups, head_dim] of each row in ``rows`` [K]; return those rows' caches."""
-        positions = self.lengths[rows]
-        needed = int(positions.max()) + 1
-        stored_keys = self._room(self.keys, layer, keys, needed)
-        stored_values = self._room(self.values, layer, values, needed)
-        stored_keys[rows, positions] = keys
-        stored_values[rows, positions] = values
-        return stored_keys[rows, :needed], stored_values[rows, :needed]
+    def append(self, layer: int, new: NewPositions, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new positions [N, groups, head_dim] and return, for each, its row [N, needed, groups, head_dim]."""
+        stored_keys = self._room(self.keys, layer, keys, new.needed)
+        stored_values = self._room(self.values, layer, values, new.needed)
+        stored_keys[new.rows, new.places] = keys
+        stored_values[new.rows, new.places] = values
+        if new.is_every_row:
+            return stored_keys[:, : new.needed], stored_values[:, : new.needed]
+        return stored_keys[new.rows, : new.needed], stored_values[new.rows, : new.needed]
+
+
+@dataclass
+class NewPositions:
+    """N positions that a :class:`KeyValueCache` gets in one step; made once, read by each layer."""
+
+    rows: Tensor
+    """[N] int64, which row each belongs to; one with several stands several times."""
+    places: Tensor
+    """[N] int64, where in its row."""
+    needed: int
+    """One more than the largest place."""
+    is_every_row: bool
+    """Whether ``rows`` is 0, 1, … R − 1."""
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor | None = None) -> NewPositions:
+        """Behind what the rows hold, ``offsets`` [N] int64 further on (default: 0)."""
+        places = cache.lengths[rows] if offsets is None else cache.lengths[rows] + offsets
+        every = torch.arange(cache.lengths.shape[0], device=rows.device)
+        return cls(rows, places, int(places.max()) + 1, torch.equal(rows, every))
+
+    def visible(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[N, 1, 1, needed], 0 where a position may be attended to and −inf elsewhere."""
+        if window not in self._masks:
+            others = torch.arange(self.needed, device=self.places.device)
+            hidden = others > self.places[:, None]
+            if window is not None:
+                hidden |= others <= self.places[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
 
 
 def packed_attention(
@@ -200,24 +238,21 @@ def cached_attention(
     *,
     cache: KeyValueCache,
     layer: int,
-    rows: Tensor,
+    new: NewPositions,
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """One new position of each of the cache's rows ``rows`` [K] against what the row holds; writes keys and values.
+    """New positions of a cache against what their rows hold and each other; writes keys and values.
 
-    query [K, heads, d], rotated; key and value [K, groups, d]; returns [K, heads · d]. The lengths stay: they move
+    query [N, heads, d], rotated; key and value [N, groups, d]; returns [N, heads · d]. The lengths stay: they move
     on when all layers are through.
     """
-    keys, values = cache.append(layer, rows, key, value)
-    places, now = torch.arange(keys.shape[1], device=keys.device), cache.lengths[rows][:, None]
-    visible = places <= now
-    if window is not None:
-        visible &= places > now - window
+    keys, values = cache.append(layer, new, key, value)
     # grouped queries stand on the query axis of their group: no copy of keys and values
     grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[2])
+    mask = new.visible(window, query.dtype)
     out = F.scaled_dot_product_attention(
-        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None, None, :], scale=scale
+        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale
     )
     return out.reshape(out.shape[0], -1)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,36 @@ class RowState:
 
     def _names(self) -> list[str]:
         return [entry.name for entry in fields(self)]  # type: ignore[arg-type]
+
+
+StateT = TypeVar("StateT", bound=RowState)
+StateT_co = TypeVar("StateT_co", covariant=True)
+
+
+class Span(Protocol[StateT_co]):
+    """T bytes that each of R rows has read at once, of which it may turn out to keep only the first."""
+
+    def after(self, counts: Tensor) -> StateT_co:
+        """The state behind the first ``counts`` [R] int64 of them, 0 to T."""
+
+
+def window_after(window: Tensor, kept: int, counts: Tensor) -> Tensor:
+    """The last ``kept`` inputs [R, kept, C] once ``counts`` [R] new ones were read.
+
+    window [R, kept + T, C]: those remembered before, then T new ones.
+    """
+    places = counts[:, None, None] + torch.arange(kept, device=window.device)[:, None]
+    return window.gather(1, places.expand(-1, -1, window.shape[2]))
+
+
+def after_each(states: Sequence[StateT], counts: Tensor) -> StateT:
+    """Each row's state behind ``counts`` [R] of T bytes, ``states`` being all T + 1 in front of, between and behind
+    them."""
+    row = torch.arange(counts.shape[0], device=counts.device)
+    first = states[0]
+    return type(first)(
+        **{name: torch.stack([getattr(state, name) for state in states])[counts, row] for name in first._names()}
+    )
 
 
 def _as_index(rows: Tensor) -> Tensor:

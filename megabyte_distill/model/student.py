@@ -1,12 +1,13 @@
 """The byte-level student: encoder, router, the teacher's transformer, decoder. ``forward`` and ``step`` agree.
 
-A backbone is anything with ``forward(x [M, E], cu_chunks)``, ``init_cache(rows)`` and ``step(x [K, E], cache, rows)``:
+A backbone is anything with ``forward(x [M, E], cu_chunks)``, ``init_cache(rows)``, ``step(x [K, E], cache, rows)`` and
+``extend(x [N, E], cache, rows, offsets)``:
 megatron's layers in training, plain torch in an export. The model does not know which stage trains it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Flag, auto
@@ -16,9 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.config.model import ByteSideConfig, ChunkPooling, DechunkMode
-from megabyte_distill.model.byte_decoder import ByteDecoder, DechunkState, dechunk_step, init_dechunk_state
-from megabyte_distill.model.byte_encoder import ByteEncoder, EncoderState
-from megabyte_distill.model.byte_stack import StackState
+from megabyte_distill.model.byte_decoder import (
+    ByteDecoder,
+    DechunkState,
+    dechunk_step,
+    dechunk_steps,
+    init_dechunk_state,
+)
+from megabyte_distill.model.byte_encoder import ByteEncoder, EncoderSpan, EncoderState
+from megabyte_distill.model.byte_stack import StackSpan, StackState
 from megabyte_distill.model.chunking import (
     ChunkLayout,
     PoolState,
@@ -26,6 +33,7 @@ from megabyte_distill.model.chunking import (
     init_pool_state,
     pool_chunks,
     pool_step,
+    pool_steps,
 )
 from megabyte_distill.model.linears import LinearFactory
 from megabyte_distill.model.router import Router, decide
@@ -117,23 +125,69 @@ class StudentState:
 
     def select(self, rows: Tensor) -> StudentState:
         """A copy of some rows [K] int64; a row may be taken several times."""
+        return replace(self.without_cache(rows), cache=self.cache.select(rows))
+
+    def without_cache(self, rows: Tensor) -> StudentState:
+        """A copy of some rows [K] int64 that leaves the backbone's cache behind."""
         return StudentState(
             encoder=self.encoder.select(rows),
             decoder=self.decoder.select(rows),
             pool=self.pool.select(rows),
             dechunk=self.dechunk.select(rows),
-            cache=self.cache.select(rows),
+            cache=None,
             r_previous=self.r_previous[rows],
         )
 
     def put(self, rows: Tensor, sub: StudentState) -> None:
         """Overwrite the rows [K] int64 with those of ``sub`` in order, in place."""
+        self.put_beside_cache(rows, sub)
+        self.cache.put(rows, sub.cache)
+
+    def put_beside_cache(self, rows: Tensor, sub: StudentState) -> None:
+        """:meth:`put` of a state from :meth:`without_cache`."""
         self.encoder.put(rows, sub.encoder)
         self.decoder.put(rows, sub.decoder)
         self.pool.put(rows, sub.pool)
         self.dechunk.put(rows, sub.dechunk)
-        self.cache.put(rows, sub.cache)
         self.r_previous[rows] = sub.r_previous
+
+
+@dataclass(frozen=True, slots=True)
+class StudentSpan:
+    """T bytes that K rows have read at once (:meth:`Student.steps`) and may still take back."""
+
+    state: StudentState
+    before: StudentState
+    """Of the K rows, without their caches."""
+    rows: Tensor
+    bits: Tensor
+    """[K, T]."""
+    r: Tensor
+    """[K, T, E]."""
+    chunks: Tensor
+    """[K, T, E], states of the chunks that would end at each byte."""
+    h: Tensor
+    """[K, T, E], the backbone's states of those that end, zeros elsewhere."""
+    encoder: EncoderSpan
+    decoder: StackSpan
+    pool: Callable[[Tensor], PoolState]
+    dechunk: Callable[[Tensor], DechunkState]
+
+    def keep(self, counts: Tensor) -> None:
+        """Move the state on by the first ``counts`` [K] int64 bytes of each row, 0 to T; once."""
+        row = torch.arange(counts.shape[0], device=counts.device)
+        states = torch.cat((self.before.r_previous[:, None], self.r), dim=1)
+        after = StudentState(
+            encoder=self.encoder.after(counts),
+            decoder=self.decoder.after(counts),
+            pool=self.pool(counts),
+            dechunk=self.dechunk(counts),
+            cache=None,
+            r_previous=states[row, counts],
+        )
+        self.state.put_beside_cache(self.rows, after)
+        is_kept = torch.arange(self.bits.shape[1], device=counts.device) < counts[:, None]
+        self.state.cache.lengths[self.rows] += (self.bits & is_kept).sum(1)
 
 
 class Student(nn.Module):
@@ -285,31 +339,69 @@ class Student(nn.Module):
         )
 
     @torch.no_grad()
-    def step(self, byte_ids: Tensor, bits: Tensor, state: StudentState, rows: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        byte_ids: Tensor,
+        bits: Tensor,
+        state: StudentState,
+        rows: Tensor | None = None,
+        guess: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Read one byte and its bit in each of K rows; return joint logits [K, 512] of what comes next.
 
         byte_ids [K] int64, bits [K] bool, rows [K] int64 distinct rows of the state (default: all). The state is
-        updated in place. Equal to :meth:`forward` with the same bits. ValueError in official mode, which cannot step.
+        updated in place. Equal to :meth:`forward` with the same bits, except where ``guess`` (chunks [N, E] that end
+        here, their rows [N]) → states [N, E] stands in for the backbone, whose cache stays as it is then. ValueError in
+        official mode, which cannot step.
         """
-        every = torch.arange(state.r_previous.shape[0], device=byte_ids.device)
-        rows = every if rows is None else rows
-        r, encoder = self.byte_encoder.step(byte_ids, state.encoder.select(rows))
-        p_previous = torch.ones(rows.shape[0], device=r.device)
+        # all rows: the new state takes the old one's place; some: they are copied out and back
+        own = state if rows is None else state.without_cache(rows)
+        r, own.encoder = self.byte_encoder.step(byte_ids, own.encoder)
+        p_previous = r.new_ones(r.shape[0], dtype=torch.float32)
         if self._mode is DechunkMode.CAUSAL:
-            p_previous = self.router.step(state.r_previous[rows], r)
-        chunks, pool = pool_step(state.pool.select(rows), r, bits, self.pooling)
+            p_previous = self.router.step(own.r_previous, r)
+        chunks, own.pool = pool_step(own.pool, r, bits, self.pooling)
         h = torch.zeros_like(r)
         ended = bits.nonzero()[:, 0]
         if ended.shape[0]:
-            h[ended] = self.backbone.step(chunks[ended], state.cache, rows[ended]).to(h.dtype)  # type: ignore[operator]
-        s, dechunk = dechunk_step(state.dechunk.select(rows), bits, h, p_previous, self._mode)
-        logits, decoder = self.byte_decoder.step(s, r, byte_ids, state.decoder.select(rows))
-        state.encoder.put(rows, encoder)
-        state.decoder.put(rows, decoder)
-        state.pool.put(rows, pool)
-        state.dechunk.put(rows, dechunk)
-        state.r_previous[rows] = r
+            where = ended if rows is None else rows[ended]
+            if guess is not None:
+                h[ended] = guess(chunks[ended], where).to(h.dtype)
+            else:
+                h[ended] = self.backbone.step(chunks[ended], state.cache, where).to(h.dtype)  # type: ignore[operator]
+        s, own.dechunk = dechunk_step(own.dechunk, bits, h, p_previous, self._mode)
+        logits, own.decoder = self.byte_decoder.step(s, r, byte_ids, own.decoder)
+        own.r_previous = r
+        if rows is not None:
+            state.put_beside_cache(rows, own)
         return logits
+
+    @torch.no_grad()
+    def steps(
+        self, byte_ids: Tensor, bits: Tensor, state: StudentState, rows: Tensor | None = None
+    ) -> tuple[Tensor, StudentSpan]:
+        """The next T bytes of each of K rows at once; logits [K, T, 512] equal to those of as many :meth:`step`.
+
+        byte_ids [K, T] int64, bits [K, T] bool, rows as in :meth:`step`. The state stays in front of them until
+        :meth:`StudentSpan.keep` says how many count. A row with fewer is filled up with any bytes and bits False.
+        """
+        index = torch.arange(state.r_previous.shape[0], device=byte_ids.device) if rows is None else rows
+        own = state.without_cache(index)
+        r, encoder = self.byte_encoder.steps(byte_ids, own.encoder)
+        p_previous = r.new_ones(byte_ids.shape, dtype=torch.float32)
+        if self._mode is DechunkMode.CAUSAL:
+            before = torch.cat((own.r_previous[:, None], r[:, :-1]), dim=1)
+            p_previous = self.router.step(before.flatten(0, 1), r.flatten(0, 1)).view(byte_ids.shape)
+        chunks, pool = pool_steps(own.pool, r, bits, self.pooling)
+        h = torch.zeros_like(r)
+        row, place = bits.nonzero(as_tuple=True)
+        if row.shape[0]:
+            offsets = bits.cumsum(1)[row, place] - 1
+            found = self.backbone.extend(chunks[row, place], state.cache, index[row], offsets)  # type: ignore[operator]
+            h[row, place] = found.to(h.dtype)
+        s, dechunk = dechunk_steps(own.dechunk, bits, h, p_previous, self._mode)
+        logits, decoder = self.byte_decoder.steps(s, r, byte_ids, own.decoder)
+        return logits, StudentSpan(state, own, index, bits, r, chunks, h, encoder, decoder, pool, dechunk)
 
 
 @contextmanager

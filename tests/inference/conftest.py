@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, DechunkMode
+from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, ChunkPooling, DechunkMode
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import evaluation_rows
+from megabyte_distill.kernels import build
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import world
@@ -43,7 +46,11 @@ def tiny_backbone() -> Backbone:
     return backbone
 
 
-def tiny_student(mode: DechunkMode = DechunkMode.HARD, mixer: ByteMixer = ByteMixer.CONV) -> Student:
+def tiny_student(
+    mode: DechunkMode = DechunkMode.HARD,
+    mixer: ByteMixer = ByteMixer.CONV,
+    pooling: ChunkPooling = ChunkPooling.LAST,
+) -> Student:
     config = ByteSideConfig(
         backbone_width=32,
         byte_width=16,
@@ -58,6 +65,7 @@ def tiny_student(mode: DechunkMode = DechunkMode.HARD, mixer: ByteMixer = ByteMi
         mamba_head_dim=8,
         mamba_scan_chunk=16,
         dechunk_mode=mode,
+        chunk_pooling=pooling,
     )
     student = Student(config, tiny_backbone()).eval()
     # logits that say something: a margin between classes, and a bit that depends on the past
@@ -86,3 +94,14 @@ def rows() -> list[PackedRow]:
     """Rows of several documents each, cut ones and padding among them."""
     source = MockDataset(VOCABULARY, seed=3, num_documents=9, max_tokens=60)
     return list(evaluation_rows(source, row_bytes=96, chunk_bucket=8))
+
+
+@pytest.fixture(scope="session")
+def step_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The engine's CPU step of these sources, built here and the one that is found."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++; run on a machine that has it")
+    path = build.build_step(tmp_path_factory.mktemp("step"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "step_library_path", lambda: path)
+        yield path

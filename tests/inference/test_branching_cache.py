@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.inference.branching_cache import BranchingCache
-from megabyte_distill.model.packed_attention import KeyValueCache
+from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions
 
 LAYERS = (1, 2)
 
@@ -19,9 +19,9 @@ def written(caches: list[KeyValueCache], rows: Tensor) -> list[list[tuple[Tensor
     new = [(torch.randn(rows.shape[0], 2, 3), torch.randn(rows.shape[0], 2, 3)) for _ in LAYERS]
     returned = []
     for cache in caches:
-        found = []
+        found, places = [], NewPositions.of(cache, rows)
         for layer, (keys, values) in zip(LAYERS, new, strict=True):
-            stored = cache.append(layer, rows, keys, values)
+            stored = cache.append(layer, places, keys, values)
             for place, row in enumerate(rows.tolist()):
                 found.append(tuple(kept[place, : int(cache.lengths[row]) + 1] for kept in stored))
         cache.lengths[rows] += 1

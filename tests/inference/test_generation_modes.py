@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,8 +16,10 @@ from megabyte_distill.inference.generation import (
     Generation,
     GenerationMode,
     GenerationSettings,
+    NewBytes,
     PromptReading,
     generate,
+    new_bytes,
     stream,
 )
 from megabyte_distill.inference.official import OfficialReader
@@ -144,10 +146,16 @@ def test_what_may_begin_a_stop_text_is_shown_when_it_does_not(student: Student) 
     text = generate(student, [b"ab"], settings)[0].byte_ids
     assert len(text) == 16
     never = replace(settings, stop=(text[-4:] + b"no such text",))
-    running, seen = Generation(student, [b"ab"], never), []
-    for _ in running:
-        seen.append(running.written()[0])
-    assert seen[-1] == text[:-4] and running.written()[0] == text == running.results()[0].byte_ids
+    running, shown, seen = Generation(student, [b"ab"], never), bytearray(), []
+
+    def steps() -> Iterator[NewBytes]:
+        for step in running:
+            yield step
+            seen.append(len(shown))
+
+    for byte in new_bytes(steps(), never.stop):
+        shown.append(byte)
+    assert seen[-1] == 12 and shown == text == running.results()[0].byte_ids
 
 
 @pytest.mark.parametrize("mode", DechunkMode)

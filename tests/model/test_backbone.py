@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megabyte_distill.conversion.llama import LLAMA
 from megabyte_distill.model.backbone import Backbone
-from megabyte_distill.model.packed_attention import KeyValueCache
+from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions
 from tests.tiny_student import BACKBONE, VOCAB_SIZE, assert_same, gradients, tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -88,7 +88,8 @@ def test_a_cache_keeps_its_content_when_it_grows() -> None:
     rows = torch.tensor([1])
     written = torch.randn(70, 1, 2, 4)
     for position in range(70):
-        keys, values = cache.append(1, rows, written[position], -written[position])
+        new = NewPositions.of(cache, rows)
+        keys, values = cache.append(1, new, written[position], -written[position])
         cache.lengths[rows] += 1
     assert torch.equal(keys[0], written[:, 0]) and torch.equal(values[0], -written[:, 0])
     assert cache.lengths.tolist() == [0, 70] and cache.keys[1].shape[1] == 128

@@ -84,6 +84,43 @@ def test_steps_of_a_ragged_batch_hash_the_ngrams_that_forward_does(ngrams: tuple
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def read_in_spans(student: Student, byte_ids: list[Tensor], bits: list[Tensor], longest: int) -> list[Tensor]:
+    """As :func:`read`, several bytes of each document at once, of which a random number is kept."""
+    state, done = student.init_state(len(byte_ids)), [0] * len(byte_ids)
+    logits: list[list[Tensor]] = [[] for _ in byte_ids]
+    while open_rows := [i for i, document in enumerate(byte_ids) if done[i] < document.shape[0]]:
+        length = int(torch.randint(1, longest + 1, ()))
+        wrong = torch.randint(256, (len(open_rows), length))
+        ends, counts = torch.zeros(len(open_rows), length, dtype=torch.bool), []
+        for place, row in enumerate(open_rows):
+            real = min(length, byte_ids[row].shape[0] - done[row])
+            counts.append(int(torch.randint(0, real + 1, ())))
+            wrong[place, : counts[-1]] = byte_ids[row][done[row] :][: counts[-1]]
+            ends[place, : counts[-1]] = bits[row][done[row] :][: counts[-1]]
+            ends[place, counts[-1] :] = torch.rand(length - counts[-1]) < 0.5  # taken back with their bytes
+        found, span = student.steps(wrong, ends, state, torch.tensor(open_rows))
+        span.keep(torch.tensor(counts))
+        for place, (row, count) in enumerate(zip(open_rows, counts, strict=True)):
+            logits[row].append(found[place, :count])
+            done[row] += count
+    return [torch.cat(row) for row in logits]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mode", STEPPED_MODES)
+@pytest.mark.parametrize("pooling", list(ChunkPooling))
+def test_spans_of_which_some_bytes_are_taken_back_equal_forward(
+    mixer: ByteMixer, mode: DechunkMode, pooling: ChunkPooling
+) -> None:
+    student, texts = tiny_student(mixer, mode, pooling=pooling, ngrams=(2, 4)), documents()
+    bits = [any_bits(document) for document in texts]
+    stepped = read_in_spans(student, [document.byte_ids for document in texts], bits, 24)
+    for got, document, own in zip(stepped, texts, bits, strict=True):
+        with torch.no_grad():
+            expected = student(document, Given(own)).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("mode", STEPPED_MODES)
 def test_steps_equal_the_packed_row_of_the_same_documents(mixer: ByteMixer, mode: DechunkMode) -> None:
