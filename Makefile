@@ -5,6 +5,7 @@
 #                              two threads and gives the same losses
 # make kernels     compile the fused kernels with nvcc, print their registers, fail on spills
 # make test | test-all | lint | clean
+# make test WORKERS=1          pytest processes; two where there are two cores
 #
 
 PYTHON ?= python3
@@ -12,7 +13,10 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
 RANKS ?= $(shell test "$$(getconf _NPROCESSORS_ONLN 2>/dev/null)" -ge 2 2>/dev/null && echo 2 || echo 1)
+WORKERS ?= $(RANKS)
 TEST_TIMEOUT ?= 300
+# a file's tests share what they build, so they stay in one process; ARGS comes last and wins
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 10
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -29,10 +33,10 @@ kernels:
 	$(PYTHON) -m megabyte_distill.kernels build
 
 test: $(INSTALLED_TEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout $(TEST_TIMEOUT) -m "not slow" $(ARGS)
+	$(PYTEST) --timeout $(TEST_TIMEOUT) -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED_TEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 $(ARGS)
+	$(PYTEST) --timeout 3600 $(ARGS)
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

@@ -225,7 +225,7 @@ def along_the_length(text: Text, length: int = 8192) -> dict[str, float]:
     ends: list[list[float]] = [[], []]
     settings = GenerationSettings(max_new_bytes=length, sampling=GREEDY)
     before, passes = time.perf_counter(), 0
-    for place, _ in enumerate(engine.stream(prompts, settings, prompt_bits=bits)):
+    for place, _ in enumerate(engine.begin(prompts, settings, prompt_bits=bits)):
         now = time.perf_counter()
         is_end = engine.counts.backbone_passes > passes
         half = 0 if 256 <= place < 768 else 1 if place >= length - 512 else None

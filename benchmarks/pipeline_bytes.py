@@ -3,6 +3,10 @@
 
     python benchmarks/pipeline_bytes.py             # the published models at tensor 2 × pipeline 4 × data 8
     python benchmarks/pipeline_bytes.py --quick     # one of them with short rows: shows that it runs
+    python benchmarks/pipeline_bytes.py --quick --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 32
+
+Flags of training are taken as well. With V virtual stages there are pipeline × V - 1 boundaries, each as wide as one
+without them.
 
 Nothing is sent: each rank's part of the job is built and run without memory, and what is counted are the buffers that
 training would hand to the network (the payload that goes on, the gradient that comes back, DDP's gradient buffers).
@@ -70,14 +74,16 @@ def measure(preset: str, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     for stage, config in settings.stages.items():
         ranks = [memory for memory in memories if memory.stage == stage]
         chunks = int(even_row(config, BYTES_PER_CHUNK).token_mask.sum())
+        # in the order in which a micro-batch passes them
+        passed = [part for of_all in zip(*(rank.virtual_stages for rank in ranks), strict=True) for part in of_all]
         forward, backward = least(stage, config, backbone, chunks)
         reduced, needed = sum(r.gradients for r in ranks), GRADIENT_BYTES * sum(r.trained for r in ranks)
         yield {
             "preset": preset,
             "stage": stage,
-            "sent": [rank.sent for rank in ranks[:-1]],
+            "sent": [part.sent for part in passed[:-1]],
             "least_sent": forward,
-            "returned": [rank.returned for rank in ranks[1:]],
+            "returned": [part.returned for part in passed[1:]],
             "least_returned": backward,
             "gradients": reduced,
             "least_gradients": needed,
@@ -97,6 +103,7 @@ def line(entry: dict[str, Any]) -> str:
         f"{entry['preset']:12} {entry['stage']}  {sent / 1e6:10.3f} {ratio(sent, entry['least_sent']):>8}"
         f"  {returned / 1e6:10.3f} {ratio(returned, entry['least_returned']):>8}"
         f"  {entry['gradients'] / 1e6:11.1f} {ratio(entry['gradients'], entry['least_gradients']):>8}"
+        f"  {len(entry['sent']):10}"
     )
 
 
@@ -104,14 +111,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one model, rows of 1024 bytes")
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
     warnings.simplefilter("ignore")  # of megatron and torch among themselves
     flags = ["--seq-length", "1024", "--global-batch-size", "16"] if arguments.quick else []
+    flags += others
     presets = PRESETS[-1:] if arguments.quick else PRESETS
     print(
-        f"tensor {TENSOR} × pipeline {PIPELINE} × data {DATA}, sequence parallel; megabytes a rank, and times the least"
+        f"tensor {TENSOR} × pipeline {PIPELINE} × data {DATA}, sequence parallel; megabytes a rank, and times the "
+        "least; a micro-batch's are those of each boundary"
     )
-    print(f"{'':15} {'forward, a micro-batch':>20} {'backward, a micro-batch':>22} {'gradients, an update':>21}")
+    columns = ("forward, a micro-batch", "backward, a micro-batch", "gradients, an update", "boundaries")
+    print(f"{'':15} {columns[0]:>20} {columns[1]:>22} {columns[2]:>21}  {columns[3]}")
     entries: list[dict[str, Any]] = []
     for preset in presets:
         for entry in measure(preset, flags):

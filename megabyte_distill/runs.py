@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
 from megabyte_distill.config.training import Settings
@@ -26,6 +27,7 @@ from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.parallel_linears import byte_side_linears
 from megabyte_distill.model.student import Student
+from megabyte_distill.parallel.pipeline import built_in_stages
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
 
@@ -94,6 +96,7 @@ def backbone_overrides(settings: Settings, config: StageConfig) -> dict[str, obj
     return {
         "sequence_parallel": settings.parallel.sequence_parallel,
         "pipeline_dtype": training_dtype(settings),
+        "microbatch_group_size_per_vp_stage": settings.parallel.micro_batch_group,
         **settings.engine.transformer_fields,
         **config.recompute_fields,
     }
@@ -105,16 +108,27 @@ def training_dtype(settings: Settings) -> torch.dtype:
 
 
 def build_student(
-    config: ModelConfig, backbone: Backbone | None = None, *, overrides: Mapping[str, object] | None = None
+    config: ModelConfig,
+    backbone: Backbone | None = None,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    vp_stage: int = 0,
 ) -> Student:
     """A student with fresh weights in megatron's layers (or around the given backbone).
 
-    ``overrides``: fields of megatron's TransformerConfig.
+    ``overrides``: fields of megatron's TransformerConfig; ``vp_stage``: which of this rank's virtual stages it is.
     """
     assert config.byte_side is not None
     with torch.random.fork_rng(devices=[]):  # how many layers are drawn here says nothing about the byte side
-        host = backbone or Backbone(config.backbone, transformer_config(config.backbone, **(overrides or {})))
+        host = backbone or Backbone(
+            config.backbone, transformer_config(config.backbone, **(overrides or {})), vp_stage=vp_stage
+        )
     return Student(config.byte_side, host, byte_side_linears())
+
+
+def build_model(config: ModelConfig, *, overrides: Mapping[str, object] | None = None) -> nn.Module:
+    """What this rank holds of a student: :func:`build_student`, under virtual stages one for each of them."""
+    return built_in_stages(lambda number: build_student(config, overrides=overrides, vp_stage=number))
 
 
 def load_student(root: Path, stage: str | None = None, *, iteration: int | None = None) -> LoadedStudent:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-# where transformers copies the code of exported folders; read when it is imported
-os.environ.setdefault("HF_MODULES_CACHE", str(Path(tempfile.gettempdir()) / f"megabyte-distill-modules-{os.getuid()}"))
+# where transformers copies the code of exported folders; read when it is imported. One for each pytest process: two
+# would copy over each other
+os.environ["HF_MODULES_CACHE"] = str(
+    Path(tempfile.gettempdir())
+    / f"megabyte-distill-modules-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+)
 
 import random
 
 import numpy as np
 import pytest
 import torch
+
+# a shell's background job ignores Ctrl-C, and hands that on to the processes that the tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = 1234
 

@@ -55,6 +55,15 @@ def test_a_difference_counts_above_twice_the_pooled_spread(controls: ModuleType)
 
 
 @pytest.mark.slow
+def test_exact_targets_are_a_small_part_of_a_step() -> None:
+    command = [sys.executable, str(BENCHMARKS / "exact_targets.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < found["share_of_step"] <= 0.05
+
+
+@pytest.mark.slow
 def test_the_fused_operators_move_what_they_must(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("the counting build needs g++; run on a machine that has it")
@@ -66,3 +75,12 @@ def test_the_fused_operators_move_what_they_must(tmp_path: Path) -> None:
         # less than the floor's share: a case that is not counted at all would show here
         assert 0.8 <= found[operator]["fused_to_floor"] <= 1.3, (operator, found[operator])
         assert found[operator]["eager_to_floor"] > 1.5
+
+
+@pytest.mark.slow
+def test_four_bit_histories_cost_little_more_than_one_each() -> None:
+    command = [sys.executable, str(BENCHMARKS / "scoring.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < found["k4_cost_per_byte_over_one_path_times_k"] <= 1.5, found

@@ -140,3 +140,19 @@ def test_two_machines_of_one_rank_train_one_model(job: Job, tmp_path: Path) -> N
     assert len(lines) == 1, "one of two ranks writes the log"
     state = json.loads((run / "1a" / "iter_0000002" / "loop_state.json").read_text())
     assert state["progress"]["consumed_rows"] == 4
+
+
+def test_the_harness_script_says_what_it_would_start() -> None:
+    done = bash("lm_eval.sh", "--limit", "9", DRY_RUN="1", STUDENT="RUN", TEACHER="DIR", ZERO_SHOT="piqa", INCLUDE="T")
+    assert (done.returncode, done.stderr) == (0, "")
+    student, teacher, *five = done.stdout.splitlines()
+    assert (
+        "megabyte_distill.harness --model megabyte --model_args path=RUN,paths=4 --tasks piqa --num_fewshot 0"
+        in student
+    )
+    assert "lm_eval --model hf --model_args pretrained=DIR --tasks piqa --num_fewshot 0" in teacher
+    assert len(five) == 2 and all("--tasks mmlu --num_fewshot 5" in line for line in five)
+    assert all(line.endswith("--include_path T --limit 9") for line in (student, teacher, *five))
+    only = bash("lm_eval.sh", DRY_RUN="1", STUDENT="RUN", FIVE_SHOT="").stdout.splitlines()
+    assert len(only) == 1 and "hellaswag" in only[0]
+    assert bash("lm_eval.sh", DRY_RUN="1").returncode == 2

@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": BELOW_MODEL | {"model", "objectives", "training"},
     "inference": BELOW_MODEL | {"model", "objectives"},
     "evaluation": BELOW_MODEL | {"model", "objectives", "inference", "conversion"},
-    "hf": BELOW_MODEL | {"model", "inference"},
+    "hf": BELOW_MODEL | {"model", "inference", "conversion"},
     "tool": set(),
+    "harness": BELOW_MODEL | {"model", "inference", "evaluation", "conversion", "hf", "runs"},
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
     "memory": BELOW_MODEL | {"model", "objectives", "curriculum", "training", "conversion", "runs", "tool"},
     "pretrain": BELOW_MODEL
@@ -81,7 +82,10 @@ EXPORTED = {
             "ssm_scan",
         )
     ),
-    *(f"inference.{name}" for name in ("bit_paths", "generation", "prompts", "sampling")),
+    *(
+        f"inference.{name}"
+        for name in ("bit_paths", "branching_cache", "generation", "official", "prompts", "sampling", "utf8")
+    ),
     *(f"hf.{name}" for name in ("byte_filter", "torch_backbone")),
     *(f"hf.{name}_megabyte" for name in ("configuration", "modeling", "tokenization")),
 }

@@ -1,125 +1,294 @@
-"""Generates bytes from a trained run.
+"""Generates bytes from a trained run or an exported student.
 
-    python tools/generate.py --load RUN --prompt "It was a"
-    python tools/generate.py --load RUN --prompt-file FILE --temperature 0.8 --top-p 0.95 --show-boundaries
+    python tools/generate.py --load RUN --prompt "It was a" --prompt "She"
+    python tools/generate.py --load OUT --prompt-file FILE --temperature 0.8 --top-p 0.95 --show-boundaries
+    python tools/generate.py --load RUN --interactive --utf8 constrain
 
-Prints the prompt and its continuation, each character as soon as its bytes are there. Exit code 0, or 2 with one line
-that begins with "error:".
+Prints each prompt and its continuation, a single prompt's characters as soon as their bytes are there, and figures on
+stderr. Exit code 0, or 2 with one line that begins with "error:".
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabyte_distill.tool import run_tool
 
 if TYPE_CHECKING:
-    from megabyte_distill.inference.generation import GenerationSettings
+    from megabyte_distill.inference.generation import Generated, Generation, GenerationSettings
     from megabyte_distill.model.student import Student
 
-_SHADES = ("\x1b[48;5;236m", "\x1b[48;5;24m")
-_PLAIN = "\x1b[0m"
+_HELP = """Type a prompt and Enter: its continuation follows. An empty line starts a document.
+Ctrl-C stops a continuation, Ctrl-D ends, /help shows this. Each turn draws with the next seed."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="RUN", help="folder of a training run")
-    add("--stage", help="stage whose weights are taken (default: the last complete one)")
+    add("--load", type=Path, required=True, metavar="DIR", help="folder of a training run, or of an exported student")
+    add("--stage", help="of a run: stage whose weights are taken (default: the last complete one)")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help='text to continue; "" starts a document')
+    prompt.add_argument("--prompt", action="append", help='text to continue; "" starts a document; may be repeated')
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="its bytes are the prompt, as they are")
+    prompt.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one a line")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest pair of byte and bit (1)")
     add("--top-p", type=float, default=1.0, help="keep the fewest pairs that reach this probability (1: all)")
     add("--top-k", type=int, default=0, help="keep so many of the likeliest pairs (0: all)")
-    add("--seed", type=int, default=0, help="of the random draws (0)")
+    add("--min-p", type=float, default=0.0, help="keep pairs of at least this share of the likeliest's (0: all)")
+    add("--seed", type=int, default=0, help="of the random draws; prompt i draws with the seed + i (0)")
     add("--max-new-bytes", type=int, default=256, help="bytes at most; the end of the document stops earlier (256)")
-    add("--paths", type=int, default=4, help="bit histories along which the prompt is read (4)")
+    add("--stop", action="append", metavar="TEXT", help="end in front of this text, which is not shown; repeatable")
+    add(
+        "--generation",
+        choices=("joint", "bytes"),
+        default="joint",
+        help="draw pairs of byte and bit, or bytes alone, their bits summed out along --paths (joint)",
+    )
+    add("--paths", type=int, default=4, help="bit histories of a prompt, and of --generation bytes (4)")
+    add(
+        "--scoring",
+        choices=("paths", "official"),
+        default="paths",
+        help="a prompt's chunks: found along --paths, or in the paper's way, its last byte forced to end one (paths)",
+    )
+    add("--utf8", choices=("raw", "constrain"), default="raw", help="constrain: never a byte that is no UTF-8 (raw)")
+    add(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show characters as they come, prompt after prompt (default: where there is one prompt)",
+    )
+    add("--batch-size", type=int, default=8, help="prompts that run side by side where nothing is streamed (8)")
     add("--show-boundaries", action="store_true", help="mark where chunks end: by colour, or by | where there is none")
     return parser
 
 
+def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
+    """What the flags say; ValueError for values out of range."""
+    from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, PromptReading
+    from megabyte_distill.inference.sampling import Sampling
+    from megabyte_distill.inference.utf8 import Utf8Mode
+
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}; expected at least 1")
+    sampling = Sampling(
+        temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k, min_p=arguments.min_p
+    )
+    return GenerationSettings(
+        max_new_bytes=arguments.max_new_bytes,
+        sampling=sampling,
+        paths=arguments.paths,
+        seed=arguments.seed,
+        mode=GenerationMode(arguments.generation),
+        reading=PromptReading(arguments.scoring),
+        stop=tuple(_raw(text) for text in arguments.stop or ()),
+        utf8=Utf8Mode(arguments.utf8),
+    )
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[bytes]:
+    """The prompts that the command line names; ValueError for bytes that no text has."""
+    from megabyte_distill.inference.prompts import checked_prompts
+
+    if arguments.interactive:
+        return []
+    if arguments.prompt_file is not None:
+        return checked_prompts([arguments.prompt_file.read_bytes()])
+    return checked_prompts([_raw(text) for text in arguments.prompt])
+
+
+def _raw(text: str) -> bytes:
+    """Bytes that are no UTF-8 arrive as escapes on the command line."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+@contextlib.contextmanager
+def open_student(folder: Path, stage: str | None) -> Iterator[Student]:
+    """The student of a run or of an export; ValueError where the folder is neither."""
+    from megabyte_distill.config.stage import STAGE_ORDER
+    from megabyte_distill.conversion.hf_config import CONFIG_FILE
+    from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, is_run
+
+    resolved = folder.resolve()
+    if resolved.name in STAGE_ORDER and is_run(resolved.parent):
+        folder, stage = resolved.parent, stage or resolved.name
+    if is_run(folder):
+        # megatron takes seconds to import, which --help and a bad prompt should not
+        from megabyte_distill.parallel.process_groups import world
+        from megabyte_distill.runs import load_student, require_speaking
+
+        with world():
+            loaded = load_student(folder, stage)
+            require_speaking(loaded)
+            yield loaded.student
+        return
+    if not (folder / CONFIG_FILE).is_file():
+        what = "is a converted teacher" if (folder / MODEL_CONFIG_FILE).is_file() else "is not a run"
+        raise ValueError(
+            f"{folder} {what} and not an exported student; expected a folder written by training (teacher.json in it) "
+            f"or by convert_checkpoint.py export ({CONFIG_FILE} in it)"
+        )
+    if stage is not None:
+        raise ValueError(f"--stage {stage}: {folder} is an export, which holds the weights of one stage; leave it out")
+    import torch
+
+    from megabyte_distill.hf.exported_folder import load_exported
+
+    yield load_exported(folder, "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Generates and prints; ValueError for what the user can mend."""
-    from megabyte_distill.inference.generation import GenerationSettings
-    from megabyte_distill.inference.prompts import prompt_bytes
-    from megabyte_distill.inference.sampling import Sampling
-
-    if arguments.prompt_file is not None:
-        raw = arguments.prompt_file.read_bytes()
-    else:  # bytes that are no UTF-8 arrive as escapes on the command line
-        raw = arguments.prompt.encode("utf-8", "surrogateescape")
-    prompt = prompt_bytes(raw)
-    sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
-    settings = GenerationSettings(
-        max_new_bytes=arguments.max_new_bytes, sampling=sampling, paths=arguments.paths, seed=arguments.seed
-    )
-    # megatron takes seconds to import, which --help and a bad prompt should not
-    from megabyte_distill.parallel.process_groups import world
-    from megabyte_distill.runs import load_student, require_speaking
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    with world():
-        loaded = load_student(arguments.load, arguments.stage)
-        require_speaking(loaded)
-        show = _show_boundaries if arguments.show_boundaries else _stream
-        show(loaded.student, prompt, settings)
+    settings, prompts = settings_of(arguments), prompts_of(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "replace")
+    with open_student(arguments.load, arguments.stage) as student:
+        screen = Screen(student, settings, with_boundaries=arguments.show_boundaries)
+        if arguments.interactive:
+            interact(screen, streams=arguments.stream is not False)
+        elif arguments.stream or (arguments.stream is None and len(prompts) == 1):
+            for number, prompt in enumerate(prompts):
+                _label(number, len(prompts))
+                screen.stream(prompt, number)
+            screen.report()
+        else:
+            for first in range(0, len(prompts), arguments.batch_size):
+                screen.show(prompts[first : first + arguments.batch_size], first, len(prompts))
+            screen.report()
 
 
-def _stream(student: Student, prompt: bytes, settings: GenerationSettings) -> None:
-    from megabyte_distill.inference.generation import Generation, complete_characters, new_bytes
-
-    running = Generation(student, [prompt], settings)
-    # a character that the prompt leaves open is shown with its end
-    print(prompt.decode("utf-8", errors="ignore"), end="", flush=True)
-    started, size = time.perf_counter(), 0
-
-    def counted() -> Iterator[int]:
-        nonlocal size
-        for byte in new_bytes(running):
-            size += 1
-            yield byte
-
-    for text in complete_characters(counted(), prompt):
-        print(text, end="", flush=True)
-    print(flush=True)
-    _report(size, time.perf_counter() - started)
-
-
-def _show_boundaries(student: Student, prompt: bytes, settings: GenerationSettings) -> None:
-    from megabyte_distill.inference.generation import generate
-
-    started = time.perf_counter()
-    result = generate(student, [prompt], settings)[0]
-    bits = [*result.prompt_bits, *result.bits]
-    print(mark_chunks(prompt + result.byte_ids, bits, colour=sys.stdout.isatty()), flush=True)
-    _report(len(result.byte_ids), time.perf_counter() - started)
-    if any(bits):
-        print(f"{len(bits) / sum(bits):.2f} bytes per chunk", file=sys.stderr)
+def interact(screen: Screen, *, streams: bool) -> None:
+    """Prompts from the terminal until it has no more."""
+    marker = "> " if sys.stdin.isatty() else ""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() edits lines with it
+    print(_HELP, file=sys.stderr)
+    turn = 0
+    while True:
+        try:
+            line = input(marker)
+        except EOFError:
+            return
+        if line.strip() == "/help":
+            print(_HELP, file=sys.stderr)
+            continue
+        try:
+            if streams:
+                screen.stream(_raw(line), turn)
+            else:
+                screen.show([_raw(line)], turn, 1)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print(flush=True)
+        screen.report()
+        turn += 1
 
 
-def mark_chunks(text: bytes, bits: Sequence[bool], *, colour: bool) -> str:
-    """Text [L bytes] with a mark behind each byte whose bit [L] is set, or its chunks in changing colours."""
-    chunks, begin = [], 0
-    for position, bit in enumerate(bits, start=1):
-        if bit or position == len(bits):
-            chunks.append(text[begin:position].decode("utf-8", errors="replace"))
-            begin = position
-    if colour:
-        return "".join(f"{_SHADES[number % 2]}{chunk}{_PLAIN}" for number, chunk in enumerate(chunks))
-    return "".join(f"{chunk}|" for chunk in chunks[:-1]) + "".join(chunks[-1:]) + ("|" if bits and bits[-1] else "")
+@dataclass
+class Screen:
+    """Prints continuations and keeps the figures of the last report."""
+
+    student: Student
+    settings: GenerationSettings
+    with_boundaries: bool
+
+    def __post_init__(self) -> None:
+        self._done: list[tuple[bytes, Generated]] = []
+        self._seconds = 0.0
+
+    def stream(self, prompt: bytes, number: int) -> None:
+        """One prompt, as its characters come. With the bits unknown until the end (bytes), whole at the end."""
+        from megabyte_distill.inference.chunk_marks import marked_characters
+        from megabyte_distill.inference.generation import (
+            GenerationMode,
+            complete_characters,
+            new_bytes,
+            new_pairs,
+        )
+
+        if self.with_boundaries and self.settings.mode is GenerationMode.BYTES:
+            self.show([prompt], number, 1)
+            return
+        running = self._begin([prompt], number)
+        if self.with_boundaries:
+            known = zip(prompt, running.prompt_bits[0], strict=True)
+            pieces = marked_characters(itertools.chain(known, new_pairs(running)), colour=sys.stdout.isatty())
+        else:
+            # a character that the prompt leaves open is shown with its end
+            print(prompt.decode("utf-8", errors="ignore"), end="", flush=True)
+            pieces = complete_characters(new_bytes(running), prompt)
+        with self._timed(running):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(flush=True)
+
+    def show(self, prompts: list[bytes], first: int, count: int) -> None:
+        """Prompts side by side, each whole; the first is number ``first`` of ``count``."""
+        from megabyte_distill.inference.chunk_marks import mark_chunks
+
+        running = self._begin(prompts, first)
+        with self._timed(running):
+            for _ in running:
+                pass
+        for number, (prompt, row) in enumerate(self._done[-len(prompts) :], start=first):
+            _label(number, count)
+            text = prompt + row.byte_ids
+            if self.with_boundaries:
+                print(mark_chunks(text, [*row.prompt_bits, *row.bits], colour=sys.stdout.isatty()), flush=True)
+            else:
+                print(text.decode("utf-8", errors="replace"), flush=True)
+
+    def _begin(self, prompts: list[bytes], first: int) -> Generation:
+        from megabyte_distill.inference.generation import Generation
+
+        return Generation(self.student, prompts, replace(self.settings, seed=self.settings.seed + first))
+
+    @contextlib.contextmanager
+    def _timed(self, running: Generation) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - started
+            self._done += zip(running.prompts, running.results(), strict=True)
+
+    def report(self) -> None:
+        """Figures of all that was generated since the last one, on stderr."""
+        from megabyte_distill.inference.utf8 import count_invalid
+
+        rows = [row for _, row in self._done]
+        size = sum(len(row.byte_ids) for row in rows)
+        parts = [f"{size} bytes in {self._seconds:.1f} s ({size / max(self._seconds, 1e-9):.0f} bytes/s)"]
+        bits = [bit for row in rows for bit in (*row.prompt_bits, *row.bits)]
+        if any(bits):
+            parts.append(f"{len(bits) / sum(bits):.2f} bytes per chunk")
+        invalid = sum(count_invalid(row.byte_ids, begun=prompt, ended=row.ended) for prompt, row in self._done)
+        parts.append(f"{invalid} of {size} bytes no UTF-8" if invalid else "valid UTF-8")
+        reasons = {
+            "ended by the model": sum(row.ended for row in rows),
+            "ended by --stop": sum(row.stopped_by is not None for row in rows),
+            "out of the backbone's positions": sum(row.is_full for row in rows),
+        }
+        parts += [f"{count} {reason}" for reason, count in reasons.items() if count]
+        print(", ".join(parts), file=sys.stderr)
+        self._done, self._seconds = [], 0.0
 
 
-def _report(size: int, seconds: float) -> None:
-    print(f"{size} bytes in {seconds:.1f} s ({size / max(seconds, 1e-9):.0f} bytes/s)", file=sys.stderr)
+def _label(number: int, count: int) -> None:
+    if count > 1:
+        print(f"--- prompt {number + 1} of {count} ---", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

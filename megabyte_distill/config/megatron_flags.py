@@ -68,11 +68,15 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             ),
             _same("context-parallel-size", "1 alone: each segment's chunks would have to divide by 2 × the size"),
             _other("model-parallel-size", "the old name of --tensor-model-parallel-size"),
+            _same(
+                "num-virtual-stages-per-pipeline-rank num-layers-per-virtual-pipeline-stage "
+                "microbatch-group-size-per-virtual-pipeline-stage",
+                "any T × P × V × DP; the byte encoder is on the first virtual stage, the decoder on the last",
+            ),
+            _other("virtual-pipeline-model-parallel-size", "give --num-virtual-stages-per-pipeline-rank"),
             _absent(
-                "virtual-pipeline-model-parallel-size num-layers-per-virtual-pipeline-stage "
-                "num-virtual-stages-per-pipeline-rank",
-                "the byte encoder and decoder stand on the first and last stage, and what goes between stages has no "
-                "interleaved form yet; use more micro-batches (--global-batch-size) to fill the pipeline",
+                "no-overlap-p2p-communication overlap-p2p-communication-warmup-flush",
+                "virtual pipeline stages send while they compute, but wait where the pipeline fills and empties",
             ),
             _absent(
                 "decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers pipeline-model-parallel-layout "
@@ -284,10 +288,9 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             ),
             _always("no-gradient-accumulation-fusion", "gradients are accumulated by megatron's DDP"),
             _absent("cross-entropy-loss-fusion cross-entropy-fusion-impl", "the losses are this package's own"),
-            _absent(
-                "logits-save-dir logits-load-dir logits-save-top-k logits-load-kd-loss-alpha",
-                "the teacher runs beside the student, over its whole vocabulary; see --byte-targets, --kd-loss-alpha",
-            ),
+            _same("logits-load-dir", "the teacher's exact byte targets, stored; in 2a and 2b"),
+            _other("logits-save-dir logits-save-top-k", "give it to tools/cache_teacher.py"),
+            _other("logits-load-kd-loss-alpha", "give --kd-loss-alpha"),
             _absent("multi-latent-attention mtp-num-layers hybrid-layer-pattern", "no supported teacher has them"),
         ),
     }

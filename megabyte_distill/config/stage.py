@@ -63,7 +63,7 @@ class RecomputeMethod(str, Enum):
     UNIFORM = "uniform"
     """All, in groups of --recompute-num-layers of which only the first input is kept."""
     BLOCK = "block"
-    """The first --recompute-num-layers of each pipeline stage."""
+    """The first --recompute-num-layers of each (virtual) pipeline stage."""
 
 
 class RecomputeModule(str, Enum):
@@ -123,6 +123,11 @@ class StageConfig:
         "weight of the exact targets in --byte-targets mixed; the text has the rest",
         low=0,
         high=1,
+        stages=("2a", "2b"),
+    )
+    logits_load_dir: str | None = option(
+        None,
+        "folder of tools/cache_teacher.py from which the exact targets are read, instead of running the teacher",
         stages=("2a", "2b"),
     )
     align_loss_scale: AlignLossScale = option(

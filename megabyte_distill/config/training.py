@@ -94,6 +94,18 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", unit="ranks", low=1)
     pipeline_model_parallel_size: int = option(1, "pipeline stages of the backbone", unit="ranks", low=1)
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "virtual pipeline stages that each rank interleaves; none means one", unit="stages", low=1
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "the same said by the layers of a virtual stage", unit="layers", low=1
+    )
+    microbatch_group_size_per_virtual_pipeline_stage: int | None = option(
+        None,
+        "micro-batches a virtual stage takes before the next one's turn; none means --pipeline-model-parallel-size",
+        unit="micro-batches",
+        low=1,
+    )
     sequence_parallel: bool = option(
         False, "cut the backbone's norms and residual stream over the tensor-parallel ranks, by chunks"
     )
@@ -112,6 +124,22 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(
         10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
     )
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether virtual pipeline stages are asked for; by layers they may come to one a rank."""
+        return (self.num_virtual_stages_per_pipeline_rank or 1) > 1 or bool(self.num_layers_per_virtual_pipeline_stage)
+
+    def virtual_stages(self, num_layers: int) -> int:
+        """Virtual stages of each rank for a backbone whose layers they divide."""
+        if self.num_layers_per_virtual_pipeline_stage:
+            return num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage
+        return self.num_virtual_stages_per_pipeline_rank or 1
+
+    @property
+    def micro_batch_group(self) -> int:
+        """Micro-batches that a virtual stage takes before the next one's turn."""
+        return self.microbatch_group_size_per_virtual_pipeline_stage or self.pipeline_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:

@@ -168,6 +168,7 @@ def _parallel(settings: Settings, world_size: int) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     yield from _overlaps(settings.parallel)
+    yield from _virtual_stages(settings.parallel)
     tensor = settings.parallel.tensor_model_parallel_size
     if settings.parallel.sequence_parallel and tensor == 1:
         yield (
@@ -205,6 +206,21 @@ def _overlaps(parallel: ParallelConfig) -> Iterator[str]:
             f"2 × {parallel.context_parallel_size}, and their number is the text's; leave it at 1, and take "
             "--tensor-model-parallel-size with --sequence-parallel where rows are too long for a rank"
         )
+
+
+def _virtual_stages(parallel: ParallelConfig) -> Iterator[str]:
+    by_number, by_layers = "--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage"
+    group = "--microbatch-group-size-per-virtual-pipeline-stage"
+    size, ranks = parallel.microbatch_group_size_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
+    if parallel.num_virtual_stages_per_pipeline_rank and parallel.num_layers_per_virtual_pipeline_stage:
+        yield f"{by_number} and {by_layers} say the same thing twice; leave one out"
+    if parallel.is_interleaved and ranks == 1:
+        flag = by_layers if parallel.num_layers_per_virtual_pipeline_stage else by_number
+        yield f"{flag} interleaves a pipeline's ranks: give --pipeline-model-parallel-size above 1, or leave it out"
+    if size and not parallel.is_interleaved:
+        yield f"{group} is about virtual pipeline stages: give {by_number} above 1 or {by_layers}, or leave it out"
+    elif size and size < ranks:
+        yield f"{group}: got {size}, expected at least --pipeline-model-parallel-size {ranks}"
 
 
 def _engine(settings: Settings) -> Iterator[str]:
@@ -277,10 +293,22 @@ def _batch_problem(config: StageConfig, parallel: ParallelConfig, world_size: in
     if ranks < 1 or config.micro_batch_size < 1 or config.global_batch_size < 1:
         return None  # named elsewhere
     try:
-        config.micro_batches(ranks)
+        micro_batches = config.micro_batches(ranks)
     except ValueError as error:
         return str(error)
-    return None
+    return _interleaving_problem(micro_batches, parallel) if parallel.is_interleaved else None
+
+
+def _interleaving_problem(micro_batches: int, parallel: ParallelConfig) -> str | None:
+    """megatron's interleaved schedule takes whole groups, the last of at least as many as there are pipeline ranks."""
+    group, ranks = parallel.micro_batch_group, parallel.pipeline_model_parallel_size
+    if group < ranks or (micro_batches >= group and not 0 < micro_batches % group < ranks):
+        return None  # a group that is too small is named elsewhere
+    expected = f"a multiple of {group}" + (f", or {ranks} to {group - 1} more than one" if group > ranks else "")
+    return (
+        f"--global-batch-size gives each copy of the model {micro_batches} micro-batches an update; virtual pipeline "
+        f"stages need {expected}"
+    )
 
 
 def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
@@ -297,6 +325,8 @@ def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
         )
     if config.kd_loss_alpha != StageConfig().kd_loss_alpha and config.byte_targets is not ByteTargets.MIXED:
         yield f"stage {stage}: --kd-loss-alpha weighs --byte-targets mixed, which is {config.byte_targets.value} here"
+    if config.logits_load_dir is not None and config.byte_targets is ByteTargets.HARD:
+        yield f"stage {stage}: --logits-load-dir holds the targets of --byte-targets exact or mixed, which is hard here"
     yield from (f"stage {stage}: {problem}" for problem in _recompute_problems(config))
     if config.freeze_backbone and config.backbone_lr is not None:
         yield f"stage {stage}: --freeze-backbone and --backbone-lr contradict each other; leave one out"

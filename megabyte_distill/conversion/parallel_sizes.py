@@ -11,10 +11,13 @@ def check_parallel_sizes(
     tensor_parallel: int,
     pipeline_parallel: int,
     flags: tuple[str, str] = ("--tp", "--pp"),
+    virtual_stages: int | None = None,
+    layers_per_virtual_stage: int | None = None,
 ) -> None:
     """ValueError that names everything that T = ``tensor_parallel`` ranks cannot share, or P stages not divide.
 
     A checkpoint itself knows no sizes: this is about the model that will load it. ``flags``: their names in messages.
+    ``virtual_stages`` or ``layers_per_virtual_stage``: how a stage's layers are cut further.
     """
     tp, pp = flags
     for name, size in ((tp, tensor_parallel), (pp, pipeline_parallel)):
@@ -33,6 +36,14 @@ def check_parallel_sizes(
     problems += _group_problems(config, tensor_parallel, tp)
     if config.num_layers % pipeline_parallel:
         problems.append(f"layers {config.num_layers} is not divisible by {pp} {pipeline_parallel}")
+    else:
+        layers = config.num_layers // pipeline_parallel
+        for flag, number in (
+            ("--num-virtual-stages-per-pipeline-rank", virtual_stages),
+            ("--num-layers-per-virtual-pipeline-stage", layers_per_virtual_stage),
+        ):
+            if number and layers % number:
+                problems.append(f"layers {layers} of a pipeline rank is not divisible by {flag} {number}")
     if problems:
         raise ValueError(f"this {config.family} cannot be cut so: {'; '.join(problems)}; choose other sizes")
 

@@ -30,6 +30,7 @@ from megabyte_distill.conversion.model_config import (
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER, copy_files, token_table
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.parallel.pipeline import built_in_stages, joined, virtual_stages
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import (
     TRACKER,
@@ -130,13 +131,28 @@ def load_teacher(
     (``parallel.process_groups.world``). ValueError where the folder is no such checkpoint or does not fit its own
     model_config.json.
     """
-    checkpoint, config, tokens, _ = find_teacher(folder)
+    _, config, tokens, _ = find_teacher(folder)
+    backbone = load_teacher_stages(folder, dtype=dtype, overrides=overrides, verify=verify)
+    assert isinstance(backbone, Backbone), "the teacher is cut into virtual stages"
+    return Teacher(backbone, config, tokens)
+
+
+def load_teacher_stages(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overrides: Mapping[str, object] | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """The backbone of :func:`load_teacher`, under virtual stages one for each of them."""
+    checkpoint, config, _, _ = find_teacher(folder)
     # every parameter is overwritten, and a missing one is an error
     fields = {"perform_initialization": False, **(overrides or {})}
     transformer: TransformerConfig = transformer_config(config, **fields)
-    backbone = Backbone(config, transformer).to(dtype or stored_dtype(checkpoint))
-    load_checkpoint(checkpoint, TeacherHolder(backbone), prefix=BACKBONE_PREFIX, verify=verify)
-    return Teacher(backbone.to(current_world().device), config, tokens)
+    holders = built_in_stages(lambda number: TeacherHolder(Backbone(config, transformer, vp_stage=number)))
+    holders.to(dtype or stored_dtype(checkpoint))
+    load_checkpoint(checkpoint, holders, prefix=BACKBONE_PREFIX, verify=verify)
+    return joined([holder.backbone for holder in virtual_stages(holders)]).to(current_world().device)
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Parts
@@ -23,7 +22,7 @@ class BoundaryLearning:
 
     on_first_stage = True
 
-    def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+    def __init__(self, config: StageConfig, teacher: nn.Module | None) -> None:
         self.weights = {LOSS: 1.0}
         self._measures: Sums = {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig
@@ -16,19 +17,23 @@ from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Boundaries, Gold, Parts, RouterDecides
 from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
 from megabyte_distill.objectives.byte_tree import ByteTree
-from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
+from megabyte_distill.objectives.exact_targets import exact_targets
 from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_nlls
 from megabyte_distill.objectives.objective import Sums
+from megabyte_distill.objectives.truncated_targets import restored
+from megabyte_distill.parallel.pipeline import virtual_stages
 
 BYTE_LOSS = "byte ce"
 ROUTER_LOSS = "router bce"
 MEASURE = "joint bits per byte"
 REPLACED = "exact targets replaced"
+EXCLUDED = "teacher mass excluded"
 
 
 def teacher_need(config: StageConfig) -> TeacherNeed:
-    """Hard labels need no teacher."""
-    return TeacherNeed.NONE if config.byte_targets is ByteTargets.HARD else TeacherNeed.FROZEN
+    """Hard labels and stored targets need no teacher."""
+    needs_none = config.byte_targets is ByteTargets.HARD or config.logits_load_dir is not None
+    return TeacherNeed.NONE if needs_none else TeacherNeed.FROZEN
 
 
 class ByteSft:
@@ -40,7 +45,7 @@ class ByteSft:
     on_first_stage = False
 
     def __init__(
-        self, config: StageConfig, teacher: Backbone | None, table: TokenBytes | None, *, trains_router: bool
+        self, config: StageConfig, teacher: nn.Module | None, table: TokenBytes | None, *, trains_router: bool
     ) -> None:
         self.weights = {BYTE_LOSS: 1.0}
         self._parts = Parts.ENCODER | Parts.BACKBONE | Parts.DECODER
@@ -52,10 +57,10 @@ class ByteSft:
         self._measures: Sums = {}
         alphas = {ByteTargets.HARD: 0.0, ByteTargets.EXACT: 1.0, ByteTargets.MIXED: config.kd_loss_alpha}
         self._alpha = alphas[config.byte_targets]
-        self._exact: _TeacherTargets | None = None
+        self._exact: _TeacherTargets | _CachedTargets | None = None
         if config.byte_targets is not ByteTargets.HARD:
-            assert teacher is not None and table is not None
-            self._exact = _TeacherTargets(teacher, table)
+            assert table is not None
+            self._exact = _CachedTargets(table) if teacher is None else _TeacherTargets(teacher, table)
 
     def counts(self, row: PackedRow) -> dict[str, int]:
         """Bytes that predict something, and those whose boundary is a prediction."""
@@ -79,7 +84,7 @@ class ByteSft:
             return {}
         outputs = done.outputs
         assert outputs.logits is not None
-        targets = None if exact is None or done.teacher is None else exact.of(row, done.teacher)
+        targets = None if exact is None else exact.of(row, done.teacher)
         losses = {BYTE_LOSS: self._byte_loss(outputs.logits, row, targets, training=model.training)}
         if ROUTER_LOSS in self.weights:
             assert outputs.p is not None
@@ -88,7 +93,7 @@ class ByteSft:
             self._measures["boundary f1"] = f1_pair(decide(outputs.p.detach(), row.byte_ids), row)
         return losses
 
-    def _byte_loss(self, logits: Tensor, row: PackedRow, targets: ExactTargets | None, *, training: bool) -> Tensor:
+    def _byte_loss(self, logits: Tensor, row: PackedRow, targets: _Targets | None, *, training: bool) -> Tensor:
         # in training the loss is the last to read the logits
         if targets is None:
             hard = joint_nll(logits, row, overwrite_logits=training)
@@ -98,32 +103,62 @@ class ByteSft:
         hard, soft = joint_nlls(
             logits, row, targets.distribution, hard_has_gradient=not only_soft, overwrite_logits=True
         )
-        self._measures = {
-            MEASURE: joint_bits_pair(hard, row),
-            REPLACED: (targets.replaced, row.loss_mask.sum()),
-        }
+        self._measures = {MEASURE: joint_bits_pair(hard, row), **targets.measures}
         mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard
         return mixed[row.loss_mask].sum()
 
     def measures(self) -> Sums:
-        """Joint bits per byte of text, the router's F1 where it trains, the share of replaced targets where exact."""
+        """Joint bits per byte of text and the router's F1 where it trains.
+
+        Of a teacher that runs, the share of bytes whose hard label stands, and its mass on special ids and others that
+        cannot be text.
+        """
         return self._measures
+
+
+class _Targets(NamedTuple):
+    """What a row's bytes are to be."""
+
+    distribution: Tensor
+    """[P, 512]."""
+    measures: Sums
+
+
+class _CachedTargets:
+    """Exact byte targets that come with the row."""
+
+    teacher = None
+
+    def __init__(self, table: TokenBytes) -> None:
+        self._tree = ByteTree.of(table)
+
+    def of(self, row: PackedRow, states: Tensor | None) -> _Targets:
+        if self._tree.order.device != row.byte_ids.device:
+            self._tree = self._tree.to(row.byte_ids.device)
+        return _Targets(restored(self._tree, row), {})
 
 
 class _TeacherTargets:
     """A frozen teacher's exact byte targets, from its states on the gold tokens."""
 
-    def __init__(self, teacher: Backbone, table: TokenBytes) -> None:
+    def __init__(self, teacher: nn.Module, table: TokenBytes) -> None:
         self.teacher = teacher
-        self._tree = ByteTree.of(table).to(teacher.device)
+        self._head: Backbone = virtual_stages(teacher)[-1]  # of which the last rank's alone has a head
+        self._tree = ByteTree.of(table, self._head.columns).to(self._head.device)
 
-    @torch.no_grad()
-    def of(self, row: PackedRow, states: Tensor) -> ExactTargets:
-        return exact_targets(
+    def of(self, row: PackedRow, states: Tensor | None) -> _Targets:
+        assert states is not None
+        found = exact_targets(
             self._tree,
-            self.teacher.logits(states),
+            states,
+            head=self._head.own_logits,
             byte_ids=row.byte_ids,
             bits=row.bits,
             labels=row.labels,
             wanted=row.loss_mask,
         )
+        measures: Sums = {
+            REPLACED: (found.replaced, row.loss_mask.sum()),
+            EXCLUDED: (found.excluded, found.chunks),
+        }
+        return _Targets(found.distribution, measures)

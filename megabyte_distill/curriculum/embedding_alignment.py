@@ -14,6 +14,7 @@ from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Gold, Parts
 from megabyte_distill.objectives.alignment import alignment_squared_error, table_variance
 from megabyte_distill.objectives.objective import Sums
+from megabyte_distill.parallel.pipeline import virtual_stages
 
 LOSS = "alignment mse"
 RELATIVE = "alignment mse relative"
@@ -24,10 +25,10 @@ class EmbeddingAlignment:
 
     on_first_stage = True
 
-    def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+    def __init__(self, config: StageConfig, teacher: nn.Module | None) -> None:
         self.weights = {LOSS: 1.0}
         assert teacher is not None
-        self._teacher = teacher
+        self._teacher: Backbone = virtual_stages(teacher)[0]  # the one with the table, where this rank has it
         self._is_relative = config.align_loss_scale is AlignLossScale.TABLE_VARIANCE
         self._measures: Sums = {}
 

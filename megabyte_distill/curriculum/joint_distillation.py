@@ -18,6 +18,7 @@ from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Gold, Parts
 from megabyte_distill.objectives.objective import Sums
 from megabyte_distill.objectives.token_kl import reverse_kl
+from megabyte_distill.parallel.pipeline import virtual_stages
 from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
 LOSS = "reverse kl"
@@ -29,7 +30,7 @@ class JointDistillation:
 
     on_first_stage = False
 
-    def __init__(self, config: StageConfig, teacher: Backbone | None) -> None:
+    def __init__(self, config: StageConfig, teacher: nn.Module | None) -> None:
         self.weights = {LOSS: 1.0}
         assert teacher is not None
         self._teacher = teacher
@@ -52,9 +53,10 @@ class JointDistillation:
         if done is None:
             return {}
         student: Backbone = bare(model).backbone
+        teacher: Backbone = virtual_stages(self._teacher)[-1]
         assert done.outputs.hidden is not None and done.teacher is not None
         with torch.no_grad():
-            wanted = self._teacher.own_logits(done.teacher)
+            wanted = teacher.own_logits(done.teacher)
         logits, columns = student.own_logits(done.outputs.hidden), student.columns
         kl = reverse_kl(logits, wanted, columns)
         self._measures = {} if model.training else _bits_per_byte(logits, wanted, columns, row)

@@ -12,6 +12,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Boundaries, Parts, Student, StudentOutputs
+from megabyte_distill.parallel.pipeline import virtual_stages
 
 
 class SideBySide(NamedTuple):
@@ -34,20 +35,22 @@ def run_on_stage(
     *,
     boundaries: Boundaries,
     parts: Parts,
-    teacher: Backbone | None = None,
+    teacher: nn.Module | None = None,
 ) -> SideBySide | None:
     """Run this stage's share of the student and, without gradient, of the teacher on the row's gold tokens.
 
-    None where the pipeline goes on behind this stage: the results are in ``link`` then.
+    ``teacher``: a Backbone, or one cut into virtual stages as the student is. None where the pipeline goes on behind
+    this stage: the results are in ``link`` then.
     """
     student: Student = bare(model)
-    carried = replace(student.carried(boundaries, parts), teacher=teacher is not None)
+    beside: Backbone | None = None if teacher is None else virtual_stages(teacher)[student.vp_stage]
+    carried = replace(student.carried(boundaries, parts), teacher=beside is not None)
     arrived, teacher_state = link.receive(row, student.byte_side_config.backbone_width, carried)
     outputs = model(row, boundaries, parts, arrived)
-    if teacher is not None:
+    if beside is not None:
         with torch.no_grad():
-            entering = teacher.embed(row.tokens) if teacher_state is None else teacher_state
-            teacher_state = teacher(entering, row.cu_chunks)
+            entering = beside.embed(row.tokens) if teacher_state is None else teacher_state
+            teacher_state = beside(entering, row.cu_chunks)
     if link.is_last:
         return SideBySide(outputs, teacher_state)
     link.send(outputs, teacher_state, carried, idle=_idle_embedding(student))

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import nn
+
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.data.token_bytes import TokenBytes
-from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.objectives.objective import Objective
 
 
@@ -32,8 +33,9 @@ class Stage:
     trains: Callable[[StageConfig, BackboneConfig], tuple[str, ...]]
     """Prefixes of the parameter names that train."""
     teacher: Callable[[StageConfig], TeacherNeed]
-    objective: Callable[[StageConfig, Backbone | None, TokenBytes | None], Objective]
-    """Builds the losses from the stage's settings, the teacher and its token table (None where not needed)."""
+    objective: Callable[[StageConfig, nn.Module | None, TokenBytes | None], Objective]
+    """Builds the losses from the stage's settings, the teacher's Backbone (in virtual stages where the student is) and
+    its token table (None where not needed)."""
     measure: str
     """The validation figure that stands for the stage."""
 

@@ -111,6 +111,10 @@ class ByteTokenDataset:
         """Bytes of a document, without BOS."""
         return self._own_length(self._bytes, document, 1)
 
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each of ``documents``, without BOS."""
+        return np.asarray(self._bytes.lengths[self.documents.start : self.documents.stop], dtype=np.int64) - 1
+
     def _own_length(self, reader: IndexedReader, document: int, marks: int) -> int:
         """Length of an item without the ``marks`` elements that are not the document's."""
         length = reader.length(document)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.stored_targets import StoredTargets
 
 
 def _offsets(parts: Sequence[Tensor]) -> Tensor:
@@ -27,6 +28,7 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
     if len(rows) == 1:
         return rows[0]
     counts = [int(row.bits.sum()) for row in rows]
+    stored = [row.stored for row in rows if row.stored is not None]
     padding = -sum(counts) % rows[0].chunk_bucket
 
     def join_chunks(name: str) -> Tensor:
@@ -54,4 +56,5 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
         cu_chunks=cu_chunks,
         chunk_bucket=rows[0].chunk_bucket,
         documents=tuple(document for row in rows for document in row.documents),
+        stored=StoredTargets.joined(stored) if len(stored) == len(rows) else None,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 from numpy.typing import NDArray
 
+from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.data.token_bytes import TokenBytes
 
@@ -23,6 +26,45 @@ def mock_table(vocab_size: int) -> TokenBytes:
             word = _LETTERS[digit : digit + 1] + word
         words.append(word)
     return TokenBytes.from_list(words, end_of_text_id=0, bos_id=0)
+
+
+def worded_table(vocab_size: int, *, specials: int = 256, seed: int = 0) -> TokenBytes:
+    """A made-up table of ``vocab_size`` ids whose prefixes branch about as those of a large byte-level BPE.
+
+    Single bytes, runs of spaces, numbers, words of shared syllables with and without a space or a capital, characters
+    of two to four bytes, whole and cut, alone and joined. The last ``specials`` ids are special, the first of them
+    ends documents. ValueError for fewer than 1,000 other ids.
+    """
+    wanted = vocab_size - specials
+    if wanted < 1000:
+        raise ValueError(f"a vocabulary of {vocab_size} ids with {specials} special ones; expected 1,000 others")
+    choose = random.Random(seed)
+    syllables = [
+        "".join(choose.choice("bcdfghklmnprstvw") + choose.choice("aeiou") for _ in range(choose.choice((1, 1, 2))))
+        for _ in range(700)
+    ]
+    scripts = [(0x400, 0x450), (0x620, 0x650), (0x900, 0x970), (0x3041, 0x30FF), (0x4E00, 0x9000), (0x1F300, 0x1F650)]
+    # a dict keeps the order: the same seed gives the same ids everywhere
+    tokens: dict[bytes, None] = {bytes([byte]): None for byte in range(BOS_BYTE)}
+    tokens.update({b" " * size: None for size in range(2, 129)})
+    tokens.update({str(number).zfill(3).encode(): None for number in range(1000)})
+    while len(tokens) < wanted:
+        if choose.random() < 0.75:
+            # low numbers come more often, so that prefixes are shared
+            parts = [syllables[int(len(syllables) * choose.random() ** 3)] for _ in range(choose.randint(1, 3))]
+            word = "".join(parts)
+            text = (choose.choice(("", " ", " ")) + choose.choice((word, word, word.title()))).encode()
+        else:
+            low, high = choose.choice(scripts)
+            characters = [
+                chr(low + int((high - low) * choose.random() ** 2)) for _ in range(choose.choice((1, 1, 2, 3)))
+            ]
+            text = (choose.choice(("", " ")) + "".join(characters)).encode()
+            text = text[: len(text) - choose.choice((0, 0, 0, 1, 2))] or text
+        tokens[text] = None
+    pieces = [*tokens][:wanted]
+    choose.shuffle(pieces)
+    return TokenBytes.from_list([*pieces, *[None] * specials], end_of_text_id=wanted, bos_id=None)
 
 
 class MockDataset:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, END_OF_DOCUMENT_CLASS, PAD_BYTE, joint_class
+from megabyte_distill.data.stored_targets import StoredTargets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,11 +47,14 @@ class PackedRow:
     """M is a multiple of it."""
     documents: tuple[int, ...]
     """Index in its data set of each real segment's document; -1 where unknown."""
+    stored: StoredTargets | None = None
+    """The bytes' exact targets, where they are read from a cache."""
 
     def to(self, device: torch.device | str) -> PackedRow:
         """The same row with every tensor on ``device``."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+        stored = None if self.stored is None else self.stored.to(device)
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()}, stored=stored)
 
 
 def without_document_mask(row: PackedRow) -> PackedRow:

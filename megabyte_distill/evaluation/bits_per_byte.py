@@ -1,36 +1,41 @@
-"""A student beside its teacher on held-out text: bits per byte, retention, boundaries, anchors."""
+"""A student beside its teacher on held-out text: bits per byte, retention, boundaries, next bytes, anchors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.evaluation.anchors import score_constant_embedding, score_unigram
+from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.evaluation.bootstrap import Bootstrap, Counts, Interval
+from megabyte_distill.evaluation.document_counts import Judged, count_rows
 from megabyte_distill.evaluation.held_out import openings
 from megabyte_distill.inference.bit_paths import device_of
-from megabyte_distill.inference.scoring import (
-    RowScore,
-    joint_nll,
-    joint_row_score,
-    score_paths,
-    score_row,
-    score_tokens,
-    segment_texts,
-    token_nll,
-    token_row_score,
-)
+from megabyte_distill.inference.scoring import score_paths, score_row, score_tokens, segment_texts
+from megabyte_distill.inference.tokenizations import score_tokenizations
 from megabyte_distill.model.backbone import Backbone
-from megabyte_distill.model.router import decide
-from megabyte_distill.model.student import Gold, Parts, RouterDecides, Student
-from megabyte_distill.objectives.alignment import alignment_squared_error, table_variance
-from megabyte_distill.objectives.boundary import boundary_counts
+from megabyte_distill.model.student import Student
+from megabyte_distill.objectives.alignment import table_variance
+from megabyte_distill.objectives.byte_tree import ByteTree
 
+_OPTIONAL = ("unigram_bits_per_byte", "teacher_next_byte_accuracy", "official_bits_per_byte", "official_retention")
+"""Figures that are None where what they need was not given."""
 NO_TEXT = "the rows hold not one byte of text; evaluate on documents that are not empty"
+
+
+class Bits(StrEnum):
+    """Whose boundary bits the student's headline figures are under, as input and label."""
+
+    GOLD = "gold"
+    ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,29 +51,46 @@ class PathFigures:
     gold_bits_per_byte: float
     """The student under gold bits."""
     teacher_bits_per_byte: float
+    """Its own tokens."""
+    tokenizations: int
+    teacher_tokenizations_bits_per_byte: float | None
+    """The teacher's summed probability of so many tokenizations, its own among them, as the beginning of a longer text:
+    what compares with ``bits_per_byte``. None where not asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """All figures of :func:`evaluate_run`. Bits per byte leave out the event "the document ends"."""
+    """All figures on some text. Bits per byte leave out the event "the document ends"."""
 
     text_bytes: int
     documents: int
     is_bound: bool
     """False in official dechunk, which reads p and so the next byte: the student's figures then credit a leak."""
+    bits: Bits
+    """What ``student_bits_per_byte``, ``retention``, ``gap_bits_per_byte`` and ``next_byte_accuracy`` are under."""
     teacher_bits_per_byte: float
     """Of the teacher's canonical tokens."""
     student_bits_per_byte: float
-    """Joint, gold bits as input and label: the same quantity as the teacher's."""
+    """Joint, bits as input and label. Under gold bits the same quantity as the teacher's."""
     retention: float
     """Teacher's over student's."""
     gap_bits_per_byte: float
     """Student's minus teacher's."""
+    gold_bits_per_byte: float
+    """Joint, gold bits."""
     router_bits_per_byte: float
-    """Joint, the router's bits as input and label."""
+    """Joint, the router's bits."""
+    official_bits_per_byte: float | None
+    """The paper's score, no bound: it sees the next byte through the boundaries and takes the likelier of two bits.
+    None where not asked for."""
+    official_retention: float | None
     stage1_bits_per_byte: float
     """Gold chunks of bytes through encoder, backbone and token head."""
     stage1_retention: float
+    next_byte_accuracy: float
+    """Share of bytes that the student gave the highest probability, its two bits summed."""
+    teacher_next_byte_accuracy: float | None
+    """The same of the teacher's exact byte distribution behind the gold tokens; None where no token table was given."""
     boundary_precision: float
     boundary_recall: float
     boundary_f1: float
@@ -85,52 +107,40 @@ class Evaluation:
     unigram_bits_per_byte: float | None
     """Anchor: tokens by their frequency in the training text; None where that was not given."""
     paths: PathFigures | None
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    """Name of a figure → its confidence interval over documents."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "intervals": {name: list(ends) for name, ends in self.intervals.items()}}
 
 
-@dataclass
-class _Scorer:
-    """Sums of one scorer over rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Figures of all text together, and of each data set."""
 
-    segment_bits: list[Tensor] = field(default_factory=list)
-    end_bits: float = 0.0
-
-    def add(self, score: RowScore) -> None:
-        self.segment_bits.append(score.bits.cpu())
-        self.end_bits += score.end_bits
-
-    @property
-    def bits(self) -> float:
-        return float(torch.cat(self.segment_bits).sum())
+    total: Evaluation
+    sets: Mapping[str, Evaluation]
 
 
-@dataclass
-class _Sums:
-    """Everything that is added up over rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measures:
+    """What is measured, and how."""
 
-    teacher: _Scorer = field(default_factory=_Scorer)
-    gold: _Scorer = field(default_factory=_Scorer)
-    router: _Scorer = field(default_factory=_Scorer)
-    stage1: _Scorer = field(default_factory=_Scorer)
-    constant: _Scorer = field(default_factory=_Scorer)
-    unigram: _Scorer = field(default_factory=_Scorer)
-    text_bytes: int = 0
-    ends: int = 0
-    hits: int = 0
-    predicted: int = 0
-    marked: int = 0
-    """Gold ends among the bytes where a boundary is a prediction."""
-    chunks: int = 0
-    """Gold chunks of text: BOS not counted."""
-    router_chunks: int = 0
-    squared_error: float = 0.0
-    aligned: int = 0
+    bits: Bits = Bits.GOLD
+    """Of the student's headline figures."""
+    official: bool = False
+    """The paper's score as well."""
+    paths: int = 4
+    """K of the figures without a tokenizer; 0 leaves them out, as does official mode, which cannot step."""
+    path_bytes: int = 20_000
+    """About how much text those are taken over, shared evenly by the sets: the openings of evenly spread rows."""
+    tokenizations: int = 0
+    """The teacher over so many tokenizations, on the same text; needs its token table. 0 leaves it out."""
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    """How the intervals are made."""
 
 
-@torch.no_grad()
 def evaluate_run(
     student: Student,
     teacher: Backbone,
@@ -142,132 +152,184 @@ def evaluate_run(
     paths: int = 4,
     path_bytes: int = 20_000,
 ) -> Evaluation:
-    """All figures on the given rows (``held_out.held_out_rows``).
+    """All figures on the given rows of one data set (``held_out.held_out_rows``), without intervals.
+
+    See :func:`compare`.
+    """
+    found = compare(
+        student,
+        teacher,
+        {"": rows},
+        Measures(paths=paths, path_bytes=path_bytes, bootstrap=Bootstrap(resamples=0)),
+        stage1_student=stage1_student,
+        aligned_student=aligned_student,
+        unigram=unigram,
+    )
+    return found.total
+
+
+@torch.no_grad()
+def compare(
+    student: Student,
+    teacher: Backbone,
+    rows_of_set: Mapping[str, Sequence[PackedRow]],
+    measures: Measures,
+    *,
+    stage1_student: Student | None = None,
+    aligned_student: Student | None = None,
+    unigram: Tensor | None = None,
+    token_bytes: TokenBytes | None = None,
+) -> Comparison:
+    """Every figure, of each data set and of all together. ValueError for a set without text.
 
     Args:
         student: after 2a or 2b; an earlier one gives bits per byte of an untrained decoder.
         teacher: what it was distilled from.
-        rows: at least one byte of text; on the student's device or not.
-        aligned_student: the student after 1a, for the alignment error. Default: ``stage1_student``.
+        rows_of_set: by the sets' names; on the student's device or not.
+        measures: what is asked for.
         stage1_student: the student after 1b, for the figures of the token head. 2b trains the
             backbone on, and the token head no longer fits exactly. Default: ``student``.
+        aligned_student: the student after 1a, for the alignment error. Default: ``stage1_student``.
         unigram: ``anchors.unigram_nll`` [W] of the training text, for the anchor.
-        paths: K of the figure without a tokenizer, which steps byte by byte; 0 leaves it out, as does official mode,
-            which cannot step.
-        path_bytes: about how much text that figure is taken over: the openings of evenly spread rows.
+        token_bytes: the teacher's vocabulary, for its next-byte accuracy and its other tokenizations.
     """
-    device = device_of(student)
-    sums = _Sums()
-    for row in (row.to(device) for row in rows):
-        _add_row(sums, student, teacher, row)
-        stage1 = stage1_student or student
-        _add_stage1(sums, stage1, aligned_student or stage1, teacher, row)
-        if unigram is not None:
-            sums.unigram.add(score_unigram(unigram.to(device), row))
-    figures = None
-    if paths and not student.is_official:
-        figures = path_figures(student, teacher, openings(rows, path_bytes), paths=paths)
-    documents = sums.ends + int(not _ends_document(rows[-1]))
-    variance = float(table_variance(teacher.embedding_table, teacher.columns))
-    has_unigram = unigram is not None
-    report = _report(sums, variance=variance, documents=documents, has_unigram=has_unigram, paths=figures)
-    return replace(report, is_bound=not student.is_official)
+    distilled = stage1_student or student
+    judged = Judged(
+        student=student,
+        teacher=teacher,
+        distilled=distilled,
+        aligned=aligned_student or distilled,
+        unigram=unigram,
+        tree=None if token_bytes is None else ByteTree.of(token_bytes),
+        router_bits=measures.bits is Bits.ROUTER,
+        official=measures.official,
+    )
+    counts = {name: count_rows(judged, rows) for name, rows in rows_of_set.items()}
+    tables = list(counts.values())
+    together = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    by_path = {}
+    if measures.paths and not student.is_official:
+        share = replace(measures, path_bytes=-(-measures.path_bytes // len(rows_of_set)))
+        by_path = {name: _path_figures(judged, rows, share, token_bytes) for name, rows in rows_of_set.items()}
+    make = partial(_evaluation, judged, measures)
+    return Comparison(
+        total=make(together, _all_paths(list(by_path.values()))),
+        sets={name: make(table, by_path.get(name)) for name, table in counts.items()},
+    )
 
 
-def _add_row(sums: _Sums, student: Student, teacher: Backbone, row: PackedRow) -> None:
-    outputs = student(row, Gold(), Parts.ALL)
-    score = joint_row_score(joint_nll(outputs.logits, row.bits, row), row)
-    sums.gold.add(score)
-    sums.text_bytes += int(score.bytes.sum())
-    sums.ends += score.ends
-    sums.router.add(score_row(student, row, RouterDecides()))
-    sums.teacher.add(score_tokens(teacher, row))
-    sums.constant.add(score_constant_embedding(teacher, row))
-    predicted = decide(outputs.p, row.byte_ids, official=student.is_official)
-    counts = boundary_counts(predicted, row)
-    sums.hits += int(counts["hits"])
-    sums.predicted += int(counts["predicted"])
-    sums.marked += int(counts["gold"])
-    sums.chunks += int(row.token_mask.sum()) - len(row.documents)
-    sums.router_chunks += int((predicted & row.loss_mask).sum()) - len(row.documents)
-
-
-def _add_stage1(sums: _Sums, student: Student, aligned: Student, teacher: Backbone, row: PackedRow) -> None:
-    outputs = student(row, Gold(), Parts.ENCODER | Parts.BACKBONE)
-    backbone = student.backbone
-    assert isinstance(backbone, Backbone) and outputs.hidden is not None
-    sums.stage1.add(token_row_score(token_nll(backbone, outputs.hidden, row.token_labels), row))
-    chunks = aligned(row, Gold(), Parts.ENCODER).chunks
-    target = teacher.embed(row.tokens[row.token_mask])
-    sums.squared_error += float(alignment_squared_error(chunks[row.token_mask], target).double().sum())
-    sums.aligned += int(target.shape[0])
-
-
-def path_figures(
-    student: Student, teacher: Backbone, rows: Sequence[PackedRow], *, paths: int = 4, batch: int = 32
+def _path_figures(
+    judged: Judged, rows: Sequence[PackedRow], measures: Measures, token_bytes: TokenBytes | None
 ) -> PathFigures:
-    """The student along K paths, and gold bits and the teacher on the same rows; ``batch`` segments run side by side.
-
-    ValueError for rows without a byte of text and in official mode.
-    """
+    """The student along K paths, and gold bits and the teacher on the same text. ValueError where there is none."""
+    student, teacher = judged.student, judged.teacher
     device = device_of(student)
-    gold, tokens = _Scorer(), _Scorer()
+    gold = tokens = 0.0
     texts: list[Tensor] = []
-    for row in (row.to(device) for row in rows):
-        gold.add(score_row(student, row))
-        tokens.add(score_tokens(teacher, row))
-        texts += [text for text in segment_texts(row) if text.shape[0]]
+    canonical: list[list[int]] = []
+    for row in (row.to(device) for row in openings(rows, measures.path_bytes)):
+        gold += float(score_row(student, row).bits.sum())
+        tokens += float(score_tokens(teacher, row).bits.sum())
+        texts += segment_texts(row)
+        canonical.append(row.tokens[1:].tolist())  # an opening is one segment
     size = sum(text.shape[0] for text in texts)
     if not size:
         raise ValueError(NO_TEXT)
-    score = score_paths(student, texts, paths=paths, batch=batch)
+    score = score_paths(student, texts, paths=measures.paths)
+    over_tokenizations = None
+    if measures.tokenizations and token_bytes is not None:
+        summed = score_tokenizations(teacher, token_bytes, texts, paths=measures.tokenizations, canonical=canonical)
+        over_tokenizations = float(summed.prefix_bits.sum()) / size
     return PathFigures(
-        paths=paths,
+        paths=measures.paths,
         text_bytes=size,
         bits_per_byte=float(score.bits.sum()) / size,
         filter_bits_per_byte=float(score.filter_bits.sum()) / size,
-        gold_bits_per_byte=gold.bits / size,
-        teacher_bits_per_byte=tokens.bits / size,
+        gold_bits_per_byte=gold / size,
+        teacher_bits_per_byte=tokens / size,
+        tokenizations=measures.tokenizations,
+        teacher_tokenizations_bits_per_byte=over_tokenizations,
     )
 
 
-def _report(
-    sums: _Sums, *, variance: float, documents: int, has_unigram: bool, paths: PathFigures | None
-) -> Evaluation:
-    size = sums.text_bytes
-    if not size:
-        raise ValueError(NO_TEXT)
-    teacher, student, stage1 = sums.teacher.bits, sums.gold.bits, sums.stage1.bits
-    return Evaluation(
+def _all_paths(parts: Sequence[PathFigures]) -> PathFigures | None:
+    """Figures of all their text together."""
+    if not parts:
+        return None
+    size = sum(part.text_bytes for part in parts)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(part, name) * part.text_bytes for part in parts)) / size
+
+    every = parts[0].teacher_tokenizations_bits_per_byte is not None
+    return PathFigures(
+        paths=parts[0].paths,
         text_bytes=size,
-        documents=documents,
-        is_bound=True,
-        teacher_bits_per_byte=teacher / size,
-        student_bits_per_byte=student / size,
-        retention=teacher / student,
-        gap_bits_per_byte=(student - teacher) / size,
-        router_bits_per_byte=sums.router.bits / size,
-        stage1_bits_per_byte=stage1 / size,
-        stage1_retention=teacher / stage1,
-        boundary_precision=_ratio(sums.hits, sums.predicted),
-        boundary_recall=_ratio(sums.hits, sums.marked),
-        boundary_f1=_ratio(2 * sums.hits, sums.predicted + sums.marked),
-        bytes_per_chunk=size / sums.chunks,
-        router_bytes_per_chunk=_ratio(size, sums.router_chunks),
-        alignment_mse_relative=sums.squared_error / sums.aligned / variance,
-        teacher_bits_per_document_end=sums.teacher.end_bits / sums.ends if sums.ends else None,
-        student_bits_per_document_end=sums.gold.end_bits / sums.ends if sums.ends else None,
-        constant_embedding_bits_per_byte=sums.constant.bits / size,
-        unigram_bits_per_byte=sums.unigram.bits / size if has_unigram else None,
-        paths=paths,
+        tokenizations=parts[0].tokenizations,
+        teacher_tokenizations_bits_per_byte=mean("teacher_tokenizations_bits_per_byte") if every else None,
+        bits_per_byte=mean("bits_per_byte"),
+        filter_bits_per_byte=mean("filter_bits_per_byte"),
+        gold_bits_per_byte=mean("gold_bits_per_byte"),
+        teacher_bits_per_byte=mean("teacher_bits_per_byte"),
     )
 
 
-def _ratio(numerator: int, denominator: int) -> float:
-    """0 where nothing was predicted or marked: a router that never fires has found nothing."""
-    return numerator / denominator if denominator else 0.0
+def _evaluation(judged: Judged, measures: Measures, table: Counts, paths: PathFigures | None) -> Evaluation:
+    """The figures of some documents, from the counts of each."""
+    variance = float(table_variance(judged.teacher.embedding_table, judged.teacher.columns))
+    figures = partial(_figures, bits=measures.bits, variance=variance)
+    sums = {name: values.sum(keepdims=True) for name, values in table.items()}
+    if not sums["text_bytes"][0]:
+        raise ValueError(NO_TEXT)
+    values: dict[str, Any] = {name: float(value[0]) for name, value in figures(sums).items()}
+    for name in ("teacher_bits_per_document_end", "student_bits_per_document_end"):
+        values[name] = values[name] if sums["ends"][0] else None
+    return Evaluation(
+        text_bytes=int(sums["text_bytes"][0]),
+        documents=len(table["text_bytes"]),
+        is_bound=not judged.student.is_official,
+        bits=measures.bits,
+        paths=paths,
+        intervals=measures.bootstrap.intervals(table, figures),
+        **{**dict.fromkeys(_OPTIONAL), **values},
+    )
 
 
-def _ends_document(row: PackedRow) -> bool:
-    """True where the row's last segment ends its document."""
-    return bool(row.token_ends_document[int(row.token_mask.sum()) - 1])
+def _figures(sums: Counts, *, bits: Bits, variance: float) -> dict[str, NDArray[np.float64]]:
+    """Every figure that is a function of counts, by its name in :class:`Evaluation`; all arrays are of one length."""
+    size, teacher, stage1 = sums["text_bytes"], sums["teacher_bits"], sums["stage1_bits"]
+    student = sums[f"{bits.value}_bits"]
+    found = {
+        "teacher_bits_per_byte": _over(teacher, size),
+        "student_bits_per_byte": _over(student, size),
+        "retention": _over(teacher, student),
+        "gap_bits_per_byte": _over(student - teacher, size),
+        "gold_bits_per_byte": _over(sums["gold_bits"], size),
+        "router_bits_per_byte": _over(sums["router_bits"], size),
+        "stage1_bits_per_byte": _over(stage1, size),
+        "stage1_retention": _over(teacher, stage1),
+        "next_byte_accuracy": _over(sums["byte_hits"], size),
+        # a router that never fires has found nothing
+        "boundary_precision": _over(sums["hits"], sums["predicted"], nothing=0.0),
+        "boundary_recall": _over(sums["hits"], sums["marked"], nothing=0.0),
+        "boundary_f1": _over(2 * sums["hits"], sums["predicted"] + sums["marked"], nothing=0.0),
+        "bytes_per_chunk": _over(size, sums["chunks"]),
+        "router_bytes_per_chunk": _over(size, sums["router_chunks"], nothing=0.0),
+        "alignment_mse_relative": _over(sums["squared_error"], sums["aligned"]) / variance,
+        "teacher_bits_per_document_end": _over(sums["teacher_end_bits"], sums["ends"]),
+        "student_bits_per_document_end": _over(sums["gold_end_bits"], sums["ends"]),
+        "constant_embedding_bits_per_byte": _over(sums["constant_bits"], size),
+    }
+    if "unigram_bits" in sums:
+        found["unigram_bits_per_byte"] = _over(sums["unigram_bits"], size)
+    if "official_bits" in sums:
+        found["official_bits_per_byte"] = _over(sums["official_bits"], size)
+        found["official_retention"] = _over(teacher, sums["official_bits"])
+    if "teacher_byte_hits" in sums:
+        found["teacher_next_byte_accuracy"] = _over(sums["teacher_byte_hits"], size)
+    return found
+
+
+def _over(numerator: NDArray[np.float64], denominator: NDArray[np.float64], nothing: float = np.nan) -> NDArray[Any]:
+    """The ratio, ``nothing`` where there is nothing to divide by."""
+    return np.divide(numerator, denominator, out=np.full_like(numerator, nothing), where=denominator != 0)

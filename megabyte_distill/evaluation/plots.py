@@ -96,7 +96,7 @@ def plot_losses(metrics: Path, target: Path) -> None:
         Line2D([], [], color=_INK, lw=1.8, marker="o", ms=4, label="validation"),
     ]
     figure.legend(handles=styles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def _is_measure(name: str) -> bool:
@@ -158,7 +158,7 @@ def plot_boundaries(marked: MarkedText, target: Path) -> None:
         first = number * BYTES_OF_A_LINE
         _draw_strip(axes, marked, first, min(size, first + BYTES_OF_A_LINE))
     figure.legend(handles=_boundary_legend(), loc="outside upper left", ncols=6, frameon=False, fontsize=9)
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def _draw_strip(axes: Axes, marked: MarkedText, first: int, last: int) -> None:
@@ -218,7 +218,8 @@ def characters(text: bytes) -> list[tuple[int, int, str]]:
     return result
 
 
-def _save(figure: Figure, target: Path) -> None:
+def save_figure(figure: Figure, target: Path) -> None:
+    """Writes a PNG; the folder is made where it is missing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         # scripts the font lacks are drawn as boxes

@@ -24,6 +24,7 @@ from megabyte_distill.hf.configuration_megabyte import MegabyteConfig
 from megabyte_distill.hf.torch_backbone import TorchBackbone
 from megabyte_distill.inference.generation import Generated, GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
+from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.model.student import Student
 
 _CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -174,19 +175,26 @@ class MegabyteForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         seed: int = 0,
         paths: int | None = None,
+        stop: str | bytes | Sequence[str | bytes] = (),
+        utf8: str = "raw",
     ) -> list[Generated]:
         """Continuations drawn as (byte, bit) pairs; ``paths`` (default: the configuration's) read the prompts.
 
-        Temperature 0 is greedy. Row i draws with seed + i. ValueError for settings out of range and for prompts with
-        bytes 254 and 255.
+        Temperature 0 is greedy. Row i draws with seed + i, and ends in front of a ``stop`` text. ``utf8="constrain"``
+        never writes a byte that is no UTF-8. ValueError for settings out of range and for prompts with bytes 254 and
+        255.
         """
+        texts = [stop] if isinstance(stop, str | bytes) else stop
         settings = GenerationSettings(
             max_new_bytes=max_new_bytes,
-            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
             paths=self.config.paths if paths is None else paths,
             seed=seed,
+            stop=tuple(text.encode() if isinstance(text, str) else text for text in texts),
+            utf8=Utf8Mode(utf8),
         )
         return generate(self.student, prompts, settings)
 

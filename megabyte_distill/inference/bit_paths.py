@@ -3,15 +3,35 @@
 A path is one choice of boundary bits for the bytes read so far; its weight is the joint log-probability of those bytes
 and bits. Reading a byte splits each path in two, and the K heaviest remain: the mass of the others is lost, so the
 summed weight never exceeds the text's probability.
+
+The encoder reads bytes alone, so it runs once for all paths of a text; what paths have in common in the backbone's
+cache is kept once (branching_cache.py).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, JOINT_CLASSES
+from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.inference.branching_cache import BranchingCache
+from megabyte_distill.model.byte_decoder import DechunkState, dechunk_step
+from megabyte_distill.model.byte_stack import StackState
+from megabyte_distill.model.chunking import PoolState, pool_step
+from megabyte_distill.model.row_state import RowState
 from megabyte_distill.model.student import Student, StudentState
+
+
+@dataclass(frozen=True, slots=True)
+class PathStates(RowState):
+    """What differs from path to path beside the backbone's cache."""
+
+    pool: PoolState
+    dechunk: DechunkState
+    decoder: StackState
 
 
 class BitPaths:
@@ -31,7 +51,10 @@ class BitPaths:
         start = torch.full((rows,), BOS_BYTE, dtype=torch.int64, device=state.r_previous.device)
         logits = student.step(start, torch.ones_like(start, dtype=torch.bool), state)
         every = torch.arange(rows, device=start.device).repeat_interleave(paths)
-        self._state = state.select(every)
+        self._mode = DechunkMode(student.byte_side_config.dechunk_mode)
+        self._encoder, self._r = state.encoder, state.r_previous  # R rows; the others have R · K
+        self._states = PathStates(state.pool, state.dechunk, state.decoder).select(every)
+        self._cache = BranchingCache.of(state.cache, every)
         self.log_probabilities = _normalize(logits)[every].view(rows, paths, JOINT_CLASSES)
         self.log_weights = torch.full((rows, paths), -torch.inf, dtype=torch.float64, device=start.device)
         self.log_weights[:, 0] = 0.0
@@ -56,13 +79,21 @@ class BitPaths:
         joint = self.next_log_probabilities()
         return torch.logaddexp(joint[:, :BYTE_VOCAB], joint[:, BYTE_VOCAB:])
 
+    def log_probability_of(self, byte_ids: Tensor) -> Tensor:
+        """[R] fp64: of one next byte [R] int64 in each row, as :meth:`next_byte_log_probabilities` has it."""
+        both_bits = self.log_weights[..., None] + self._scores(byte_ids, slice(None))
+        return both_bits.flatten(1).logsumexp(-1) - self.log_probability()
+
+    def _scores(self, byte_ids: Tensor, rows: Tensor | slice) -> Tensor:
+        """[N, K, 2] log-probabilities of one byte [N] in each of the rows [N], with either bit."""
+        observed = torch.stack((byte_ids, byte_ids + BYTE_VOCAB), dim=-1)
+        return self.log_probabilities[rows].gather(2, observed[:, None].expand(-1, self.paths, -1))
+
     def advance(self, byte_ids: Tensor, rows: Tensor | None = None) -> None:
         """Read one byte [N] int64 in each of the rows [N] int64, distinct (default: all rows, in order)."""
         whole = rows is None
         index = torch.arange(self.rows, device=byte_ids.device) if rows is None else rows
-        observed = torch.stack((byte_ids, byte_ids + BYTE_VOCAB), dim=-1)
-        scores = self.log_probabilities[index].gather(2, observed[:, None].expand(-1, self.paths, -1))
-        candidates = self.log_weights[index][..., None] + scores
+        candidates = self.log_weights[index][..., None] + self._scores(byte_ids, index)
         kept = torch.zeros(candidates.shape, dtype=torch.bool, device=byte_ids.device)
         kept.flatten(1).scatter_(1, candidates.flatten(1).topk(self.paths).indices, True)
         # a path with one heir hands its place on; one with two takes the place of one that died, of the same row: per
@@ -79,11 +110,10 @@ class BitPaths:
             bits[dead] = True
             parents = slots.clone()
             parents[dead] = slots[forked]
-            copy_rows(self._state, slots[forked], slots[dead])
+            self._branch(slots[forked], slots[dead])
         if self._history is not None:
             self._history.append((slots, parents, bits))
-        repeated = byte_ids.repeat_interleave(self.paths)
-        logits = self.student.step(repeated, bits, self._state, None if whole else slots)
+        logits = self._read(byte_ids, bits, None if whole else index, slots)
         self.log_weights[index] = weights.view(-1, self.paths)
         following = _normalize(logits).view(-1, self.paths, JOINT_CLASSES)
         if whole:
@@ -91,23 +121,78 @@ class BitPaths:
         else:
             self.log_probabilities[index] = following
 
+    @torch.no_grad()
+    def _read(self, byte_ids: Tensor, bits: Tensor, rows: Tensor | None, slots: Tensor) -> Tensor:
+        """Joint logits [N · K, 512] behind one byte [N] of rows [N] (None: all), the bits [N · K] of their paths given.
+
+        Student.step, but for the encoder, which runs once a row.
+        """
+        student = self.student
+        r, encoder = student.byte_encoder.step(byte_ids, self._encoder if rows is None else self._encoder.select(rows))
+        p_previous = torch.ones(r.shape[0], device=r.device)
+        if self._mode is DechunkMode.CAUSAL:
+            p_previous = student.router.step(self._r if rows is None else self._r[rows], r)
+        states = self._states if rows is None else self._states.select(slots)
+        wide = r.repeat_interleave(self.paths, dim=0)
+        chunks, pool = pool_step(states.pool, wide, bits, student.pooling)
+        ended = bits.nonzero()[:, 0]
+        h = torch.zeros_like(wide)
+        if ended.shape[0]:
+            h[ended] = student.backbone.step(chunks[ended], self._cache, slots[ended]).to(h.dtype)  # type: ignore[operator]
+        p_of_path = p_previous.repeat_interleave(self.paths)
+        s, dechunk = dechunk_step(states.dechunk, bits, h, p_of_path, self._mode)
+        logits, decoder = student.byte_decoder.step(s, wide, byte_ids.repeat_interleave(self.paths), states.decoder)
+        following = PathStates(pool, dechunk, decoder)
+        if rows is None:
+            self._encoder, self._r, self._states = encoder, r, following
+        else:
+            self._encoder.put(rows, encoder)
+            self._r[rows] = r
+            self._states.put(slots, following)
+        return logits
+
+    def _branch(self, source: Tensor, target: Tensor) -> None:
+        """Places ``target`` [N] become what places ``source`` [N] are."""
+        self._states.put(target, self._states.select(source))
+        self._cache.branch(source, target)
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows [N] int64 only, in this order."""
         assert self._history is None, "rows of a history cannot be dropped"
-        self._state = self._state.select(self._slots(rows))
+        slots = self._slots(rows)
+        self._encoder, self._r, self._states = self._encoder.select(rows), self._r[rows], self._states.select(slots)
+        self._cache.keep(slots)
         self.log_weights, self.log_probabilities = self.log_weights[rows], self.log_probabilities[rows]
 
     def restart(self, rows: Tensor) -> None:
         """These rows [N] int64, distinct, begin a new text, behind BOS."""
         assert self._history is None, "a history does not reach over a text's start"
         fresh = BitPaths(self.student, rows.shape[0], self.paths)
-        self._state.put(self._slots(rows), fresh._state)
+        slots = self._slots(rows)
+        self._encoder.put(rows, fresh._encoder)
+        self._r[rows] = fresh._r
+        self._states.put(slots, fresh._states)
+        self._cache.put(slots, fresh._cache.plain(fresh._slots(torch.arange(fresh.rows, device=rows.device))))
         self.log_weights[rows], self.log_probabilities[rows] = fresh.log_weights, fresh.log_probabilities
+
+    def positions(self) -> Tensor:
+        """[R] int64, positions of the backbone in use: those of the path that needs the fewest."""
+        return self._cache.lengths.view(self.rows, self.paths).amin(1)
 
     def settle(self, path_of_row: Tensor) -> tuple[StudentState, Tensor]:
         """(state of R rows, log-probabilities [R, 512]) of one chosen path [R] int64 a row."""
         index = torch.arange(self.rows, device=path_of_row.device)
-        return self._state.select(index * self.paths + path_of_row), self.log_probabilities[index, path_of_row]
+        slots = index * self.paths + path_of_row
+        states = self._states.select(slots)
+        state = StudentState(
+            encoder=self._encoder.select(index),
+            decoder=states.decoder,
+            pool=states.pool,
+            dechunk=states.dechunk,
+            cache=self._cache.plain(slots),
+            r_previous=self._r.clone(),
+        )
+        return state, self.log_probabilities[index, path_of_row]
 
     def history(self, path_of_row: Tensor) -> list[list[bool]]:
         """The bits of the bytes read along one path [R] int64 a row; rows may have read different numbers of bytes."""
@@ -129,21 +214,6 @@ class BitPaths:
     def _slots(self, rows: Tensor) -> Tensor:
         """Places [N · K] in the state of the paths of rows [N]."""
         return (rows[:, None] * self.paths + torch.arange(self.paths, device=rows.device)).flatten()
-
-
-def copy_rows(state: StudentState, source: Tensor, target: Tensor) -> None:
-    """Overwrite the rows ``target`` [N] of a state with its rows ``source`` [N], in place; the two are disjoint."""
-    state.encoder.put(target, state.encoder.select(source))
-    state.decoder.put(target, state.decoder.select(source))
-    state.pool.put(target, state.pool.select(source))
-    state.dechunk.put(target, state.dechunk.select(source))
-    state.r_previous[target] = state.r_previous[source]
-    cache = state.cache
-    # the rest of a cache row is never looked at
-    used = int(cache.lengths[source].max())
-    for stored in (*cache.keys.values(), *cache.values.values()):
-        stored[target, :used] = stored[source, :used]
-    cache.lengths[target] = cache.lengths[source]
 
 
 def device_of(student: Student) -> torch.device:

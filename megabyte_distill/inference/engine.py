@@ -7,7 +7,7 @@ go on. A finished row's place goes to the next prompt at once. The loop is in ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -19,9 +19,9 @@ from megabyte_distill.inference.bit_paths import device_of
 from megabyte_distill.inference.engine_cpu import CpuSlots, refusal
 from megabyte_distill.inference.engine_session import Array, EngineCounts, Session
 from megabyte_distill.inference.engine_slots import Slots, TorchSlots
-from megabyte_distill.inference.generation import Generated, GenerationSettings, NewBytes
+from megabyte_distill.inference.generation import Generated, GenerationSettings
 from megabyte_distill.inference.prompts import prompt_bytes
-from megabyte_distill.inference.sampling import Sampling, choose, mask_padding
+from megabyte_distill.inference.sampling import Sampling, choose
 from megabyte_distill.inference.speculation import DraftLength, FixedLength, MeasuredLength
 from megabyte_distill.inference.state_guess import StateGuess
 from megabyte_distill.kernels.step_library import load
@@ -85,25 +85,20 @@ class Engine:
         ``prompt_bits``: boundary bits of the prompts' bytes where they are known; they are inferred otherwise.
         ValueError as ``generation.generate``, and for bits that do not fit.
         """
-        session = Session(self, prompts, settings or GenerationSettings(), prompt_bits, keeps_new=False)
-        while session.advance():
+        session = self.begin(prompts, settings, prompt_bits=prompt_bits)
+        for _ in session:
             pass
-        return [result for result in session.results if result is not None]
+        return session.results()
 
-    def stream(
+    def begin(
         self,
         prompts: Sequence[str | bytes],
         settings: GenerationSettings | None = None,
         *,
         prompt_bits: Sequence[Sequence[bool]] | None = None,
-    ) -> Iterator[NewBytes]:
-        """The same bytes as they come, each row's in order. Errors come at the call."""
-        session = Session(self, prompts, settings or GenerationSettings(), prompt_bits, keeps_new=True)
-        return self._streamed(session)
-
-    def _streamed(self, session: Session) -> Iterator[NewBytes]:
-        while session.advance():
-            yield from session.take_new()
+    ) -> Session:
+        """The same, to be iterated over for the new bytes as they come. Errors come at the call."""
+        return Session(self, prompts, settings or GenerationSettings(), prompt_bits)
 
     def make_slots(self, count: int) -> Slots:
         """Places for so many rows."""
@@ -136,13 +131,14 @@ class Engine:
         places: Array,
         drafted: Array,
     ) -> Tensor:
-        """The next pair's class [N] int64, from log_probabilities [N, 512] and uniform numbers [N].
+        """The next pair's class [N] int64, from log_probabilities [N, 512] and uniform numbers [N]. What may not be
+        taken has −inf.
 
         For a subclass that decides otherwise: ``prompts`` [N] and ``places`` [N] (new bytes in front of it) say whose
         it is, ``drafted`` [N] how many drafts stand in front of it, −1 where it counts. What counts must depend on
         nothing else.
         """
-        return choose(mask_padding(log_probabilities), sampling, uniform)
+        return choose(log_probabilities, sampling, uniform)
 
 
 class _TextRow:

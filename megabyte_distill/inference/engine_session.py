@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,17 @@ from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, JOINT_CLASSES
 from megabyte_distill.inference.bit_paths import device_of
-from megabyte_distill.inference.generation import Generated, GenerationSettings, NewBytes, checked_prompts, read_prompts
-from megabyte_distill.inference.sampling import Sampling, choose, uniform_numbers
+from megabyte_distill.inference.generation import (
+    Generated,
+    GenerationMode,
+    GenerationSettings,
+    NewBytes,
+    PromptReading,
+    read_prompts,
+)
+from megabyte_distill.inference.prompts import checked_prompts, context_limit, refuse_too_long
+from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
+from megabyte_distill.inference.utf8 import LONGEST_OPEN, Utf8Mode, allowed_after
 
 if TYPE_CHECKING:
     from megabyte_distill.inference.engine import Engine
@@ -47,10 +56,11 @@ class EngineCounts:
 
 
 class Session:
-    """The rows of one call.
+    """The rows of one call. Iterate over it once for the new bytes; :meth:`results` tells them whole.
 
     Attributes:
-        results: of each prompt, None while it runs.
+        prompts: as bytes.
+        prompt_bits: the segmentation each prompt is continued under; those that do not run yet have none.
     """
 
     def __init__(
@@ -59,18 +69,18 @@ class Session:
         prompts: Sequence[str | bytes],
         settings: GenerationSettings,
         prompt_bits: Sequence[Sequence[bool]] | None,
-        *,
-        keeps_new: bool,
     ) -> None:
-        """``keeps_new`` for :meth:`take_new`. ValueError as ``Engine.generate``."""
+        """Reads the prompts that run first. ValueError as ``Engine.generate``."""
+        _check_settings(settings)
         self._engine, self._settings, self._drafting = engine, settings, engine.draft_length
-        self._prompts = checked_prompts(prompts)
-        self._prompt_bits = None if prompt_bits is None else _checked_bits(prompt_bits, self._prompts)
-        self.results: list[Generated | None] = [None] * len(prompts)
-        self._bits_of: list[tuple[bool, ...]] = [()] * len(prompts)
+        self.prompts = checked_prompts(prompts)
+        self._limit = context_limit(engine.student)
+        self._given_bits = None if prompt_bits is None else _checked_bits(prompt_bits, self.prompts, self._limit)
+        self._results: list[Generated | None] = [None] * len(prompts)
+        self.prompt_bits: list[tuple[bool, ...]] = [()] * len(prompts)
         self._device = device_of(engine.student)
         self._on_cpu = self._device.type == "cpu"
-        self._new: list[NewBytes] | None = [] if keeps_new else None
+        self._new: list[NewBytes] = []
         self._waiting = 0  # the prompt that is next
         count, limit = min(engine.max_batch_size, len(prompts)), settings.max_new_bytes
         self._slots = engine.make_slots(count)
@@ -81,6 +91,10 @@ class Session:
         self._score = np.zeros(count)
         self._stopped = np.zeros(count, bool)
         self._ended = np.zeros(count, bool)
+        self._full = np.zeros(count, bool)
+        self._positions = np.zeros(count, np.int64)  # of the backbone, in use
+        # the last bytes, chosen ones too, where they decide what may follow
+        self._tails = np.zeros((count, LONGEST_OPEN), np.int64) if settings.utf8 is Utf8Mode.CONSTRAIN else None
         # greedy choices read no numbers
         self._draws = limit + 1 if settings.sampling.temperature > 0 else 0
         self._uniform = torch.zeros(count, max(self._draws, 1), dtype=torch.float64, device=self._device)
@@ -88,13 +102,31 @@ class Session:
         self._drafted = np.zeros(count, np.int64)
         self._hope = np.zeros(count)  # log-probability of a row's drafts together
         self._is_drafting = np.zeros(count, bool)
+        self._advance()
+
+    def __iter__(self) -> Iterator[NewBytes]:
+        """The rows' new bytes as they come, each row's in order."""
+        is_more = True
+        while is_more:
+            new, self._new = self._new, []
+            yield from new
+            is_more = self._advance() or bool(self._new)
+
+    def results(self) -> list[Generated]:
+        """The continuation of each prompt, as far as it has been iterated over."""
+        row_of = {int(number): row for row, number in enumerate(self._prompt) if number >= 0}
+        nothing = Generated(byte_ids=b"", bits=(), prompt_bits=(), log_probability=0.0, ended=False)
+        return [
+            result or (self._written(row_of[number]) if number in row_of else nothing)
+            for number, result in enumerate(self._results)
+        ]
 
     @torch.inference_mode()
-    def advance(self) -> bool:
+    def _advance(self) -> bool:
         """One step of some rows; False where every prompt has had its result before."""
         running = self._prompt >= 0
         total = int(running.sum())
-        if self._waiting < len(self._prompts) and total < running.shape[0]:
+        if self._waiting < len(self.prompts) and total < running.shape[0]:
             self._admit((~running).nonzero()[0])
             return True
         if not total:
@@ -111,11 +143,6 @@ class Session:
         passes = waiting / total if is_gathered else 0.0
         self._drafting.observe(new_bytes, passes, time.perf_counter() - started)
         return True
-
-    def take_new(self) -> list[NewBytes]:
-        """What came since the last call."""
-        new, self._new = self._new or [], []
-        return new
 
     def _parked(self, running: Array) -> Array:
         """[R], rows that need the backbone now; those that may draft begin to."""
@@ -141,7 +168,9 @@ class Session:
             self._on_device(current % BYTE_VOCAB), self._on_device(current >= BYTE_VOCAB), self._on_device(rows)
         )
         drafted = np.where(drafting, self._drafted[rows], -1)
-        joint, score = self._choose(logits, rows, self._made[rows] + np.maximum(drafted, 0), drafted)
+        behind = np.maximum(drafted, 0)
+        tails = None if self._tails is None else self._tails_behind(rows)[np.arange(rows.shape[0]), behind]
+        joint, score = self._choose(logits, rows, self._made[rows] + behind, drafted, tails)
         self._current[rows] = joint
         if drafting.any():
             drafts = rows[drafting]
@@ -168,7 +197,8 @@ class Session:
         )
         every = np.repeat(rows, longest + 1)
         places = (self._made[rows][:, None] + place).flatten()
-        joint, score = self._choose(logits.flatten(0, 1), every, places, np.full_like(places, -1))
+        tails = None if self._tails is None else self._tails_behind(rows)[:, : longest + 1].reshape(-1, LONGEST_OPEN)
+        joint, score = self._choose(logits.flatten(0, 1), every, places, np.full_like(places, -1), tails)
         joint, score = joint.reshape(read.shape), score.reshape(read.shape)
         agrees = (joint[:, :-1] == read[:, 1:]) & (place[1:] <= drafted[:, None])
         counts = agrees.cumprod(1).sum(1) + 1
@@ -180,18 +210,45 @@ class Session:
         totals.drafted += int(drafted.sum())
         totals.accepted += int(counts.sum()) - rows.shape[0]
         totals.runs.update((counts - 1).tolist())
-        self._emit(rows, joint, score, counts)
+        in_use = self._positions[rows][:, None] + (read >= BYTE_VOCAB).cumsum(1)
+        self._positions[rows] = in_use[np.arange(rows.shape[0]), counts - 1]
+        if self._limit is None:
+            self._emit(rows, joint, score, counts)
+            return
+        with_room = np.minimum((in_use < self._limit).cumprod(1).sum(1), counts)
+        self._emit(rows, joint, score, with_room)
+        self._fill(rows[(with_room < counts) & (self._prompt[rows] >= 0)])
 
-    def _choose(self, logits: Tensor, rows: Array, places: Array, drafted: Array) -> tuple[Array, Array]:
-        """(class, log-probability) [N] of what follows ``places`` new bytes of each row; ``drafted`` as in ``pick``."""
+    def _fill(self, rows: Array) -> None:
+        """These rows end, for the backbone has no position left for them."""
+        self._full[rows] = True
+        self._finish(rows)
+
+    def _tails_behind(self, rows: Array) -> Array:
+        """[K, T, 3], the last bytes behind what is chosen and none, one, two … of the drafts that follow it."""
+        assert self._tails is not None
+        texts = np.concatenate((self._tails[rows], self._drafts[rows, 1:] % BYTE_VOCAB), axis=1)
+        return np.lib.stride_tricks.sliding_window_view(texts, LONGEST_OPEN, axis=1).copy()
+
+    def _choose(
+        self, logits: Tensor, rows: Array, places: Array, drafted: Array, tails: Array | None
+    ) -> tuple[Array, Array]:
+        """(class, log-probability) [N] of what follows ``places`` new bytes of each row; ``drafted`` as in ``pick``.
+
+        ``tails`` [N, 3]: the bytes before it, where UTF-8 is to go on.
+        """
         log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
         index = self._on_device(rows)
         if self._draws:
             uniform = self._uniform[index, self._on_device(np.minimum(places + 1, self._draws - 1))]
         else:
             uniform = self._uniform[index, 0]
+        if tails is None:
+            possible = mask_padding(log_probabilities)
+        else:
+            possible = mask_bytes(log_probabilities, allowed_after(self._on_device(tails)))
         joint = self._engine.pick(
-            log_probabilities,
+            possible,
             self._settings.sampling,
             uniform,
             prompts=self._prompt[rows],
@@ -203,29 +260,27 @@ class Session:
 
     def _emit(self, rows: Array, joint: Array, score: Array, counts: Array) -> None:
         """The first ``counts`` [K] of joint [K, T] are the rows' next bytes."""
-        for place in range(joint.shape[1] if rows.shape[0] else 0):
-            if place:
-                more = (counts > place) & (self._prompt[rows] >= 0)
-                if not more.any():
-                    return
-                self._emit_one(rows[more], joint[more, place], score[more, place])
-            else:
-                self._emit_one(rows, joint[:, 0], score[:, 0])
+        for place in range(joint.shape[1]):
+            more = (counts > place) & (self._prompt[rows] >= 0)
+            if not more.any():
+                return
+            self._emit_one(rows[more], joint[more, place], score[more, place])
 
     def _emit_one(self, rows: Array, joint: Array, score: Array) -> None:
         self._engine.counts.new_bytes += rows.shape[0]
         self._score[rows] += score
-        if self._new is not None:
-            numbers, byte_ids, bits = self._prompt[rows], joint % BYTE_VOCAB, joint >= BYTE_VOCAB
-            self._new.append(
-                NewBytes(
-                    rows=numbers.tolist(),
-                    byte_ids=byte_ids.tolist(),
-                    bits=bits.tolist(),
-                    log_probabilities=score.tolist(),
-                )
+        byte_ids, bits = joint % BYTE_VOCAB, joint >= BYTE_VOCAB
+        self._new.append(
+            NewBytes(
+                rows=self._prompt[rows].tolist(),
+                byte_ids=byte_ids.tolist(),
+                bits=bits.tolist(),
+                log_probabilities=score.tolist(),
             )
-        ended = joint % BYTE_VOCAB == BOS_BYTE
+        )
+        if self._tails is not None:
+            self._tails[rows] = np.concatenate((self._tails[rows, 1:], byte_ids[:, None]), axis=1)
+        ended = byte_ids == BOS_BYTE
         self._joint[rows, self._made[rows]] = joint
         self._made[rows] += ~ended
         is_over = ended | (self._made[rows] >= self._settings.max_new_bytes)
@@ -248,25 +303,33 @@ class Session:
 
     def _finish(self, rows: Array) -> None:
         for row in rows.tolist():
-            joint = self._joint[row, : self._made[row]]
-            number = int(self._prompt[row])
-            self.results[number] = Generated(
-                byte_ids=(joint % BYTE_VOCAB).astype(np.uint8).tobytes(),
-                bits=tuple((joint >= BYTE_VOCAB).tolist()),
-                prompt_bits=self._bits_of[number],
-                log_probability=float(self._score[row]),
-                ended=bool(self._ended[row]),
-                stopped=bool(self._stopped[row]),
-            )
+            self._results[int(self._prompt[row])] = self._written(row)
         self._prompt[rows] = -1
+
+    def _written(self, row: int) -> Generated:
+        joint = self._joint[row, : self._made[row]]
+        byte_ids = (joint % BYTE_VOCAB).astype(np.uint8).tobytes()
+        stopped_by = None
+        if self._stopped[row]:
+            stopped_by = max((text for text in self._settings.stop if byte_ids.endswith(text)), key=len)
+        size = len(byte_ids) - len(stopped_by or b"")
+        return Generated(
+            byte_ids=byte_ids[:size],
+            bits=tuple((joint[:size] >= BYTE_VOCAB).tolist()),
+            prompt_bits=self.prompt_bits[int(self._prompt[row])],
+            log_probability=float(self._score[row]),
+            ended=bool(self._ended[row]),
+            stopped_by=stopped_by,
+            is_full=bool(self._full[row]),
+        )
 
     def _admit(self, free: Array) -> None:
         """Waiting prompts take the free places."""
-        free = free[: len(self._prompts) - self._waiting]
+        free = free[: len(self.prompts) - self._waiting]
         numbers = np.arange(self._waiting, self._waiting + free.shape[0])
         self._waiting += free.shape[0]
         self._prompt[free], self._made[free], self._score[free] = numbers, 0, 0.0
-        self._is_drafting[free] = self._stopped[free] = self._ended[free] = False
+        self._is_drafting[free] = self._stopped[free] = self._ended[free] = self._full[free] = False
         if self._draws:
             for row, number in zip(free.tolist(), numbers.tolist(), strict=True):
                 self._uniform[row] = uniform_numbers(1, self._draws, self._settings.seed + number)[0]
@@ -275,31 +338,38 @@ class Session:
         if not self._settings.max_new_bytes:
             self._finish(free)
             return
+        if self._tails is not None:
+            for row, number in zip(free.tolist(), numbers.tolist(), strict=True):
+                self._tails[row] = list(self.prompts[number][-LONGEST_OPEN:].rjust(LONGEST_OPEN))
         none = np.zeros_like(free)
-        joint, score = self._choose(logits, free, none, none - 1)
+        tails = None if self._tails is None else self._tails[free]
+        joint, score = self._choose(logits, free, none, none - 1, tails)
         self._current[free] = joint
-        self._emit(free, joint[:, None], score[:, None], none + 1)
+        self._positions[free] = [1 + sum(self.prompt_bits[number]) for number in numbers.tolist()]
+        is_full = np.zeros_like(free, dtype=bool) if self._limit is None else self._positions[free] >= self._limit
+        self._emit(free, joint[:, None], score[:, None], none + ~is_full)
+        self._fill(free[is_full])
 
     def _infer_bits(self, rows: Array, numbers: Array) -> None:
-        if self._prompt_bits is not None:
+        if self._given_bits is not None:
             for number in numbers.tolist():
-                self._bits_of[number] = self._prompt_bits[number]
+                self.prompt_bits[number] = self._given_bits[number]
             return
-        texts = [self._prompts[number] for number in numbers.tolist()]
+        texts = [self.prompts[number] for number in numbers.tolist()]
         read = read_prompts(self._engine.student, texts, self._settings.paths)
         only_temperature = Sampling(temperature=self._settings.sampling.temperature)
         path = choose(read.log_weights, only_temperature, self._uniform[self._on_device(rows), 0])
         for number, bits in zip(numbers.tolist(), read.history(path), strict=True):
-            self._bits_of[number] = tuple(bits)
+            self.prompt_bits[number] = tuple(bits)
 
     def _read_prompts(self, rows: Array, numbers: Array) -> Tensor:
         """Joint logits [K, 512] behind the prompts' last bytes."""
-        lengths = np.array([len(self._prompts[number]) + 1 for number in numbers])
+        lengths = np.array([len(self.prompts[number]) + 1 for number in numbers])
         shape = rows.shape[0], int(lengths.max())
         byte_ids, bits = np.zeros(shape, np.int64), np.zeros(shape, bool)
         for place, number in enumerate(numbers.tolist()):
-            byte_ids[place, : lengths[place]] = np.frombuffer(bytes([BOS_BYTE]) + self._prompts[number], np.uint8)
-            bits[place, : lengths[place]] = [True, *self._bits_of[number]]
+            byte_ids[place, : lengths[place]] = np.frombuffer(bytes([BOS_BYTE]) + self.prompts[number], np.uint8)
+            bits[place, : lengths[place]] = [True, *self.prompt_bits[number]]
         self._slots.reset(self._on_device(rows))
         logits = torch.zeros(rows.shape[0], JOINT_CLASSES, device=self._device)
         for begin in range(0, shape[1], _PROMPT_BLOCK):
@@ -322,8 +392,20 @@ class Session:
         return tensor if self._on_cpu else tensor.to(self._device)
 
 
-def _checked_bits(prompt_bits: Sequence[Sequence[bool]], prompts: Sequence[bytes]) -> list[tuple[bool, ...]]:
+def _check_settings(settings: GenerationSettings) -> None:
+    if settings.mode is not GenerationMode.JOINT or settings.reading is not PromptReading.PATHS:
+        raise ValueError(
+            f"the engine writes pairs behind prompts read along paths, got mode {settings.mode.value} and reading "
+            f"{settings.reading.value}; generation.generate does the others"
+        )
+
+
+def _checked_bits(
+    prompt_bits: Sequence[Sequence[bool]], prompts: Sequence[bytes], limit: int | None
+) -> list[tuple[bool, ...]]:
     found, expected = [len(bits) for bits in prompt_bits], [len(prompt) for prompt in prompts]
     if found != expected:
         raise ValueError(f"prompt_bits has {found} bits for prompts of {expected} bytes; give one a byte")
+    if limit is not None:
+        refuse_too_long([1 + sum(bits) for bits in prompt_bits], expected, limit)
     return [tuple(bool(bit) for bit in bits) for bits in prompt_bits]

@@ -1,19 +1,47 @@
-"""Plain joint generation: one (byte, bit) pair of each row at a time. A faster engine must give the same bytes."""
+"""Plain generation, one byte of each row at a time: (byte, bit) pairs, or bytes with their bits summed out.
+
+A faster engine must give the same bytes.
+"""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, split_class
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
-from megabyte_distill.inference.prompts import prompt_bytes
-from megabyte_distill.inference.sampling import Sampling, choose, mask_padding, uniform_numbers
+from megabyte_distill.inference.official import OfficialReader
+from megabyte_distill.inference.prompts import checked_prompts, context_limit, refuse_too_long
+from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
+from megabyte_distill.inference.utf8 import Utf8Mode, Utf8Rows
 from megabyte_distill.model.student import Student, StudentState
+
+Step = Callable[[Tensor, Tensor, StudentState], Tensor]
+"""(bytes [R], bits [R], state) → joint logits [R, 512] of what comes next; the state is updated."""
+
+
+class GenerationMode(str, Enum):
+    """What is drawn."""
+
+    JOINT = "joint"
+    """(byte, bit) pairs: exact samples of the model."""
+    BYTES = "bytes"
+    """Bytes, their probabilities summed over the bits and over ``paths`` bit histories: the byte model that stock tools
+    see in an export. ``paths`` times the work."""
+
+
+class PromptReading(str, Enum):
+    """How a prompt's chunks are found."""
+
+    PATHS = "paths"
+    """Along ``paths`` bit histories; nothing is forced."""
+    OFFICIAL = "official"
+    """The paper's way (:class:`OfficialReader`): the router's, and the prompt's last byte ends one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +51,14 @@ class GenerationSettings:
     max_new_bytes: int = 256
     sampling: Sampling = field(default_factory=Sampling)
     paths: int = 4
-    """Bit histories along which a prompt is read."""
+    """Bit histories along which a prompt is read, and kept up in mode BYTES."""
     seed: int = 0
     """Row i of a batch draws with seed + i, whatever the other rows are."""
+    mode: GenerationMode = GenerationMode.JOINT
+    reading: PromptReading = PromptReading.PATHS
     stop: tuple[bytes, ...] = ()
-    """A row stops behind the first of these that its new bytes end with."""
+    """A row ends in front of the first of these that it writes. They are looked for in the new bytes alone."""
+    utf8: Utf8Mode = Utf8Mode.RAW
 
     def __post_init__(self) -> None:
         if self.max_new_bytes < 0:
@@ -36,8 +67,10 @@ class GenerationSettings:
             raise ValueError(f"paths is {self.paths}; expected at least 1")
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2^62")
-        if any(not isinstance(text, bytes) or not text for text in self.stop):
-            raise ValueError(f"stop is {self.stop!r}; expected a tuple of byte strings, none of them empty")
+        if isinstance(self.stop, str | bytes) or not all(isinstance(text, bytes) and text for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; expected a tuple of bytes, none of them empty")
+        if self.reading is PromptReading.OFFICIAL and self.mode is GenerationMode.BYTES:
+            raise ValueError("the paper's way reads a prompt along one path; it goes with joint generation only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +78,19 @@ class Generated:
     """One continuation."""
 
     byte_ids: bytes
-    """The new bytes, raw: not always valid UTF-8. BOS, which ends a document, is left out."""
+    """The new bytes, raw: not always valid UTF-8. BOS, which ends a document, and a stop text are left out."""
     bits: tuple[bool, ...]
-    """The new bytes' boundary bits: True where one ends a chunk."""
+    """The new bytes' boundary bits: True where one ends a chunk. In mode BYTES those of the likeliest path."""
     prompt_bits: tuple[bool, ...]
     """The bits of the prompt's bytes, inferred."""
     log_probability: float
-    """Of the new pairs, and of the ending where there is one, in nats under the untempered model."""
+    """Of all that was drawn (the ending and a stop text too), in nats under the untempered model."""
     ended: bool
-    """True where the model ended the document; False where a stop string or max_new_bytes did."""
-    stopped: bool = False
-    """True where a stop string did; ``byte_ids`` end with it."""
+    """True where the model ended the document."""
+    stopped_by: bytes | None = None
+    """The stop text that ended the row."""
+    is_full: bool = False
+    """True where the backbone has no position left (its max_position_embeddings, in chunks)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,88 +101,245 @@ class NewBytes:
     """Which prompts they belong to."""
     byte_ids: list[int]
     """BOS where the document ends; the row is not seen again."""
-    bits: list[bool]
+    bits: list[bool] | None
+    """None in mode BYTES, where they are known at the end."""
     log_probabilities: list[float]
-    """Of the pairs, under the untempered model."""
+    """Of the pairs or bytes, under the untempered model."""
+
+
+class _Pairs:
+    """Rows that draw (byte, bit) pairs: one path each."""
+
+    def __init__(self, step: Step, state: StudentState, log_probabilities: Tensor) -> None:
+        self._step, self._state = step, state
+        self.log_probabilities = log_probabilities
+        """[R, 512]."""
+
+    def advance(self, byte_ids: Tensor, bits: Tensor) -> None:
+        """Read one byte [R] and its bit [R] in each row."""
+        self.log_probabilities = self._step(byte_ids, bits, self._state).float().log_softmax(-1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [N] int64 only."""
+        self._state, self.log_probabilities = self._state.select(rows), self.log_probabilities[rows]
+
+    def positions(self) -> Tensor:
+        """[R] positions of the backbone in use."""
+        lengths: Tensor = self._state.cache.lengths
+        return lengths
+
+
+class _Bytes:
+    """Rows that draw bytes: K paths each, all kept to the end for their histories."""
+
+    def __init__(self, read: BitPaths) -> None:
+        self._read = read
+        self._rows = torch.arange(read.rows, device=read.log_weights.device)
+        self.log_probabilities = read.next_byte_log_probabilities()
+        """[R, 256]."""
+
+    def advance(self, byte_ids: Tensor, bits: Tensor) -> None:
+        """Read one byte [R] in each row; there are no bits."""
+        every = self._rows.shape[0] == self._read.rows
+        self._read.advance(byte_ids, None if every else self._rows)
+        self.log_probabilities = self._read.next_byte_log_probabilities()[self._rows]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [N] int64 only."""
+        self._rows, self.log_probabilities = self._rows[rows], self.log_probabilities[rows]
+
+    def positions(self) -> Tensor:
+        """[R] positions of the backbone in use."""
+        return self._read.positions()[self._rows]
 
 
 class Generation:
-    """A batch of prompts read to their ends. Iterate over it once for the new bytes.
+    """A batch of prompts read to their ends. Iterate over it once for the new bytes; :meth:`results` tells them whole.
 
     Attributes:
         prompts: as bytes.
         prompt_bits: the segmentation each prompt is continued under: the likeliest of its paths when greedy, else one
-            drawn by the paths' posterior (tempered like the rest). Nothing is forced.
+            drawn by the paths' posterior (tempered like the rest). In mode BYTES, which continues all, the likeliest.
     """
 
     def __init__(self, student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings) -> None:
-        """ValueError for no prompts, a bare text, bytes 254 and 255 in one, and a student in official mode."""
+        """ValueError for no prompts, a bare text, bytes 254 and 255 in one, one that is too long, and a student in
+        official mode that is to be read along paths."""
         self.prompts = checked_prompts(prompts)
-        self._student, self._settings = student, settings
-        device = device_of(student)
-        self._uniform = uniform_numbers(len(prompts), settings.max_new_bytes + 1, settings.seed).to(device)
+        if student.is_official and settings.reading is not PromptReading.OFFICIAL:
+            raise ValueError(
+                "a student with --dechunk-mode official reads one byte ahead and cannot be stepped along paths; "
+                "generate in the paper's way (PromptReading.OFFICIAL, --scoring official)"
+            )
+        self._settings, count = settings, len(self.prompts)
+        self._device = device_of(student)
+        self._uniform = uniform_numbers(count, settings.max_new_bytes + 1, settings.seed).to(self._device)
+        self._read: BitPaths | None = None
+        self._cursor: _Pairs | _Bytes
+        self.prompt_bits: list[tuple[bool, ...]]
         with torch.no_grad():
-            read = read_prompts(student, self.prompts, settings.paths)
-            only_temperature = Sampling(temperature=settings.sampling.temperature)
+            if settings.reading is PromptReading.OFFICIAL:
+                self._begin_official(student)
+            else:
+                self._begin_along_paths(student)
+        limit, longest = context_limit(student), max(len(prompt) for prompt in self.prompts)
+        self._limit = limit if limit is not None and longest + settings.max_new_bytes >= limit else None
+        is_constrained = settings.utf8 is Utf8Mode.CONSTRAIN
+        self._utf8 = Utf8Rows(self.prompts, self._device) if is_constrained else None
+        self._rows = [WrittenRow() for _ in self.prompts]
+
+    def _begin_official(self, student: Student) -> None:
+        reader = OfficialReader(student, self.prompts)
+        self.prompt_bits = [tuple(bits) for bits in reader.bits]
+        self._cursor = _Pairs(reader.step, reader.state, reader.log_probabilities)
+
+    def _begin_along_paths(self, student: Student) -> None:
+        read = read_prompts(student, self.prompts, self._settings.paths)
+        if self._settings.mode is GenerationMode.BYTES:
+            self._read, path = read, read.log_weights.argmax(-1)
+            self._cursor = _Bytes(read)
+        else:
+            only_temperature = Sampling(temperature=self._settings.sampling.temperature)
             path = choose(read.log_weights, only_temperature, self._uniform[:, 0])
-            self.prompt_bits = [tuple(bits) for bits in read.history(path)]
-            self._state, self._log_probabilities = read.settle(path)
+            self._cursor = _Pairs(student.step, *read.settle(path))
+        self.prompt_bits = [tuple(bits) for bits in read.history(path)]
 
     def __iter__(self) -> Iterator[NewBytes]:
         """One :class:`NewBytes` a step, until every row has ended or ``max_new_bytes`` are there."""
-        state, log_probabilities, uniform = self._state, self._log_probabilities, self._uniform
-        rows = torch.arange(len(self.prompts), device=uniform.device)
-        tails = [b""] * len(self.prompts)  # as much of each row's new bytes as a stop string may span
+        return self._steps()
+
+    @torch.no_grad()
+    def _steps(self) -> Iterator[NewBytes]:
+        cursor, rows = self._cursor, torch.arange(len(self.prompts), device=self._device)
         for position in range(1, self._settings.max_new_bytes + 1):
-            joint = choose(mask_padding(log_probabilities), self._settings.sampling, uniform[:, position])
-            byte_ids, bits = split_class(joint)
-            yield NewBytes(
-                rows=rows.tolist(),
-                byte_ids=byte_ids.tolist(),
-                bits=(bits == 1).tolist(),
-                log_probabilities=log_probabilities.gather(1, joint[:, None])[:, 0].tolist(),
-            )
-            stopped = self._stopped(rows.tolist(), byte_ids.tolist(), tails)
-            running = ((byte_ids != BOS_BYTE) & ~torch.tensor(stopped, device=rows.device)).nonzero()[:, 0]
-            if not running.shape[0]:
+            rows = self._without_full(rows)
+            if not rows.shape[0]:
                 return
-            if running.shape[0] < rows.shape[0]:
-                rows, uniform, byte_ids, bits = rows[running], uniform[running], byte_ids[running], bits[running]
-                state = state.select(running)
-            log_probabilities = self._step(byte_ids, bits == 1, state)
+            drawn = choose(self._possible(), self._settings.sampling, self._uniform[rows, position])
+            chances = cursor.log_probabilities.gather(1, drawn[:, None])[:, 0]
+            byte_ids, bits = split_class(drawn)
+            yield self._record(rows.tolist(), byte_ids.tolist(), bits.tolist(), chances.tolist())
+            going = self._going(rows)
+            if not going.shape[0]:
+                return
+            if going.shape[0] < rows.shape[0]:
+                rows = self._keep(rows, going)
+                byte_ids, bits = byte_ids[going], bits[going]
+            cursor.advance(byte_ids, bits == 1)
+            if self._utf8 is not None:
+                self._utf8.read(byte_ids)
 
-    def _stopped(self, rows: list[int], byte_ids: list[int], tails: list[bytes]) -> list[bool]:
-        longest = max(map(len, self._settings.stop), default=0)
-        for row, byte in zip(rows, byte_ids, strict=True):
-            tails[row] = (tails[row] + bytes([byte]))[-longest:] if longest else b""
-        return [tails[row].endswith(self._settings.stop) for row in rows]
+    def _without_full(self, rows: Tensor) -> Tensor:
+        """The rows for which the backbone has a position left; the others end here."""
+        if self._limit is None:
+            return rows
+        for row in rows[self._cursor.positions() >= self._limit].tolist():
+            self._rows[row].is_full = True
+        return self._keep(rows, self._going(rows))
 
-    def _step(self, byte_ids: Tensor, bits: Tensor, state: StudentState) -> Tensor:
-        return self._student.step(byte_ids, bits, state).float().log_softmax(-1)
+    def _possible(self) -> Tensor:
+        """Log-probabilities of what may be drawn, [R, 512] or [R, 256]."""
+        log_probabilities = self._cursor.log_probabilities
+        if self._utf8 is None:
+            return mask_padding(log_probabilities)
+        return mask_bytes(log_probabilities, self._utf8.allowed())
+
+    def _going(self, rows: Tensor) -> Tensor:
+        """Places in ``rows`` [R] of those that have not ended."""
+        places = [place for place, row in enumerate(rows.tolist()) if not self._rows[row].is_done]
+        return torch.tensor(places, dtype=torch.int64, device=self._device)
+
+    def _keep(self, rows: Tensor, places: Tensor) -> Tensor:
+        """The rows at ``places``, with which everything goes on."""
+        if places.shape[0] < rows.shape[0]:
+            self._cursor.keep(places)
+            if self._utf8 is not None:
+                self._utf8.keep(places)
+        return rows[places]
+
+    def _record(self, rows: list[int], byte_ids: list[int], bits: list[int], chances: list[float]) -> NewBytes:
+        for row, byte, bit, chance in zip(rows, byte_ids, bits, chances, strict=True):
+            self._rows[row].add(byte, bool(bit), chance, self._settings.stop)
+        return NewBytes(
+            rows=rows,
+            byte_ids=byte_ids,
+            bits=None if self._settings.mode is GenerationMode.BYTES else [bit == 1 for bit in bits],
+            log_probabilities=chances,
+        )
+
+    def results(self) -> list[Generated]:
+        """The continuation of each prompt, as far as it has been iterated over."""
+        if self._read is not None:
+            histories = self._read.history(self._read.log_weights.argmax(-1))
+            self.prompt_bits = [tuple(h[: len(p)]) for h, p in zip(histories, self.prompts, strict=True)]
+            for row, history, prompt in zip(self._rows, histories, self.prompts, strict=True):
+                row.bits = history[len(prompt) :][: len(row.byte_ids)]
+        return [
+            Generated(
+                byte_ids=bytes(row.byte_ids),
+                bits=tuple(row.bits),
+                prompt_bits=prompt_bits,
+                log_probability=row.log_probability,
+                ended=row.ended,
+                stopped_by=row.stopped_by,
+                is_full=row.is_full,
+            )
+            for row, prompt_bits in zip(self._rows, self.prompt_bits, strict=True)
+        ]
 
 
-def checked_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
-    """Their bytes. ValueError for none, a bare text, and bytes 254 and 255 in one."""
-    if isinstance(prompts, str | bytes):
-        raise ValueError("prompts is one text, whose letters would be read as prompts; put it into a list")
-    if not prompts:
-        raise ValueError("no prompts; expected at least one, which may be empty")
-    names = ["prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(len(prompts))]
-    return [prompt_bytes(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+@dataclass
+class WrittenRow:
+    """What one row has written."""
+
+    byte_ids: bytearray = field(default_factory=bytearray)
+    bits: list[bool] = field(default_factory=list)
+    log_probability: float = 0.0
+    ended: bool = False
+    stopped_by: bytes | None = None
+    is_full: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """True where nothing more may be written."""
+        return self.ended or self.stopped_by is not None or self.is_full
+
+    def add(self, byte: int, bit: bool, chance: float, stop: tuple[bytes, ...]) -> None:
+        """One more byte; a stop text is taken off again (the longest, where several end here)."""
+        self.log_probability += chance
+        if byte == BOS_BYTE:
+            self.ended = True
+            return
+        self.byte_ids.append(byte)
+        self.bits.append(bit)
+        self.stopped_by = max((text for text in stop if self.byte_ids.endswith(text)), key=len, default=None)
+        if self.stopped_by is not None:
+            del self.byte_ids[-len(self.stopped_by) :], self.bits[-len(self.stopped_by) :]
+
+    def settled(self, stop: tuple[bytes, ...]) -> int:
+        """How many of the bytes cannot be part of a stop text that is still to come."""
+        begun = (size for text in stop for size in range(1, len(text)) if self.byte_ids.endswith(text[:size]))
+        return len(self.byte_ids) - max(begun, default=0)
 
 
 def read_prompts(student: Student, prompts: Sequence[bytes], paths: int) -> BitPaths:
-    """Reads prompts of any lengths along K paths; row i of the result stands behind prompt i's last byte."""
+    """Reads prompts of any lengths along K paths; row i of the result stands behind prompt i's last byte.
+
+    ValueError where one needs more chunks than the backbone has positions.
+    """
     device = device_of(student)
     read = BitPaths(student, len(prompts), paths, keep_history=True)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
+    longest, limit = int(lengths.max()), context_limit(student)
     padded = torch.tensor([list(prompt.ljust(longest, b"\0")) for prompt in prompts], dtype=torch.int64, device=device)
     shortest = int(lengths.min())
     for position in range(longest):
         rows = None if position < shortest else (lengths > position).nonzero()[:, 0]
         column = padded[:, position]
         read.advance(column if rows is None else column[rows], rows)
+        if limit is not None and position + 2 > limit:  # a byte is one chunk at most, and BOS is one
+            read_so_far = [min(len(prompt), position + 1) for prompt in prompts]
+            refuse_too_long(read.positions().tolist(), read_so_far, limit)
     return read
 
 
@@ -155,31 +347,10 @@ def generate(
     student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings | None = None
 ) -> list[Generated]:
     """The continuation of each prompt; errors as :class:`Generation`."""
-    settings = settings or GenerationSettings()
-    running = Generation(student, prompts, settings)
-    bytes_of: list[bytearray] = [bytearray() for _ in prompts]
-    bits_of: list[list[bool]] = [[] for _ in prompts]
-    total = [0.0] * len(prompts)
-    ended = [False] * len(prompts)
-    for new in running:
-        for row, byte, bit, logp in zip(new.rows, new.byte_ids, new.bits, new.log_probabilities, strict=True):
-            total[row] += logp
-            if byte == BOS_BYTE:
-                ended[row] = True
-            else:
-                bytes_of[row].append(byte)
-                bits_of[row].append(bit)
-    return [
-        Generated(
-            byte_ids=bytes(bytes_of[row]),
-            bits=tuple(bits_of[row]),
-            prompt_bits=running.prompt_bits[row],
-            log_probability=total[row],
-            ended=ended[row],
-            stopped=not ended[row] and bytes(bytes_of[row]).endswith(settings.stop),
-        )
-        for row in range(len(prompts))
-    ]
+    running = Generation(student, prompts, settings or GenerationSettings())
+    for _ in running:
+        pass
+    return running.results()
 
 
 def complete_characters(new_bytes: Iterator[int], begun: bytes = b"") -> Iterator[str]:
@@ -198,12 +369,29 @@ def complete_characters(new_bytes: Iterator[int], begun: bytes = b"") -> Iterato
         yield rest
 
 
-def new_bytes(running: Generation) -> Iterator[int]:
-    """The bytes that continue the one prompt of a generation, as they come."""
-    return (step.byte_ids[0] for step in running if step.byte_ids[0] != BOS_BYTE)
+def new_pairs(steps: Iterable[NewBytes], stop: tuple[bytes, ...] = ()) -> Iterator[tuple[int, bool]]:
+    """(byte, bit) of the steps of one prompt's continuation, as they come; bits that are not known are False.
+
+    What may turn out to begin a ``stop`` text is held back, and a stop text never shows.
+    """
+    row, shown = WrittenRow(), 0
+    for new in steps:
+        bits = new.bits or [False] * len(new.byte_ids)
+        for byte, bit, chance in zip(new.byte_ids, bits, new.log_probabilities, strict=True):
+            row.add(byte, bit, chance, stop)
+        size = len(row.byte_ids) if row.is_done else row.settled(stop)
+        yield from zip(row.byte_ids[shown:size], row.bits[shown:size], strict=True)
+        shown = size
+    yield from zip(row.byte_ids[shown:], row.bits[shown:], strict=True)
+
+
+def new_bytes(steps: Iterable[NewBytes], stop: tuple[bytes, ...] = ()) -> Iterator[int]:
+    """The bytes of :func:`new_pairs`."""
+    return (byte for byte, _ in new_pairs(steps, stop))
 
 
 def stream(student: Student, prompt: str | bytes, settings: GenerationSettings | None = None) -> Iterator[str]:
     """The continuation of one prompt, character by character (:func:`complete_characters`). Errors come at the call."""
-    running = Generation(student, [prompt], settings or GenerationSettings())
-    return complete_characters(new_bytes(running), running.prompts[0])
+    settings = settings or GenerationSettings()
+    running = Generation(student, [prompt], settings)
+    return complete_characters(new_bytes(running, settings.stop), running.prompts[0])

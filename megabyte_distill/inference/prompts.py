@@ -1,6 +1,10 @@
-"""What a prompt may be."""
+"""What a prompt may be, and how long."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
 
@@ -24,3 +28,32 @@ def prompt_bytes(prompt: str | bytes, name: str = "prompt") -> bytes:
                 "document starts and padding and never occur in UTF-8: remove it"
             )
     return encoded
+
+
+def checked_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
+    """The bytes of each prompt (:func:`prompt_bytes`); ValueError names the one that is none, or says that none is."""
+    if isinstance(prompts, str | bytes):
+        raise ValueError("prompts is one text, whose letters would be read as prompts; put it into a list")
+    if not prompts:
+        raise ValueError("no prompts; expected at least one, which may be empty")
+    return [prompt_bytes(prompt, _name(number, len(prompts))) for number, prompt in enumerate(prompts)]
+
+
+def context_limit(student: nn.Module) -> int | None:
+    """Chunks that the backbone was made for (the teacher's max_position_embeddings), BOS's counted; None: unknown."""
+    config = getattr(student.backbone, "backbone_config", None)
+    return None if config is None else int(config.max_position_embeddings)
+
+
+def refuse_too_long(chunks: Sequence[int], sizes: Sequence[int], limit: int) -> None:
+    """ValueError where the first ``sizes`` [R] bytes of a prompt are cut into more chunks [R] than ``limit``."""
+    for number, (count, size) in enumerate(zip(chunks, sizes, strict=True)):
+        if count > limit:
+            raise ValueError(
+                f"the {_name(number, len(chunks))} is too long: its first {size} bytes are {count} chunks with BOS, "
+                f"and the backbone has {limit} positions (max_position_embeddings); shorten it"
+            )
+
+
+def _name(number: int, count: int) -> str:
+    return "prompt" if count == 1 else f"prompt {number}"

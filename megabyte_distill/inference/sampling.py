@@ -1,4 +1,4 @@
-"""Which of the next (byte, bit) pairs is taken."""
+"""Which of the next (byte, bit) pairs, or of the next bytes, is taken."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megabyte_distill.alphabet import PAD_BYTE, joint_class
+from megabyte_distill.alphabet import BYTE_VOCAB, PAD_BYTE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a class is drawn from log-probabilities. The defaults are exact samples of the model."""
+    """How a class is drawn from log-probabilities. The defaults are exact samples of the model.
+
+    In this order: temperature, top_k, top_p of what is left, min_p.
+    """
 
     temperature: float = 1.0
     """0 takes the likeliest class (greedy)."""
@@ -21,6 +24,8 @@ class Sampling:
     """Only the fewest classes whose probabilities reach this sum; 1 keeps all."""
     top_k: int = 0
     """Only so many of the likeliest classes; 0 keeps all."""
+    min_p: float = 0.0
+    """Only classes with at least this share of the likeliest one's probability; 0 keeps all."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -29,6 +34,8 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; expected a number above 0 and at most 1 (1 keeps everything)")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; expected a whole number of at least 0 (0 keeps everything)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; expected a number from 0 (keeps everything) to 1")
 
 
 def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -38,13 +45,17 @@ def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Te
     """
     if sampling.temperature == 0:
         return log_probabilities.argmax(-1)
-    order = (log_probabilities.double() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    # the likeliest at 0, which no temperature, however small, takes to −inf
+    relative = log_probabilities.double() - log_probabilities.amax(-1, keepdim=True)
+    order = (relative / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     probabilities = order.values
     if sampling.top_k:
         probabilities[:, sampling.top_k :] = 0.0
     if sampling.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         probabilities[before >= sampling.top_p * probabilities.sum(-1, keepdim=True)] = 0.0
+    if sampling.min_p:
+        probabilities[probabilities < sampling.min_p * probabilities[:, :1]] = 0.0
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     # rounding may carry uniform · total up to total, behind the last class there is
@@ -55,10 +66,16 @@ def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Te
 
 
 def mask_padding(log_probabilities: Tensor) -> Tensor:
-    """A copy of [.., 512] in which PAD, with either bit, is impossible."""
+    """A copy of [.., 512] (pairs) or [.., 256] (bytes) in which PAD is impossible."""
     masked = log_probabilities.clone()
-    masked[..., [joint_class(PAD_BYTE, bit) for bit in (0, 1)]] = -torch.inf
+    masked[..., PAD_BYTE::BYTE_VOCAB] = -torch.inf
     return masked
+
+
+def mask_bytes(log_probabilities: Tensor, allowed: Tensor) -> Tensor:
+    """A copy of [R, 512] (pairs) or [R, 256] (bytes) in which bytes not ``allowed`` [R, 256] are impossible."""
+    repeated = allowed.repeat(1, log_probabilities.shape[1] // BYTE_VOCAB)
+    return log_probabilities.masked_fill(~repeated, -torch.inf)
 
 
 def uniform_numbers(rows: int, count: int, seed: int) -> Tensor:

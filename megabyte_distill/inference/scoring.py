@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megabyte_distill.alphabet import END_OF_DOCUMENT_CLASS, joint_class
+from megabyte_distill.alphabet import BYTE_VOCAB, END_OF_DOCUMENT_CLASS, joint_class
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import document_end_positions, text_chunks, text_positions
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.kernels.ops import joint_cross_entropy
 from megabyte_distill.model.backbone import Backbone
-from megabyte_distill.model.student import Boundaries, Gold, Student
+from megabyte_distill.model.student import Boundaries, Gold, RouterDecides, Student
 
 _LOGIT_ROWS = 1024
 """Positions whose token logits are held at once."""
@@ -84,6 +84,19 @@ def score_row(student: Student, row: PackedRow, boundaries: Boundaries | None = 
     """
     outputs = student(row, boundaries or Gold())
     return joint_row_score(joint_nll(outputs.logits, outputs.bits, row), row)
+
+
+@torch.no_grad()
+def score_official(student: Student, row: PackedRow) -> RowScore:
+    """The paper's score: the likelier of a byte's two bits, boundaries by the router from the whole string.
+
+    No bound: a router's bit at t is decided with x_{t+1} in sight and tells about it, and a byte is credited with the
+    label's bit that fits best although the other one is input. Kept for comparison with published figures.
+    """
+    logits = student(row, RouterDecides()).logits
+    pairs = logits.float().log_softmax(-1).view(-1, 2, BYTE_VOCAB)
+    wanted = (row.labels % BYTE_VOCAB)[:, None, None].expand(-1, 2, 1)
+    return joint_row_score(-pairs.gather(2, wanted)[..., 0].amax(1), row)
 
 
 @torch.no_grad()
@@ -155,7 +168,7 @@ def _score_batch(student: Student, texts: list[Tensor], paths: int) -> Tensor:
                 break
             running.keep(torch.arange(count, device=padded.device))
         byte_ids = padded[position, :count]
-        result[1, :count] -= running.next_byte_log_probabilities().gather(1, byte_ids[:, None])[:, 0]
+        result[1, :count] -= running.log_probability_of(byte_ids)
         running.advance(byte_ids)
     return result
 

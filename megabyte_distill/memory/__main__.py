@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             print(json.dumps([as_json(memory) for memory in memories], indent=2))
             return 0
-        print(heading(settings, world_size, arguments.bytes_per_chunk))
+        print(heading(settings, backbone, world_size, arguments.bytes_per_chunk))
         for line in table(memories):
             print(line, flush=True)
     except ValueError as error:

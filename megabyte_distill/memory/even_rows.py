@@ -9,9 +9,12 @@ import torch
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
 
 LETTER = ord("a")
+STORED_PAIRS = 32
+"""Of a byte in a target cache, at most, unless --logits-save-top-k was given to it."""
 
 
 def even_row(config: StageConfig, bytes_per_chunk: float) -> PackedRow:
@@ -45,6 +48,17 @@ def even_row(config: StageConfig, bytes_per_chunk: float) -> PackedRow:
         cu_chunks=torch.tensor(offsets, dtype=torch.int32),
         chunk_bucket=config.chunk_bucket,
         documents=(-1,) * rows,
+        stored=None if config.logits_load_dir is None else _even_targets(size * rows),
+    )
+
+
+def _even_targets(size: int) -> StoredTargets:
+    """Full ones, of the default size of a cache."""
+    return StoredTargets(
+        counts=torch.full((size,), STORED_PAIRS, dtype=torch.int32),
+        tail=torch.ones(size, dtype=torch.float16),
+        classes=torch.arange(STORED_PAIRS, dtype=torch.int16).repeat(size),
+        probabilities=torch.ones(size * STORED_PAIRS, dtype=torch.float16),
     )
 
 

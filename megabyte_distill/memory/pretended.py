@@ -19,13 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from megabyte_distill.parallel import cpu_megatron
+from megabyte_distill.parallel.pipeline import set_virtual_size
 
 META = torch.device("meta")
 
 
 @contextlib.contextmanager
 def pretended_world(
-    *, rank: int = 0, tensor_parallel: int = 1, pipeline_parallel: int = 1, data_parallel: int = 1
+    *,
+    rank: int = 0,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_stages: int = 1,
+    data_parallel: int = 1,
 ) -> Iterator[None]:
     """torch.distributed and megatron's parallel state as that rank has them; ValueError where process groups are up."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -45,6 +51,7 @@ def pretended_world(
             parallel_state.initialize_model_parallel(
                 tensor_parallel, pipeline_parallel, create_gloo_process_groups=False
             )
+            set_virtual_size(virtual_stages)
             megatron_tp.model_parallel_cuda_manual_seed(1)
             dist.all_gather_object = _everybody_says_the_same  # type: ignore[assignment]
             yield

@@ -43,14 +43,17 @@ def backbone_of(settings: Settings, hf_model: Path | None = None) -> BackboneCon
     return PUBLISHED_BACKBONES[preset]
 
 
-def heading(settings: Settings, world_size: int, bytes_per_chunk: float) -> str:
+def heading(settings: Settings, backbone: BackboneConfig, world_size: int, bytes_per_chunk: float) -> str:
     """What the table is of."""
     parallel = settings.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_stages(backbone.num_layers)
+    interleaved = f" (of {virtual} virtual stages each)" if virtual > 1 else ""
     precision = "bf16 weights, fp32 masters" if settings.run.bf16 else "fp32"
     return (
-        f"--preset {settings.model.preset}: {world_size} ranks = tensor {tensor} × pipeline {pipeline} × data "
-        f"{parallel.data_parallel_size(world_size)}; {precision}; {bytes_per_chunk} bytes a chunk; sizes in GiB a rank"
+        f"--preset {settings.model.preset}: {world_size} ranks = tensor {tensor} × pipeline {pipeline}{interleaved} "
+        f"× data {parallel.data_parallel_size(world_size)}; {precision}; {bytes_per_chunk} bytes a chunk; "
+        "sizes in GiB a rank"
     )
 
 
@@ -71,13 +74,13 @@ def table(memories: Iterable[RankMemory]) -> Iterable[str]:
 
 def as_json(memory: RankMemory) -> dict[str, Any]:
     """Bytes by name, sums included."""
-    return {**asdict(memory), "activations": memory.activations, "total": memory.total}
+    return {**asdict(memory), "total": memory.total}
 
 
 def _line(memory: RankMemory) -> str:
-    activations = (
-        f"{memory.activations / GIB:.2f} ({memory.in_flight} × {memory.kept / GIB:.2f}, {memory.peak / GIB:.2f})"
-    )
+    parts = memory.virtual_stages
+    kept = " + ".join(f"{part.in_flight} × {part.kept / GIB:.2f}" for part in parts)
+    activations = f"{memory.activations / GIB:.2f} ({kept}, {max(part.peak for part in parts) / GIB:.2f})"
     cells = (
         memory.stage,
         str(memory.pipeline_rank),

@@ -27,6 +27,7 @@ from megabyte_distill.model.engine_layers import engine_parts
 from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions, RotaryTable
 from megabyte_distill.model.rotary import packed_positions
 from megabyte_distill.model.step_layers import StepBackbone
+from megabyte_distill.parallel.pipeline import is_first_stage, is_last_stage, pipeline_size, virtual_size
 from megabyte_distill.parallel.vocabulary import VocabularyColumns
 
 
@@ -35,15 +36,20 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
 
     Parallel sizes are those of the process groups.
     """
-    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    pipeline, virtual = pipeline_size(), virtual_size()
     fields: dict[str, Any] = {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": pipeline,
         "pipeline_dtype": torch.float32 if pipeline > 1 else None,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        # in one batch two ranks' activations and gradients to each other are told apart by nothing
+        "overlap_p2p_comm": virtual > 1,
+        "batch_p2p_comm": virtual == 1,
         "variable_seq_lengths": pipeline > 1,
         # megatron allows varying lengths with this dispatcher alone, also where there is no expert to dispatch to
         "moe_token_dispatcher_type": "alltoall",
-        "deallocate_pipeline_outputs": pipeline > 1,
+        # what is sent while the work goes on may not be freed before it has arrived
+        "deallocate_pipeline_outputs": pipeline > 1 and virtual == 1,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_hidden_size,
@@ -81,17 +87,24 @@ class Backbone(MegatronModule):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: BackboneConfig, transformer: TransformerConfig | None = None, parts: LayerParts | None = None
+        self,
+        config: BackboneConfig,
+        transformer: TransformerConfig | None = None,
+        parts: LayerParts | None = None,
+        *,
+        vp_stage: int = 0,
     ) -> None:
         """Of this rank: its pipeline stage's layers, its part of each.
 
-        ``parts``: what layers are built from, by default as ``transformer.transformer_impl`` says.
+        ``parts``: what layers are built from, by default as ``transformer.transformer_impl`` says; ``vp_stage``: which
+        of the rank's virtual pipeline stages it is.
         """
         transformer = copy.copy(transformer or transformer_config(config))  # its own: one field changes below
         super().__init__(config=transformer)
         self.backbone_config = config
-        self.pre_process = pre_process = parallel_state.is_pipeline_first_stage()
-        self.post_process = post_process = parallel_state.is_pipeline_last_stage()
+        self.vp_stage = vp_stage
+        self.pre_process = pre_process = is_first_stage(vp_stage)
+        self.post_process = post_process = is_last_stage(vp_stage)
         self.embedding: tensor_parallel.VocabParallelEmbedding | None = None
         if pre_process or (post_process and config.tied_embeddings):
             self.embedding = tensor_parallel.VocabParallelEmbedding(
@@ -100,8 +113,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
             )  # fmt: skip
         parts = parts or _parts_of(transformer, config)
         self.decoder = TransformerBlock(
-            transformer, block_spec(transformer, config, parts), pre_process=pre_process, post_process=post_process
-        )
+            transformer, block_spec(transformer, config, parts, vp_stage),
+            pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
+        )  # fmt: skip
         _check_recomputed_groups(transformer, len(self.decoder.layers))
         # where the field is on, megatron adds up these norms' gradients over tensor-parallel ranks: right for norms
         # that each rank holds whole, not for those that are cut

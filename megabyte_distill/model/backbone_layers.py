@@ -174,7 +174,9 @@ def local_parts(backbone: BackboneConfig) -> LayerParts:
     )
 
 
-def block_spec(config: TransformerConfig, backbone: BackboneConfig, parts: LayerParts) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, backbone: BackboneConfig, parts: LayerParts, vp_stage: int
+) -> TransformerBlockSubmodules:
     """A pipeline stage's layers from ``parts``; the final norm is a field of the block's spec.
 
     Whatever the parts, a checkpoint holds the same keys: a norm of its own is stored under the name that it has inside
@@ -197,7 +199,8 @@ def block_spec(config: TransformerConfig, backbone: BackboneConfig, parts: Layer
         attention.q_layernorm = attention.k_layernorm = parts.head_norm
     elif backbone.qk_norm is QkNorm.FULL:
         attention.q_layernorm, attention.k_layernorm = FullQueryNorm, FullKeyNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm)
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
 
 
 def step_layer(layer: Any, config: BackboneConfig) -> StepLayer:

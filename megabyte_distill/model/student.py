@@ -208,6 +208,7 @@ class Student(nn.Module):
         self.pooling = ChunkPooling(config.chunk_pooling)
         self.pre_process: bool = getattr(backbone, "pre_process", True)
         self.post_process: bool = getattr(backbone, "post_process", True)
+        self.vp_stage: int = getattr(backbone, "vp_stage", 0)  # megatron's name, whose schedules compare it
         # on the CPU also where transformers builds on the meta device
         seeds = torch.randint(2**31, (3,), device="cpu").tolist()
         # not "decoder": megatron's schedules take a module of that name for a transformer block

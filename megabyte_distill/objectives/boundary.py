@@ -25,12 +25,17 @@ def boundary_positions(row: PackedRow) -> Tensor:
     return row.loss_mask & not_last(row.cu_seqlens, row.byte_ids.shape[0])
 
 
+def judged_positions(row: PackedRow) -> Tensor:
+    """[P] bool: bytes whose boundary is a prediction: neither BOS, nor a segment's last, nor PAD."""
+    return boundary_positions(row) & (row.byte_ids != BOS_BYTE)
+
+
 def boundary_counts(predicted: Tensor, row: PackedRow) -> dict[str, Tensor]:
-    """Hits, predicted and gold ends over bytes that are predictions: neither BOS, nor a segment's last, nor PAD.
+    """Hits, predicted and gold ends over :func:`judged_positions`.
 
     precision = hits / predicted, recall = hits / gold, F1 = 2 hits / (predicted + gold).
     """
-    mask = boundary_positions(row) & (row.byte_ids != BOS_BYTE)
+    mask = judged_positions(row)
     guess, gold = predicted & mask, row.bits & mask
     return {"hits": (guess & gold).sum(), "predicted": guess.sum(), "gold": gold.sum()}
 

@@ -3,58 +3,90 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class
 from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.parallel.vocabulary import VocabularyColumns
+
+_UNUSED_CLASS = PAD_BYTE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByteTree:
     """Nodes are the prefixes that some allowed token strictly extends, 0 the empty one; an edge is one more byte.
 
-    A tokens, N nodes, K edges. Ranges are of places in the sorted order; a token's exact duplicates stand side by side.
+    N nodes, K edges, C token ids of this tensor-parallel rank: nodes and edges are those of the whole vocabulary on
+    every rank. Places count the rank's own allowed tokens in the sorted order; exact duplicates stand side by side.
     """
 
+    columns: VocabularyColumns
+    """Which token ids the places are of."""
     order: Tensor
-    """[A] int64 ids of the allowed tokens, sorted by their bytes. Not allowed: special ids, and tokens with a byte that
-    no UTF-8 has (254 would read as the end of the document)."""
-    end_of_text_id: int
-    node_first: Tensor
-    """[N + 1] int64, a node's first edge; its edges ascend by byte."""
-    node_low: Tensor
-    """[N] int64, where the tokens that strictly extend the prefix begin."""
-    node_high: Tensor
-    """[N] int64, where they end."""
+    """[C] int64 columns (ids − ``columns.first``): allowed tokens sorted by their bytes, the end of text, the others.
+    Not allowed: special ids, and tokens with a byte that no UTF-8 has (254 would read as the end of the document)."""
+    allowed: int
+    """How many of them are allowed."""
+    has_end_of_text: bool
+    """Whether the end of text is among them; its place is ``allowed`` then."""
+    entry_first: Tensor
+    """[N + 1] int64, where a node's entries begin; a node of k edges, ascending by byte, has 2 · k + 1."""
+    entry_place: Tensor
+    """[2 K + N] int64. For each edge: where the tokens begin that are just prefix and byte, and where those that go on
+    behind it do; then where the node's tokens end. An entry's tokens end where the next entry's begin."""
+    entry_class: Tensor
+    """[2 K + N] int64 joint class of each entry's tokens; unused at a node's end."""
     edge_key: Tensor
     """[K] int64, 256 · node + byte; ascending."""
-    edge_low: Tensor
-    """[K] int64, where the tokens that begin with prefix and byte begin; those that are just that come first."""
-    edge_middle: Tensor
-    """[K] int64, where the tokens that go on behind the byte begin."""
-    edge_high: Tensor
-    """[K] int64, where they end."""
     edge_node: Tensor
     """[K] int64, the node behind the edge; −1 where no token goes on."""
     longest: int
     """Bytes of the longest allowed token."""
+    alike: tuple[tuple[int, ...], ...]
+    """Ids of allowed tokens that are spelled alike, each group ascending."""
 
     @classmethod
-    def of(cls, table: TokenBytes) -> ByteTree:
-        """The tree of a vocabulary. ValueError for one without any token of text."""
+    def of(cls, table: TokenBytes, columns: VocabularyColumns | None = None) -> ByteTree:
+        """The tree of a vocabulary, with the places of some of its ids (default: of all).
+
+        ValueError for a vocabulary without any token of text.
+        """
+        columns = columns or VocabularyColumns(0, table.vocab_size)
         lengths = table.lengths.astype(np.int64)
-        ends = np.repeat(np.arange(table.vocab_size), lengths)
+        ids = np.repeat(np.arange(table.vocab_size), lengths)
         forbidden = np.zeros(table.vocab_size, dtype=np.bool_)
-        forbidden[ends[table.blob >= BOS_BYTE]] = True
+        forbidden[ids[table.blob >= BOS_BYTE]] = True
         allowed = np.flatnonzero((lengths > 0) & ~forbidden)
         if not allowed.size:
             raise ValueError("the token table has no token of text; convert the teacher again")
         order = np.array(sorted(allowed.tolist(), key=table.__getitem__), dtype=np.int64)
-        return _build(table, order)
+        edges = _edges(table, order)
+        is_own = (order >= columns.first) & (order < columns.first + columns.count)
+        own_before = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(is_own)))
+        entry_first, entry_place, entry_class = _entries(edges)
+        own = order[is_own] - columns.first
+        end_of_text = table.end_of_text_id - columns.first
+        has_end_of_text = 0 <= end_of_text < columns.count
+        last = np.array([end_of_text] if has_end_of_text else [], dtype=np.int64)
+        others = np.setdiff1d(np.arange(columns.count), np.concatenate((own, last)))
+        return cls(
+            columns=columns,
+            order=torch.from_numpy(np.concatenate((own, last, others))),
+            allowed=own.size,
+            has_end_of_text=has_end_of_text,
+            entry_first=torch.from_numpy(entry_first),
+            entry_place=torch.from_numpy(own_before[entry_place]),
+            entry_class=torch.from_numpy(entry_class),
+            edge_key=torch.from_numpy(256 * edges.node + edges.byte),
+            edge_node=torch.from_numpy(edges.behind),
+            longest=int(lengths[order].max()),
+            alike=tuple(group for group in table.duplicates if not forbidden[group[0]]),
+        )
 
     def to(self, device: torch.device | str) -> ByteTree:
         """The same tree with every tensor on ``device``."""
@@ -73,48 +105,69 @@ class ByteTree:
         for depth in range(1, min(self.longest, int(offset.max()) if offset.numel() else 0) + 1):
             here = (offset == depth).nonzero()[:, 0]
             before = torch.where(here > 0, nodes[(here - 1).clamp(min=0)], 0)
-            nodes[here] = self._child(before, byte_ids[here])
+            nodes[here] = self.child(before, byte_ids[here])
         return torch.where(offset > self.longest, -1, nodes)
 
-    def _child(self, node: Tensor, byte: Tensor) -> Tensor:
+    def child(self, node: Tensor, byte: Tensor) -> Tensor:
+        """[n] int64: the node behind one more byte; −1 where no token goes on there, and where ``node`` is −1."""
+        edge = self.edges_of(node, byte)
+        return torch.where(edge >= 0, self.edge_node[edge.clamp(min=0)], -1)
+
+    def edges_of(self, node: Tensor, byte: Tensor) -> Tensor:
+        """[n] int64: the edge of a byte at a node, −1 where there is none and where ``node`` is −1.
+
+        Edge e of node n has the entries 2 · e + n, for tokens that end with it, and the next, for those that go on.
+        """
         key = node * 256 + byte
         edge = torch.searchsorted(self.edge_key, key).clamp(max=self.edge_key.shape[0] - 1)
-        return torch.where((self.edge_key[edge] == key) & (node >= 0), self.edge_node[edge], -1)
+        return torch.where((self.edge_key[edge] == key) & (node >= 0), edge, -1)
 
 
-def _build(table: TokenBytes, order: NDArray[np.int64]) -> ByteTree:
-    """Level by level: the tokens of a node, cut where the next byte changes."""
-    lengths = table.lengths.astype(np.int64)[order]
-    longest = int(lengths.max())
-    start = table.offsets[order]
-    nodes: list[tuple[int, int]] = [(0, order.size)]  # (tokens that strictly extend the prefix: from, to)
-    first, edges, depth_of = [0], [], [0]
-    for node, (low, high) in enumerate(nodes):  # the list grows behind the loop
-        depth = depth_of[node]
-        byte = table.blob[start[low:high] + depth]
-        cuts = np.flatnonzero(np.diff(byte)) + 1
-        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), high - low], strict=True):
-            edge_low, edge_high = low + begin, low + end
-            middle = edge_low + int(np.searchsorted(lengths[edge_low:edge_high] > depth + 1, True))
-            behind = -1
-            if middle < edge_high:
-                behind = len(nodes)
-                nodes.append((middle, edge_high))
-                depth_of.append(depth + 1)
-            edges.append((256 * node + int(byte[begin]), edge_low, middle, edge_high, behind))
-        first.append(len(edges))
-    columns = torch.tensor(edges, dtype=torch.int64).T.contiguous()
-    ranges = torch.tensor(nodes, dtype=torch.int64).T.contiguous()
-    return ByteTree(
-        order=torch.from_numpy(order),
-        end_of_text_id=table.end_of_text_id,
-        node_first=torch.tensor(first, dtype=torch.int64),
-        node_low=ranges[0],
-        node_high=ranges[1],
-        edge_key=columns[0],
-        edge_low=columns[1],
-        edge_middle=columns[2],
-        edge_high=columns[3],
-        edge_node=columns[4],
-        longest=longest,
-    )
+class _Edges(NamedTuple):
+    """[K] each, by node and byte; ranges are of places among all allowed tokens."""
+
+    node: NDArray[np.int64]
+    byte: NDArray[np.int64]
+    low: NDArray[np.int64]
+    middle: NDArray[np.int64]
+    """Where the tokens that go on begin."""
+    high: NDArray[np.int64]
+    behind: NDArray[np.int64]
+    """The node behind the edge, −1 where no token goes on."""
+
+
+def _edges(table: TokenBytes, order: NDArray[np.int64]) -> _Edges:
+    """Byte by byte: the tokens of a node are cut where the next byte changes."""
+    lengths, start = table.lengths.astype(np.int64)[order], table.offsets[order]
+    node_of = np.zeros(order.size, dtype=np.int64)
+    nodes = 1
+    levels: list[_Edges] = []
+    for depth in range(int(lengths.max())):
+        place = np.flatnonzero(lengths > depth)
+        byte, node = table.blob[start[place] + depth].astype(np.int64), node_of[place]
+        first = np.flatnonzero(np.concatenate(([True], (np.diff(node) != 0) | (np.diff(byte) != 0))))
+        counts = np.diff(np.append(first, place.size))
+        ends_here = np.add.reduceat((lengths[place] == depth + 1).astype(np.int64), first)
+        low = place[first]
+        goes_on = ends_here < counts
+        behind = np.full(first.size, -1, dtype=np.int64)
+        behind[goes_on] = nodes + np.arange(np.count_nonzero(goes_on))
+        nodes += int(np.count_nonzero(goes_on))
+        node_of[place] = np.repeat(behind, counts)
+        levels.append(_Edges(node[first], byte[first], low, low + ends_here, low + counts, behind))
+    return _Edges(*(np.concatenate(column) for column in zip(*levels, strict=True)))
+
+
+def _entries(edges: _Edges) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(entry_first, entry_place, entry_class) over all allowed tokens."""
+    degree = np.bincount(edges.node)
+    first = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(2 * degree + 1)))
+    ending = 2 * np.arange(edges.node.size) + edges.node  # a node's end stands behind its edges
+    place = np.empty(int(first[-1]), dtype=np.int64)
+    classes = np.full(place.size, _UNUSED_CLASS, dtype=np.int64)
+    place[ending], place[ending + 1] = edges.low, edges.middle
+    classes[ending] = [joint_class(byte, 1) for byte in edges.byte.tolist()]
+    classes[ending + 1] = edges.byte
+    last_edge = np.cumsum(degree) - 1
+    place[first[1:] - 1] = edges.high[last_edge]
+    return first, place, classes

@@ -114,9 +114,21 @@ def _init_model_parallel(tensor_parallel: int, pipeline_parallel: int, seed: int
         megatron_tp.model_parallel_cuda_manual_seed(seed)
 
 
-def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1, timeout_minutes: float = 10.0) -> World:
-    """Cut the ranks that are up in another way. Models of the old cut cannot be used any more; collective."""
+def regroup(
+    *,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    virtual_stages: int = 1,
+    seed: int = 1,
+    timeout_minutes: float = 10.0,
+) -> World:
+    """Cut the ranks that are up in another way. Models of the old cut cannot be used any more; collective.
+
+    ``virtual_stages``: of each rank of a pipeline.
+    """
     from megatron.core import parallel_state
+
+    from megabyte_distill.parallel.pipeline import set_virtual_size
 
     now = (
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -125,6 +137,7 @@ def regroup(*, tensor_parallel: int, pipeline_parallel: int, seed: int = 1, time
     if now != (tensor_parallel, pipeline_parallel):
         parallel_state.destroy_model_parallel()
         _init_model_parallel(tensor_parallel, pipeline_parallel, seed, timeout_minutes)
+    set_virtual_size(virtual_stages)
     return current_world()
 
 

@@ -36,6 +36,8 @@ EXIT_CODE = 1
 _INTERVAL = 0.5
 _GRACE = 5.0
 """Seconds in which a rank may notice by itself that another one is gone, before its process is ended."""
+_GRACE_OF_ERRORS = 30.0
+"""Seconds in which a process that failed by itself may say so, finish what it writes and leave."""
 _BLAME_WAIT = 2.0
 _SHARE_OF_TIMEOUT = 0.9
 _WORDS = ("connection", "timed out", "timeout", "gloo", "nccl", "broken pipe", "by peer")
@@ -83,10 +85,12 @@ def watched(root: Path, world: World, timeout: float, report: Report) -> Iterato
             raise
         position.end(LOST)
         watch.report_lost(error)
-        _leave_soon()
+        _leave_within(_GRACE)
         raise PeerLost("lost contact with another rank") from error
     except BaseException as error:
         position.end(f"{type(error).__name__}: {error}")
+        if world.size > 1:  # the others may wait in an exchange with this rank
+            _leave_within(_GRACE_OF_ERRORS)
         raise
     else:
         position.end(ENDED)
@@ -95,9 +99,9 @@ def watched(root: Path, world: World, timeout: float, report: Report) -> Iterato
         position.close()
 
 
-def _leave_soon() -> None:
-    """Taking down process groups may wait for ranks that are gone."""
-    timer = threading.Timer(_GRACE, os._exit, (EXIT_CODE,))
+def _leave_within(seconds: float) -> None:
+    """Taking down process groups may wait for ranks that are gone, or that wait for this one."""
+    timer = threading.Timer(seconds, os._exit, (EXIT_CODE,))
     timer.daemon = True
     timer.start()
 

@@ -19,7 +19,7 @@ def dry_run(settings: Settings, world_size: int, hf_teacher: Path | None = None)
     """
     backbone = backbone_of(settings, hf_teacher)
     say(run_config_text(settings).rstrip("\n"))
-    say(heading(settings, world_size, BYTES_PER_CHUNK))
+    say(heading(settings, backbone, world_size, BYTES_PER_CHUNK))
     for line in table(estimate(settings, backbone, world_size=world_size, bytes_per_chunk=BYTES_PER_CHUNK)):
         say(line)
     for name, config in settings.stages.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,15 @@ from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENI
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.data.mock import MockRowStream
-from megabyte_distill.data.sampler import RowStream
+from megabyte_distill.data.sampler import RowPlan, RowStream
+from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
 from megabyte_distill.runs import stage_progress, teacher_path
 from megabyte_distill.training.checkpoint import find_checkpoint
+from megabyte_distill.training.target_cache import TargetCache, teacher_hash
 
 WRITTEN_BY_RUNS = (
     *STAGE_ORDER,
@@ -70,17 +74,21 @@ def start_fresh(root: Path) -> None:
 def prepare_run(settings: Settings, world: World) -> Prepared:
     """Resolve ``--load`` and ``--save``, write the run's root on the main rank, check that it is the same run.
 
-    ValueError where the teacher is missing, does not fit the preset, or the folder belongs to another teacher or model.
+    From here on models are cut into the virtual stages that the settings ask for. ValueError where the teacher is
+    missing, does not fit the preset, or the folder belongs to another teacher or model.
     """
     root, load = _folder(settings.checkpoint.save, "--save"), _folder(settings.checkpoint.load, "--load")
     source = load if load.is_dir() and is_run(load) else None
     teacher = teacher_path(load) if source is not None else load
     backbone = read_model_config(teacher).backbone
+    parallel = settings.parallel
     check_parallel_sizes(
         backbone,
-        tensor_parallel=settings.parallel.tensor_model_parallel_size,
-        pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        pipeline_parallel=parallel.pipeline_model_parallel_size,
         flags=("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
+        virtual_stages=parallel.num_virtual_stages_per_pipeline_rank,
+        layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
     )
     check_engine_limits(settings, backbone, world.device)
     table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
@@ -94,6 +102,7 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
             _check_same_model(read_model_config(other), config, other, flag)
     _check_same_tokenizer(root, table, teacher)
     on_main_rank(world, lambda: _write_root(root, config, teacher))
+    set_virtual_size(parallel.virtual_stages(backbone.num_layers))
     return Prepared(root=root, teacher=teacher, source=source, model_config=config, token_bytes=table)
 
 
@@ -211,6 +220,21 @@ def data_sets(settings: Settings, prepared: Prepared) -> tuple[WeightedSets, Wei
                 sets.append(dataset.subset(documents))
                 kept.append(weight)
     return parts
+
+
+def stored_targets(
+    settings: Settings, config: StageConfig, prepared: Prepared, rows: RowStream
+) -> Callable[[RowPlan], StoredTargets] | None:
+    """What gives the exact targets of a stage's planned rows from ``--logits-load-dir``; None where it is not given.
+
+    ValueError where the cache is incomplete, damaged, or of another teacher, tokenizer or text.
+    """
+    if config.logits_load_dir is None:
+        return None
+    cache = TargetCache(Path(config.logits_load_dir), verify=settings.checkpoint.verify_checkpoint)
+    teacher = teacher_hash(find_checkpoint(prepared.teacher))
+    cache.require(tokenizer_hash=prepared.token_bytes.hash, teacher=teacher, datasets=rows.datasets)
+    return lambda plan: cache.of_row(plan, rows.datasets, rows.row_bytes)
 
 
 def row_streams(

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
-from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher
+from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher_stages
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
-from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
-from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.model.student import set_trainable
 from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.parallel.pipeline import joined, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point
-from megabyte_distill.runs import StageProgress, backbone_overrides, build_student, stage_progress, training_dtype
+from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point, stored_targets
+from megabyte_distill.runs import StageProgress, backbone_overrides, build_model, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, say
@@ -100,13 +101,15 @@ class StageRunner:
         if self.world.is_main:
             say(text)
 
-    def _models(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> tuple[Student, Backbone | None]:
+    def _models(
+        self, stage: Stage, config: StageConfig, own: StageProgress | None
+    ) -> tuple[nn.Module, nn.Module | None]:
         dtype = training_dtype(self.settings)
         verify = self.settings.checkpoint.verify_checkpoint
         # every run of a stage draws the same fresh weights for the parts no checkpoint holds yet
         torch.manual_seed(self.settings.run.seed)
         overrides = backbone_overrides(self.settings, config)
-        student = build_student(self.prepared.model_config, overrides=overrides)
+        student = build_model(self.prepared.model_config, overrides=overrides)
         if own is not None:
             # before the objective and the optimizer are made: both look at the weights
             load_checkpoint(own.checkpoint, student, verify=verify)
@@ -118,27 +121,30 @@ class StageRunner:
         student.to(device=self.world.device, dtype=dtype)
         if config.recompute_byte_mixers:
             recompute_byte_mixers(student)
-        set_trainable(student, stage.trains(config, self.prepared.model_config.backbone))
-        teacher: Backbone | None = None
+        parts = virtual_stages(student)
+        for part in parts:
+            set_trainable(part, stage.trains(config, self.prepared.model_config.backbone))
+        teacher: nn.Module | None = None
         need = stage.teacher(config)
         if stage.keeps_backbone(config) and self.prepared.source is None:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
-            teacher = student.backbone  # type: ignore[assignment]
+            teacher = joined([part.backbone for part in parts])
         elif need is not TeacherNeed.NONE:
-            teacher = load_teacher(self.prepared.teacher, dtype=dtype, overrides=overrides, verify=verify).backbone
+            teacher = load_teacher_stages(self.prepared.teacher, dtype=dtype, overrides=overrides, verify=verify)
             teacher.requires_grad_(False).eval()
         return student, teacher
 
-    def _loop(self, stage: Stage, config: StageConfig, student: Student, teacher: Backbone | None) -> Loop:
+    def _loop(self, stage: Stage, config: StageConfig, student: nn.Module, teacher: nn.Module | None) -> Loop:
         settings, world = self.settings, self.world
         train, valid = row_streams(settings, config, self.prepared, stage.name)
+        stored = stored_targets(settings, config, self.prepared, train)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
         objective = stage.objective(config, teacher, self.prepared.token_bytes)
         return Loop(
             stage=stage.name,
             trained=wrap_for_training(
                 student,
-                student.config,
+                virtual_stages(student)[0].config,
                 config,
                 bf16=settings.run.bf16,
                 use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
@@ -148,7 +154,7 @@ class StageRunner:
                 position=self.position,
             ),
             objective=objective,
-            rows=MicroBatches(train, config, world, document_mask=mask),
+            rows=MicroBatches(train, config, world, document_mask=mask, stored_targets=stored),
             config=config,
             run_config=settings.run,
             world=world,
@@ -168,7 +174,7 @@ class StageRunner:
             invariants=self._invariants(student, objective) if settings.run.check_invariants else None,
         )
 
-    def _invariants(self, student: Student, objective: Objective) -> Invariants:
+    def _invariants(self, student: nn.Module, objective: Objective) -> Invariants:
         # where the losses are complete on the first stage, the others see no rows
         further = [] if objective.on_first_stage else [StagesAgree(student)]
         return Invariants(student, self.world, further)

@@ -28,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megabyte_distill.parallel.pipeline import VirtualStages, name_in_part
 from megabyte_distill.parallel.watch import is_lost_contact
 from megabyte_distill.training import rng
 from megabyte_distill.training.checkpoint_writer import CheckpointWriter, Written
@@ -121,8 +122,15 @@ def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     """megatron's sharded state of a module that mixes megatron layers and plain torch.
 
     Megatron modules answer for themselves. Elsewhere a parameter with ``tensor_model_parallel`` set is sharded along
-    its ``partition_dim``, any other one is replicated.
+    its ``partition_dim``, any other one is replicated. Entries are named as in the module's state dict; what a
+    checkpoint calls them does not tell of virtual stages.
     """
+    if isinstance(module, VirtualStages):
+        return {
+            f"{part}.{name}": tensor
+            for part, child in module.items()
+            for name, tensor in sharded_state_dict(child, prefix).items()
+        }
     if isinstance(module, MegatronModule):
         return module.sharded_state_dict(prefix=prefix)  # type: ignore[no-any-return]
     sharded: dict[str, Any] = {}
@@ -408,19 +416,21 @@ def check_shapes(wanted: Iterable[tuple[str, Any]], checkpoint: Path, *, padded:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, *, prefix: str = "", verify: bool = True) -> dict[str, Any]:
-    """Load weights (those whose names start with ``prefix``); return the loop's state.
+    """Load weights (those whose names in each part of the model start with ``prefix``); return the loop's state.
 
     Files (with ``verify`` their hashes too) and shapes are checked before anything is changed; CheckpointError names
     every file that is damaged and every tensor that does not fit.
     """
     verify_checkpoint(checkpoint, hashes=verify)
-    weights = {name: t for name, t in sharded_state_dict(model).items() if name.startswith(prefix)}
+    weights = {
+        name: tensor for name, tensor in sharded_state_dict(model).items() if name_in_part(name).startswith(prefix)
+    }
     check_shapes(weights.items(), checkpoint)
     with readable(checkpoint):
         loaded = dist_checkpointing.load({"model": weights}, str(checkpoint))
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     assert not unexpected, unexpected
-    lost = [name for name in missing if name.startswith(prefix) and "_extra_state" not in name]
+    lost = [name for name in missing if name_in_part(name).startswith(prefix) and "_extra_state" not in name]
     assert not lost, lost
     return read_loop_state(checkpoint)
 

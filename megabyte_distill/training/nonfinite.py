@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megabyte_distill.curriculum.on_stage import bare
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.objectives.objective import Objective
+from megabyte_distill.parallel.pipeline import pipeline_place, pipeline_size, virtual_size, virtual_stages
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.optimizer import TrainerModel
 from megabyte_distill.training.step import global_counts, make_gradients
@@ -52,15 +53,17 @@ def find_nonfinite(
         return "; ".join(f"on rank {rank}: {text}" for rank, text in enumerate(everywhere) if text)
     totals = global_counts([objective.counts(row) for row in rows], world)
     found: list[_Finding | None] = []
+    # megatron's interleaved schedule takes no fewer micro-batches at once
+    again = trained.parts[0].config.microbatch_group_size_per_vp_stage if virtual_size() > 1 else 1
     number = 0
     for number, row in enumerate(rows):
         probe = _Probe(row, lambda byte, number=number: locate(number, byte))  # type: ignore[misc]
         with probe.watching(trained.module):
-            make_gradients(trained, _Watched(objective, probe), [row], world, totals)  # type: ignore[arg-type]
+            make_gradients(trained, _Watched(objective, probe), [row] * again, world, totals)  # type: ignore[arg-type]
         found = _gathered(world, probe.finding)
         if any(found):
             break
-    trained.ddp.zero_grad_buffer()
+    trained.zero_grad_buffers()
     trained.optimizer.zero_grad()
     first = min((finding.order for finding in found if finding), default=None)
     if first is None:
@@ -105,48 +108,49 @@ class _Probe:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Inside, every module and trained parameter is looked at."""
         try:
-            for name, module in model.named_modules():
-                if name:  # the whole model's outputs are those of its parts
-                    self._watch_module(name, module)
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    self._watch_gradient(parameter, f"the gradient of {name}")
+            for number, part in enumerate(virtual_stages(model)):
+                for name, module in part.named_modules():
+                    if name:  # the whole part's outputs are those of its modules
+                        self._watch_module(name, module, number)
+                for name, parameter in part.named_parameters():
+                    if parameter.requires_grad:
+                        self._watch_gradient(parameter, f"the gradient of {name}", number)
             yield
         finally:
             for handle in self._handles:
                 handle.remove()
 
-    def see(self, what: str, tensor: Tensor, *, backward: bool = False) -> None:
-        """Look at a value, in the order in which values are made."""
+    def see(self, what: str, tensor: Tensor, virtual_stage: int, *, backward: bool = False) -> None:
+        """Look at a value of one of this rank's virtual stages, in the order in which values are made."""
         self._events += 1
         if self.finding is not None or not tensor.is_floating_point():
             return
         described = _described(tensor)
         if described is not None:
-            stage = parallel_state.get_pipeline_model_parallel_rank()
-            stages = parallel_state.get_pipeline_model_parallel_world_size()
-            before = stages - 1 - stage if backward else stage
+            place, stages = pipeline_place(virtual_stage), pipeline_size() * virtual_size()
+            before = stages - 1 - place if backward else place
             # each stage numbers its own layers from 0
-            of = f" of pipeline stage {stage}" if stages > 1 else ""
+            of = f" of pipeline stage {place}" if stages > 1 else ""
             text = f"{what}{of} has {described}{self._place(tensor)}"
             self.finding = _Finding((int(backward), before, self._events), text)
 
-    def _watch_module(self, name: str, module: nn.Module) -> None:
+    def _watch_module(self, name: str, module: nn.Module, virtual_stage: int) -> None:
         def before(_: nn.Module, inputs: Any) -> None:
             for tensor in _tensors(inputs):
-                self.see(f"the input of {name}", tensor)
+                self.see(f"the input of {name}", tensor, virtual_stage)
 
         def after(_: nn.Module, inputs: Any, outputs: Any) -> None:
             for tensor in _tensors(outputs):
-                self.see(f"the output of {name}", tensor)
+                self.see(f"the output of {name}", tensor, virtual_stage)
                 if tensor.requires_grad:
-                    self._watch_gradient(tensor, f"the gradient that arrives at the output of {name}")
+                    what = f"the gradient that arrives at the output of {name}"
+                    self._watch_gradient(tensor, what, virtual_stage)
 
         self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
-    def _watch_gradient(self, tensor: Tensor, what: str) -> None:
+    def _watch_gradient(self, tensor: Tensor, what: str, virtual_stage: int) -> None:
         def arrived(gradient: Tensor) -> None:
-            self.see(what, gradient, backward=True)
+            self.see(what, gradient, virtual_stage, backward=True)
 
         self._handles.append(tensor.register_hook(arrived))  # type: ignore[no-untyped-call]
 
@@ -174,11 +178,11 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    def losses(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+    def losses(self, model: nn.Module, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
         """The objective's."""
-        losses = self._objective.losses(*args, **kwargs)
+        losses = self._objective.losses(model, *args, **kwargs)
         for name, loss in losses.items():
-            self._probe.see(f"the loss {name!r}", loss)
+            self._probe.see(f"the loss {name!r}", loss, getattr(bare(model), "vp_stage", 0))
         return losses
 
 

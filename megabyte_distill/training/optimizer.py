@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron.core.transformer.enums import ModelType
 from torch import nn
 
 from megabyte_distill.config.stage import StageConfig
-from megabyte_distill.parallel.pipeline import is_any_before, trains_on_stages
+from megabyte_distill.parallel.pipeline import pipeline_place, trains_on_stages, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.training import distributed_adam
 from megabyte_distill.training.schedule import learning_rate_factor
@@ -42,18 +42,16 @@ _SETTINGS_OF_A_GROUP = ("max_lr", "min_lr", "weight_decay", "betas", "eps")
 class TrainerModel:
     """A model wrapped for training with the optimizer of its trainable parameters."""
 
-    ddp: DistributedDataParallel
+    module: nn.Module
+    """The bare model."""
+    parts: Sequence[DistributedDataParallel]
+    """The model's parts on this rank, one a virtual stage, each in megatron's wrapper."""
     optimizer: Any
     config: StageConfig
-    gradient_arrives: bool
-    """Whether anything trains on the pipeline stages before this one."""
+    gradient_arrives: Sequence[bool]
+    """Of each part: whether anything trains on the pipeline stages before it."""
     position: Position
     """Told at which part of an update this rank is."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The bare model."""
-        return self.ddp.module  # type: ignore[no-any-return]
 
     def set_learning_rate(self, iteration: int) -> float:
         """Set every group's learning rate for this update; return the highest."""
@@ -88,8 +86,14 @@ class TrainerModel:
 
     def gather_parameters(self) -> None:
         """Under --overlap-param-gather the last update is whole only in the next forward; this makes it so at once."""
-        if self.ddp.ddp_config.overlap_param_gather:
-            self.ddp.start_param_sync(force_sync=True)
+        for part in self.parts:
+            if part.ddp_config.overlap_param_gather:
+                part.start_param_sync(force_sync=True)
+
+    def zero_grad_buffers(self) -> None:
+        """Forget the gradients that were added up."""
+        for part in self.parts:
+            part.zero_grad_buffer()
 
     def load_state_dict(self, loaded: Any) -> None:
         """Take up what a checkpoint held of :meth:`sharded_state_dict`, but for what the command line says now."""
@@ -103,7 +107,7 @@ class TrainerModel:
 
     def _with_empty_groups(self, loaded: dict[str, Any]) -> dict[str, Any]:
         """megatron pairs masters with groups by their place."""
-        if not isinstance(self._parts()[0], Float16OptimizerWithFloat16Params):
+        if not isinstance(self._optimizers()[0], Float16OptimizerWithFloat16Params):
             return loaded
         stored = iter(loaded.get(_MASTERS, []))
         return {**loaded, _MASTERS: [next(stored) if group["params"] else [] for group in self._groups()]}
@@ -111,17 +115,17 @@ class TrainerModel:
     @property
     def is_distributed(self) -> bool:
         """True where megatron's distributed optimizer holds the state."""
-        return bool(self._distributed_parts())
+        return bool(self._distributed_optimizers())
 
-    def _distributed_parts(self) -> list[Any]:
-        return [part for part in self._parts() if isinstance(part, DistributedOptimizer)]
+    def _distributed_optimizers(self) -> list[Any]:
+        return [part for part in self._optimizers() if isinstance(part, DistributedOptimizer)]
 
-    def _parts(self) -> list[Any]:
+    def _optimizers(self) -> list[Any]:
         """megatron's optimizers, one for each kind of parameters; here there is one kind."""
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     def _distributed_over_torch(self) -> list[Any]:
-        return [part for part in self._distributed_parts() if distributed_adam.is_over_torch(part)]
+        return [part for part in self._distributed_optimizers() if distributed_adam.is_over_torch(part)]
 
 
 def _share_step(state: dict[str, Any]) -> None:
@@ -142,6 +146,17 @@ def _finalizer(position: Position) -> Callable[..., None]:
         finalize_model_grads(model, None, **kwargs)
 
     return finalize
+
+
+def _without_sync(parts: Sequence[DistributedDataParallel]) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.no_sync())
+            yield
+
+    return no_sync
 
 
 def _gather_before_forward(ddp: DistributedDataParallel) -> None:
@@ -168,6 +183,21 @@ def trainable_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
+def _wrapped(
+    module: nn.Module, transformer: TransformerConfig, ddp_config: DistributedDataParallelConfig
+) -> list[DistributedDataParallel]:
+    """Each part of the model in megatron's DDP."""
+    parts: list[DistributedDataParallel] = []
+    for part in virtual_stages(module):
+        part.model_type = ModelType.encoder_or_decoder
+        # Megatron's choice: a later virtual stage's gradients are reduced beside the others' computing as they are
+        parts.append(DistributedDataParallel(transformer, ddp_config, part, disable_bucketing=bool(parts)))
+        if ddp_config.overlap_param_gather:
+            _gather_before_forward(parts[-1])
+    transformer.no_sync_func = _without_sync(parts) if ddp_config.overlap_grad_reduce else None
+    return parts
+
+
 def wrap_for_training(
     module: nn.Module,
     transformer: TransformerConfig,
@@ -183,13 +213,13 @@ def wrap_for_training(
 ) -> TrainerModel:
     """DDP and AdamW over the parameters with ``requires_grad``; frozen ones get no gradient buffer and no state.
 
-    The optimizer class is megatron's choice: Transformer Engine's FusedAdam, NVIDIA apex's, torch's AdamW. Weight decay
+    ``module``: a model, or its :class:`VirtualStages`; ``transformer``: the config that its (first) part holds. The
+    optimizer class is megatron's choice: Transformer Engine's FusedAdam, NVIDIA apex's, torch's AdamW. Weight decay
     applies to every trained parameter (RECIPE section 3); parameters named ``backbone.*`` take ``backbone_peak_lr``.
     """
     trains = trains_on_stages(module)
     if not any(trains):
         raise ValueError("no parameter of the model is trainable: nothing to optimise")
-    module.model_type = ModelType.encoder_or_decoder
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=use_distributed_optimizer,
@@ -199,10 +229,7 @@ def wrap_for_training(
     )
     position = position or Position()
     transformer.finalize_model_grads_func = _finalizer(position)
-    ddp = DistributedDataParallel(transformer, ddp_config, module)
-    if overlap_param_gather:
-        _gather_before_forward(ddp)
-    transformer.no_sync_func = ddp.no_sync if overlap_grad_reduce else None
+    parts = _wrapped(module, transformer, ddp_config)
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -220,10 +247,11 @@ def wrap_for_training(
     # given (even empty), not None, or megatron would exempt norms and biases from weight decay
     overrides = {ParamKey(name=BACKBONE_PARAMETERS): {"max_lr": config.backbone_peak_lr, **BACKBONE_GROUP}}
     optimizer = megatron_optimizer.get_megatron_optimizer(
-        optimizer_config, [ddp], config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
+        optimizer_config, parts, config_overrides=overrides, use_gloo_process_groups=use_gloo_process_groups
     )
+    arrives = [any(trains[: pipeline_place(number)]) for number in range(len(parts))]
     trained = TrainerModel(
-        ddp=ddp, optimizer=optimizer, config=config, gradient_arrives=is_any_before(trains), position=position
+        module=module, parts=parts, optimizer=optimizer, config=config, gradient_arrives=arrives, position=position
     )
     for part in trained._distributed_over_torch():
         distributed_adam.allocate_state(part)

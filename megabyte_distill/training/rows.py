@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.data.micro_batch import concatenate_rows
 from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.data.sampler import RowPlan
+from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.parallel.process_groups import World
 
 
@@ -31,9 +33,19 @@ def _group(rows: Sequence[PackedRow], size: int, world: World) -> list[PackedRow
 class MicroBatches:
     """Cuts each update's rows over data-parallel ranks (row i goes to rank i mod ranks) and into micro-batches."""
 
-    def __init__(self, stream: Stream, config: StageConfig, world: World, *, document_mask: bool = True) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        config: StageConfig,
+        world: World,
+        *,
+        document_mask: bool = True,
+        stored_targets: Callable[[RowPlan], StoredTargets] | None = None,
+    ) -> None:
+        """``stored_targets``: gives the exact byte targets of a planned row, which then come with it."""
         config.micro_batches(world.data_parallel_size)  # refuses sizes that do not divide
         self._stream, self._config, self._world, self._document_mask = stream, config, world, document_mask
+        self._stored_targets = stored_targets
         self._last: list[Any] = []
 
     def next_micro_batches(self) -> list[PackedRow]:
@@ -41,6 +53,8 @@ class MicroBatches:
         self._last = self._stream.next_rows(self._config.global_batch_size)
         mine = self._last[self._world.data_parallel_rank :: self._world.data_parallel_size]
         rows = [self._stream.materialize(plan) for plan in mine]
+        if self._stored_targets is not None:
+            rows = [replace(row, stored=self._stored_targets(plan)) for row, plan in zip(rows, mine, strict=True)]
         if not self._document_mask:
             rows = [without_document_mask(row) for row in rows]
         return _group(rows, self._config.micro_batch_size, self._world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.engine_layers import requantize_weights
 from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.objectives.objective import Objective
-from megabyte_distill.parallel.pipeline import is_first_stage, is_last_stage, pipeline_size, shared_along_pipeline
+from megabyte_distill.parallel.pipeline import pipeline_size, shared_along_pipeline, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.training.optimizer import TrainerModel
@@ -69,23 +69,23 @@ def _report(objective: Objective, losses: dict[str, Tensor], counts: dict[str, i
 
 
 def run_schedule(
-    model: nn.Module,
+    parts: Sequence[nn.Module],
     objective: Objective,
     rows: list[PackedRow],
     counts: list[dict[str, int]],
     totals: Mapping[str, float],
     *,
-    gradient_arrives: bool = True,
+    gradient_arrives: Sequence[bool] | None = None,
     forward_only: bool = False,
     position: Position | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run megatron's schedule over the micro-batches; gradients of Σ weight · sum / global count are accumulated.
 
     Args:
-        model: wrapped for training, or bare.
+        parts: this rank's parts of the model, one a virtual stage, wrapped for training or bare.
         counts: terms of each row's losses.
         totals: the same over all rows and ranks.
-        gradient_arrives: whether anything trains on the pipeline stages before this one.
+        gradient_arrives: of each part, whether anything trains on the pipeline stages before it (default: it does).
         forward_only: no gradients.
         position: told which micro-batch is under way.
 
@@ -94,25 +94,27 @@ def run_schedule(
     """
     reports: list[dict[str, Tensor]] = []
     at = (position or Position()).at
+    arrives = gradient_arrives or [True] * len(parts)
 
     def total_of(losses: dict[str, Tensor], terms: dict[str, int]) -> Tensor:
         reports.append(_report(objective, losses, terms))
-        parts = [(objective.weights[name] / max(totals[name], 1.0)) * loss for name, loss in losses.items()]
-        return torch.stack(parts).sum()
+        shares = [(objective.weights[name] / max(totals[name], 1.0)) * loss for name, loss in losses.items()]
+        return torch.stack(shares).sum()
 
     def forward_step(iterator, module):  # type: ignore[no-untyped-def]
         number, (row, terms) = next(iterator)
-        link = stage_link(module, gradient_arrives)
+        link = stage_link(module, arrives)
         at("forward", number)
         output = stage_output(module, objective, row, link, lambda losses: total_of(losses, terms))
         at("backward", number)
         return output, _already_a_loss
 
-    requantize_weights(model)
+    for part in parts:
+        requantize_weights(part)
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=enumerate(zip(rows, counts, strict=True)),
-        model=[model],
+        data_iterator=[enumerate(zip(rows, counts, strict=True)) for _ in parts],
+        model=list(parts),
         num_microbatches=len(rows),
         seq_length=1,
         micro_batch_size=1,
@@ -141,17 +143,20 @@ def _already_a_loss(total: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return total, torch.ones((), dtype=torch.int, device=total.device), {}
 
 
-def stage_link(module: nn.Module, gradient_arrives: bool) -> StageLink:
-    """The link of one micro-batch at this stage, with what the schedule received for it."""
+def stage_link(module: nn.Module, gradient_arrives: Sequence[bool]) -> StageLink:
+    """The link of one micro-batch at this stage, with what the schedule received for it.
+
+    ``gradient_arrives``: as in :func:`run_schedule`.
+    """
     if pipeline_size() == 1:
         return StageLink()
     student: Any = getattr(module, "module", module)
     config = student.config
     return StageLink(
-        is_first=is_first_stage(),
-        is_last=is_last_stage(),
+        is_first=student.pre_process,
+        is_last=student.post_process,
         received=student.take_input(),
-        gradient_arrives=gradient_arrives,
+        gradient_arrives=gradient_arrives[student.vp_stage],
         dtype=config.pipeline_dtype,
         cut=config.tensor_model_parallel_size if config.sequence_parallel else 1,
     )
@@ -184,10 +189,10 @@ def make_gradients(
     counts = [objective.counts(row) for row in rows]
     trained.position.at("count")
     totals = totals or global_counts(counts, world)
-    trained.ddp.zero_grad_buffer()
+    trained.zero_grad_buffers()
     trained.optimizer.zero_grad()
     reports = run_schedule(
-        trained.ddp,
+        trained.parts,
         objective,
         rows,
         counts,
@@ -244,6 +249,6 @@ def evaluate(
     for rows in batches:
         counts = [objective.counts(row) for row in rows]
         totals = dict.fromkeys(objective.weights, 1.0)
-        reports += run_schedule(model, objective, rows, counts, totals, forward_only=True)
+        reports += run_schedule(virtual_stages(model), objective, rows, counts, totals, forward_only=True)
     model.train(training)
     return reduce_sums(reports, world, from_first=objective.on_first_stage)

@@ -32,6 +32,17 @@ MOCK = "--mock-data "
         (MOCK + "--save-retain-interval 5", "is about --keep-last-checkpoints"),
         (MOCK + "--sequence-parallel", "cuts over tensor-parallel ranks"),
         (MOCK + "--overlap-param-gather", "give --use-distributed-optimizer and --overlap-grad-reduce as well"),
+        (MOCK + "--num-virtual-stages-per-pipeline-rank 2", "give --pipeline-model-parallel-size above 1"),
+        (MOCK + "--num-layers-per-virtual-pipeline-stage 2", "--num-layers-per-virtual-pipeline-stage interleaves"),
+        (
+            MOCK + "--num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 2",
+            "--num-layers-per-virtual-pipeline-stage say the same thing twice; leave one out",
+        ),
+        (
+            MOCK + "--microbatch-group-size-per-virtual-pipeline-stage 4",
+            "--microbatch-group-size-per-virtual-pipeline-stage is about virtual pipeline stages: give",
+        ),
+        (MOCK + "--virtual-pipeline-model-parallel-size 2", "give --num-virtual-stages-per-pipeline-rank"),
         (MOCK + "--context-parallel-size 2", "each segment's chunks would have to divide by 2 × 2"),
         (MOCK + "--recompute-method block", "is about --recompute-granularity full; give that"),
         (MOCK + "--recompute-granularity selective --recompute-num-layers 2", "full, got selective; give that"),
@@ -97,6 +108,34 @@ def test_the_global_batch_is_divided_over_the_ranks() -> None:
     with pytest.raises(ConfigError, match=r"1 × 8 data-parallel ranks = 8; 8 would be"):
         parse_arguments([*small, "4"], world_size=8)
     assert parse_arguments([*small, "24"], world_size=8).stages["2a"].micro_batches(8) == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "group", "micro_batches", "expected"),
+    [
+        (2, None, 2, None),
+        (2, None, 6, None),
+        (2, None, 1, "1 micro-batches an update; virtual pipeline stages need a multiple of 2"),
+        (2, None, 5, "5 micro-batches an update; virtual pipeline stages need a multiple of 2"),
+        (2, 3, 5, None),
+        (2, 3, 4, "need a multiple of 3, or 2 to 2 more than one"),
+        (4, 2, 4, "got 2, expected at least --pipeline-model-parallel-size 4"),
+    ],
+)
+def test_virtual_stages_need_whole_groups_of_micro_batches(
+    ranks: int, group: int | None, micro_batches: int, expected: str | None
+) -> None:
+    line = f"{MOCK} --pipeline-model-parallel-size {ranks} --num-virtual-stages-per-pipeline-rank 2"
+    line += f" --micro-batch-size 1 --global-batch-size {micro_batches}"
+    line += f" --microbatch-group-size-per-virtual-pipeline-stage {group}" if group else ""
+    if expected is None:
+        parallel = parse_arguments(line.split(), world_size=ranks).parallel
+        assert parallel.virtual_stages(num_layers=8) == 2 and parallel.micro_batch_group == (group or ranks)
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(line.split(), world_size=ranks)
+    (problem,) = caught.value.problems
+    assert expected in problem
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,19 @@ def config(**fields: Any) -> BackboneConfig:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "fields"), [(1, 1, {}), (2, 3, {}), (8, 6, {}), (2, 1, {"qk_norm": QkNorm.FULL})]
+    ("tensor", "pipeline", "fields"),
+    [
+        (1, 1, {}),
+        (2, 3, {}),
+        (8, 6, {}),
+        (2, 1, {"qk_norm": QkNorm.FULL}),
+        (1, 2, {"virtual": {"virtual_stages": 3}}),
+        (1, 2, {"virtual": {"layers_per_virtual_stage": 1}}),
+    ],
 )
 def test_sizes_that_fit_are_accepted(tensor: int, pipeline: int, fields: dict[str, Any]) -> None:
-    check_parallel_sizes(config(**fields), tensor_parallel=tensor, pipeline_parallel=pipeline)
+    virtual = fields.pop("virtual", {})
+    check_parallel_sizes(config(**fields), tensor_parallel=tensor, pipeline_parallel=pipeline, **virtual)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +71,13 @@ def test_sizes_that_fit_are_accepted(tensor: int, pipeline: int, fields: dict[st
                 "layers 6 is not divisible by --pp 4",
             ],
         ),
+        (1, 2, {"virtual": {"virtual_stages": 2}}, ["layers 3 of a pipeline rank is not divisible by --num-virtual"]),
+        (
+            1,
+            2,
+            {"virtual": {"layers_per_virtual_stage": 2}},
+            ["layers 3", "by --num-layers-per-virtual-pipeline-stage 2"],
+        ),
         (4, 1, {"qk_norm": QkNorm.FULL}, ["query groups 2 is not divisible by --tp 4"]),
         (0, 1, {}, ["--tp is 0"]),
         (1, -1, {}, ["--pp is -1"]),
@@ -70,6 +86,7 @@ def test_sizes_that_fit_are_accepted(tensor: int, pipeline: int, fields: dict[st
 def test_sizes_that_do_not_fit_are_named_all_at_once(
     tensor: int, pipeline: int, fields: dict[str, Any], says: list[str]
 ) -> None:
+    virtual = fields.pop("virtual", {})
     with pytest.raises(ValueError) as caught:
-        check_parallel_sizes(config(**fields), tensor_parallel=tensor, pipeline_parallel=pipeline)
+        check_parallel_sizes(config(**fields), tensor_parallel=tensor, pipeline_parallel=pipeline, **virtual)
     assert all(part in str(caught.value) for part in says), caught.value

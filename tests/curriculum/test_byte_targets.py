@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megabyte_distill.config.stage import ByteTargets, StageConfig
-from megabyte_distill.curriculum.byte_sft import BYTE_LOSS, MEASURE, REPLACED, ByteSft
+from megabyte_distill.curriculum.byte_sft import BYTE_LOSS, EXCLUDED, MEASURE, REPLACED, ByteSft
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.student import Student
@@ -44,14 +44,20 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(stud
     torch.manual_seed(3)
     teacher = tiny_backbone()
     with torch.no_grad():
-        logits = teacher.logits(teacher(teacher.embed(row.tokens), row.cu_chunks))
         target = exact_targets(
-            ByteTree.of(TABLE), logits, byte_ids=row.byte_ids, bits=row.bits, labels=row.labels, wanted=row.loss_mask
+            ByteTree.of(TABLE),
+            teacher(teacher.embed(row.tokens), row.cu_chunks),
+            head=teacher.own_logits,
+            byte_ids=row.byte_ids,
+            bits=row.bits,
+            labels=row.labels,
+            wanted=row.loss_mask,
         )
         log_p = student(row).logits.log_softmax(-1)
     expected = -(target.distribution * log_p)[row.loss_mask].sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
     assert exact.measures()[REPLACED][0] == target.replaced
+    assert exact.measures()[EXCLUDED] == (target.excluded, int(row.token_mask.sum()))
 
 
 def test_a_mixture_weighs_both(student: Student, row: PackedRow) -> None:

@@ -8,14 +8,16 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.test_data_parallel import FLAGS, assert_close
-from tests.pretrain.job import SCRIPT, Job, assert_same_run, environment, run_command, torchrun
+from tests.pretrain.job import SCRIPT, Job, assert_same_run, environment, run_command, torchrun, write_teacher
 
 PIPELINE = ("--pipeline-model-parallel-size", "2")
+VIRTUAL = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", "1")
 BOTH = (*PIPELINE, "--tensor-model-parallel-size", "2", "--sequence-parallel")
 LAST_STAGE = ("--stages", "2b", *FLAGS)
 
@@ -49,6 +51,34 @@ def test_a_run_goes_on_at_another_cut(job: Job, tmp_path: Path, first: str) -> N
         run_on(job, changed, 4, *LAST_STAGE, *BOTH, "--exit-interval", "2")
         assert job.run(changed, *LAST_STAGE) == 0
     assert_close(changed, straight, ["2b"])
+
+
+@pytest.fixture(scope="module")
+def deep(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A teacher of four layers, which two ranks' two virtual stages divide."""
+    folder = tmp_path_factory.mktemp("deep") / "teacher"
+    return replace(job, teacher=write_teacher(folder, job.tokenizer, layers=4))
+
+
+def test_a_run_goes_into_virtual_stages_and_comes_back(deep: Job, tmp_path: Path) -> None:
+    """Weights and optimizer, from one rank to PP2 x VPP2 and from there to one rank."""
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    stage = (*LAST_STAGE, "--check-invariants", "1")
+    assert deep.run(straight, *stage) == 0
+    assert deep.run(changed, *stage, "--exit-interval", "1") == 0
+    run_on(deep, changed, 2, *stage, *VIRTUAL, "--exit-interval", "3")
+    assert deep.run(changed, *stage) == 0
+    assert_close(changed, straight, ["2b"])
+
+
+@pytest.mark.slow
+def test_the_curriculum_in_virtual_stages_is_that_of_one_process(deep: Job, tmp_path: Path) -> None:
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    flags = (*FLAGS, "--summary-bytes", "1500", "--2b.byte-targets", "exact", "--check-invariants", "1")
+    assert deep.run(alone, *flags) == 0
+    run_on(deep, run, 2, *flags, *VIRTUAL)
+    assert_close(run, alone)
+    assert (run / "summary.json").exists()
 
 
 def _kill_behind(job: Job, run: Path, iteration: int, *flags: str) -> None:

@@ -8,12 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
 
-from megabyte_distill.parallel.process_groups import world
-from tests.distributed.stage_cases import CASES, LAYOUTS, MARGIN, run_all, write_starts
+from megabyte_distill.parallel.process_groups import current_world, world
+from tests.distributed.stage_cases import (
+    CASES,
+    LAYOUTS,
+    MARGIN,
+    SAVED_AGAIN,
+    TRAINED,
+    cases_of,
+    run_all,
+    write_starts,
+    write_trained,
+)
 from tests.pretrain.job import run_command, torchrun
 
 TOLERANCE = 1e-5
+CUT = {**LAYOUTS[2], **LAYOUTS[4]}
 pytestmark = pytest.mark.timeout(900)
 """The first test of a world size waits for all of its cases."""
 
@@ -24,6 +37,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
     with world():
         write_starts(folder)
+        write_trained(folder / TRAINED, current_world())
     return folder
 
 
@@ -68,8 +82,9 @@ def flat(value: Any, path: str = "") -> dict[str, float]:
     return {path: float(value)}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("layout", [*LAYOUTS[2], *LAYOUTS[4]])
+@pytest.mark.parametrize(
+    ("layout", "case"), [(name, case) for name, layout in CUT.items() for case in cases_of(layout)]
+)
 def test_losses_and_gradient_norms_are_those_of_one_rank(
     found: dict[str, Any], alone: dict[str, Any], layout: str, case: str
 ) -> None:
@@ -91,9 +106,26 @@ def test_no_boundary_was_decided_by_rounding(alone: dict[str, Any], case: str) -
     assert alone["one rank"][case]["margin"] > MARGIN
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS[2], *LAYOUTS[4]])
+@pytest.mark.parametrize("layout", CUT)
 def test_what_is_frozen_stays_bit_identical(found: dict[str, Any], layout: str) -> None:
-    assert {case: result["changed"] for case, result in found.items()} == {case: [] for case in CASES}
+    assert {case: result["changed"] for case, result in found.items()} == {case: [] for case in cases_of(CUT[layout])}
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All that is no random number state."""
+    stored = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    return {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.usefixtures("of_two")
+def test_a_checkpoint_passes_virtual_stages_unchanged(start: Path) -> None:
+    """Weights, masters and moments: from one rank to PP2 x VPP2 and back, every bit."""
+    with world():
+        once, again = (tensors_of(start / name / "iter_0000001") for name in (TRAINED, SAVED_AGAIN))
+    assert once.keys() == again.keys()
+    moments = [name for name in once if "exp_avg" in name]
+    assert sum("decoder.layers" in name for name in once) > 10 and len(moments) > 20
+    assert not [name for name in once if not torch.equal(once[name], again[name])]
 
 
 def test_the_losses_move(alone: dict[str, Any]) -> None:

@@ -14,17 +14,25 @@ from typing import Any
 import pytest
 import torch
 
+from megabyte_distill.evaluation.continuations import score_continuations
 from megabyte_distill.inference.scoring import score_paths
+from megabyte_distill.runs import load_student
 from tests.hf.exported import PATHS, Exported, native_greedy
+from tests.pretrain.conftest import finished, job
+
+__all__ = ["finished", "job"]
 
 pytestmark = [
     pytest.mark.usefixtures("world"),
     pytest.mark.skipif(
         importlib.util.find_spec("lm_eval") is None,
-        reason="lm-evaluation-harness is not installed; pip install .[eval]",
+        reason="lm-evaluation-harness is not installed; pip install '.[test,eval]' && pytest tests/hf/test_lm_eval.py",
     ),
 ]
 
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = {"hf": "lm_eval", "megabyte": "megabyte_distill.harness"}
+"""What starts the harness with each model."""
 DOCUMENTS = [
     {"question": "The quick brown", "choices": ["fox", "dog is", "né 猫"], "answer": 0},
     {"question": "a", "choices": ["b", "<|bos|>"], "answer": 1},
@@ -61,27 +69,32 @@ def write_task(folder: Path, name: str, documents: list[dict[str, Any]], body: s
     (folder / f"{name}.yaml").write_text(head + body)
 
 
-def evaluate(
-    exported: Exported, scratch: Path, tasks: str, more_arguments: str = ""
-) -> dict[str, list[dict[str, Any]]]:
+def evaluate(model: str, arguments: str, scratch: Path, tasks: str) -> dict[str, list[dict[str, Any]]]:
     """The harness's command line; the samples of each task in the order of its documents."""
     variables = {
         **os.environ, "HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
+    out = scratch / f"out_{model}"
     command = [
-        sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", tasks, "--include_path", str(scratch),
-        "--model_args", f"pretrained={exported.folder},trust_remote_code=True{more_arguments}",
-        "--device", "cpu", "--batch_size", "2", "--output_path", str(scratch / "out"), "--log_samples",
+        sys.executable, "-m", MODULES[model], "--model", model, "--tasks", tasks, "--include_path", str(scratch),
+        "--model_args", arguments, "--device", "cpu", "--batch_size", "2", "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=variables, cwd=scratch, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     samples = {}
     for task in tasks.split(","):
-        [file] = (scratch / "out").rglob(f"samples_{task}_*.jsonl")
+        [file] = out.rglob(f"samples_{task}_*.jsonl")
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         samples[task] = sorted(lines, key=lambda line: int(line["doc_id"]))
     return samples
+
+
+def named(model: str, exported: Exported) -> str:
+    """``--model_args`` of an exported folder."""
+    if model == "hf":
+        return f"pretrained={exported.folder},trust_remote_code=True"
+    return f"path={exported.folder},paths={PATHS}"
 
 
 def filter_nats(exported: Exported, text: bytes) -> float:
@@ -92,10 +105,11 @@ def filter_nats(exported: Exported, text: bytes) -> float:
     return float(score.filter_bits[0]) * math.log(2)
 
 
-def test_choices_and_generations(exported: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", MODULES)
+def test_choices_and_generations(model: str, exported: Exported, tmp_path: Path) -> None:
     write_task(tmp_path, "local_choice", DOCUMENTS, CHOICE)
     write_task(tmp_path, "local_generate", DOCUMENTS, GENERATE)
-    samples = evaluate(exported, tmp_path, "local_choice,local_generate")
+    samples = evaluate(model, named(model, exported), tmp_path, "local_choice,local_generate")
     for document, sample in zip(DOCUMENTS, samples["local_choice"], strict=True):
         context = document["question"].encode()
         for choice, response in zip(document["choices"], sample["resps"], strict=True):
@@ -107,11 +121,37 @@ def test_choices_and_generations(exported: Exported, tmp_path: Path) -> None:
         assert sample["resps"][0][0] == taken.decode("utf-8", errors="replace")
 
 
-def test_rolling_log_likelihoods_of_whole_texts(exported: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", MODULES)
+def test_rolling_log_likelihoods_of_whole_texts(model: str, exported: Exported, tmp_path: Path) -> None:
     write_task(tmp_path, "local_rolling", [{"text": text} for text in TEXTS], ROLLING)
-    # the harness puts BOS in front of a rolling text itself
-    samples = evaluate(exported, tmp_path, "local_rolling", ",add_bos_token=False")
-    for text, sample in zip(TEXTS, samples["local_rolling"], strict=True):
-        [[response]] = sample["resps"]
-        found = response[0] if isinstance(response, list) else response
-        assert float(found) == pytest.approx(-filter_nats(exported, text.encode()), abs=1e-4)
+    # under hf the harness puts BOS in front of a rolling text itself
+    more = ",add_bos_token=False" if model == "hf" else ""
+    samples = evaluate(model, named(model, exported) + more, tmp_path, "local_rolling")
+    for text, found in zip(TEXTS, rolled(samples), strict=True):
+        assert found == pytest.approx(-filter_nats(exported, text.encode()), abs=1e-4)
+
+
+def test_long_texts_are_cut_alike(exported: Exported, tmp_path: Path) -> None:
+    write_task(tmp_path, "local_rolling", [{"text": text} for text in TEXTS], ROLLING)
+    found = [
+        rolled(evaluate(model, f"{named(model, exported)},max_length=20{more}", tmp_path, "local_rolling"))
+        for model, more in (("hf", ",add_bos_token=False"), ("megabyte", ""))
+    ]
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+    assert found[1][-1] != pytest.approx(-filter_nats(exported, TEXTS[-1].encode()), abs=1e-2)
+
+
+def test_a_run_needs_no_export(finished: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, "local_choice", DOCUMENTS, CHOICE)
+    samples = evaluate("megabyte", f"path={finished / '2b'}", tmp_path, "local_choice")
+    student = load_student(finished, "2b").student
+    for document, sample in zip(DOCUMENTS, samples["local_choice"], strict=True):
+        pairs = [(document["question"].encode(), b" " + choice.encode()) for choice in document["choices"]]
+        wanted = [-one.nats for one in score_continuations(student, pairs)]
+        assert [float(response[0][0]) for response in sample["resps"]] == pytest.approx(wanted, abs=1e-4)
+
+
+def rolled(samples: dict[str, list[dict[str, Any]]]) -> list[float]:
+    """The log-likelihood of each text."""
+    responses = [sample["resps"][0][0] for sample in samples["local_rolling"]]
+    return [float(response[0] if isinstance(response, list) else response) for response in responses]

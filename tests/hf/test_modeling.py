@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
 from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
+from megabyte_distill.inference.utf8 import Utf8Mode
 from tests.hf.exported import (
     PATHS,
     TEXTS,
@@ -205,6 +207,10 @@ def test_generate_bytes_equals_native_generation(exported: Exported, model: Any,
     for mine, other in zip(got, wanted, strict=True):
         assert (mine.byte_ids, mine.bits, mine.prompt_bits) == (other.byte_ids, other.bits, other.prompt_bits)
         assert mine.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+    wanted = generate(exported.student, TEXTS, replace(settings, stop=(b"e",), utf8=Utf8Mode.CONSTRAIN))
+    options = {"top_p": sampling.top_p, "top_k": sampling.top_k, "stop": "e", "utf8": "constrain"}
+    got = model.generate_bytes(TEXTS, max_new_bytes=20, seed=5, temperature=sampling.temperature, **options)
+    assert [row.byte_ids for row in got] == [row.byte_ids for row in wanted]
     with pytest.raises(ValueError, match="paths is 0"):
         model.generate_bytes(["a"], paths=0)
 

@@ -13,8 +13,9 @@ from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class, split_cla
 from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.config.training import KernelMode
 from megabyte_distill.inference.engine import Engine
-from megabyte_distill.inference.generation import Generated, GenerationSettings, generate
+from megabyte_distill.inference.generation import Generated, GenerationMode, GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
+from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.model.student import Student
 from tests.inference.conftest import tiny_student
 from tests.inference.test_generation import Row
@@ -32,6 +33,7 @@ PROMPTS: list[str | bytes] = [
     "x",
 ]
 MANY = [prompt[:cut] for prompt in PROMPTS for cut in (3, 9, 14, 30, 99)][:32]
+FEW = MANY[:12]
 STEPPED = (DechunkMode.HARD, DechunkMode.CAUSAL)
 FUSED, REFERENCE = KernelMode.FUSED, KernelMode.REFERENCE
 
@@ -151,18 +153,58 @@ def test_stop_strings_and_short_limits_end_rows_as_in_plain_generation(speculate
     for limit in (0, 1, 40):
         settings = GenerationSettings(max_new_bytes=limit, sampling=Sampling(), seed=3, stop=stop)
         engine = Engine(shared_student(), max_batch_size=size, speculate=speculate, kernels=FUSED)
-        bits = bits_of("as the model says", 40)[: len(PROMPTS)]
-        found = engine.generate(MANY[: len(PROMPTS)], settings, prompt_bits=bits)
-        assert_same(found, plainly_stopped(limit, stop))
-        stopped = [row for row in found if row.stopped]
-        assert all(row.byte_ids.endswith(stop) and not row.ended for row in stopped)
-        assert bool(stopped) == (limit == 40)
+        found = engine.generate(FEW, settings, prompt_bits=bits_of("as the model says", 40)[: len(FEW)])
+        assert_same(found, plainly_with(settings))
+        assert any(row.stopped_by for row in found) == (limit == 40)
 
 
 @functools.cache
-def plainly_stopped(limit: int, stop: tuple[bytes, ...]) -> list[Generated]:
-    settings = GenerationSettings(max_new_bytes=limit, sampling=Sampling(), seed=3, stop=stop)
-    return generate(shared_student(), MANY[: len(PROMPTS)], settings)
+def plainly_with(settings: GenerationSettings) -> list[Generated]:
+    """What plain generation makes of the first of the many prompts."""
+    return generate(shared_student(), FEW, settings)
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_constrained_utf8_is_that_of_plain_generation(sampling: str, speculate: int) -> None:
+    settings = GenerationSettings(max_new_bytes=40, sampling=SAMPLINGS[sampling], seed=3, utf8=Utf8Mode.CONSTRAIN)
+    expected = plainly_with(settings)
+    engine = Engine(shared_student(), max_batch_size=6, speculate=speculate, kernels=FUSED)
+    assert_same(engine.generate(FEW, settings, prompt_bits=[row.prompt_bits for row in expected]), expected)
+    assert any(b > 127 for row in expected for b in row.byte_ids)
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_rows_end_where_the_backbone_has_no_position_left(speculate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = shared_student()
+    longest = max(sum(row.prompt_bits) for row in plainly("as the model says", 40)) + 1
+    limited = replace(student.backbone.backbone_config, max_position_embeddings=longest + 2)
+    monkeypatch.setattr(student.backbone, "backbone_config", limited)
+    settings = GenerationSettings(max_new_bytes=40, sampling=Sampling(), seed=3)
+    bits = bits_of("as the model says", 40)
+    expected = generate_under_limit(longest + 2, student, settings)
+    assert 0 < sum(row.is_full for row in expected) < len(MANY)
+    engine = Engine(student, max_batch_size=6, speculate=speculate, kernels=FUSED)
+    assert_same(engine.generate(MANY, settings, prompt_bits=bits), expected)
+    with pytest.raises(ValueError, match="too long"):
+        engine.generate([b"x" * 200], settings, prompt_bits=[[True] * 200])
+
+
+@functools.cache
+def generate_under_limit(limit: int, student: Student, settings: GenerationSettings) -> list[Generated]:
+    """Of a student that has the limit now."""
+    return generate(student, MANY, settings)
+
+
+def test_a_session_that_is_left_early_tells_what_is_there() -> None:
+    settings = GenerationSettings(max_new_bytes=40, sampling=GREEDY, seed=3)
+    session = Engine(shared_student(), max_batch_size=2, kernels=FUSED).begin(MANY, settings)
+    for _, _ in zip(range(30), session, strict=False):
+        pass
+    whole = plainly("greedy", 40)
+    assert all(full.byte_ids.startswith(part.byte_ids) for part, full in zip(session.results(), whole, strict=True))
+    sizes = [len(row.byte_ids) for row in session.results()]
+    assert 0 < sum(sizes) < sum(len(row.byte_ids) for row in whole) and sizes[-1] == 0
 
 
 @pytest.mark.parametrize("speculate", [0, 4])
@@ -171,7 +213,7 @@ def test_a_stream_brings_the_same_bytes(speculate: int) -> None:
     engine = Engine(shared_student(), max_batch_size=6, speculate=speculate, kernels=FUSED)
     rows: list[list[tuple[int, bool]]] = [[] for _ in MANY]
     total = [0.0] * len(MANY)
-    for new in engine.stream(MANY, settings, prompt_bits=bits_of("as the model says", 40)):
+    for new in engine.begin(MANY, settings, prompt_bits=bits_of("as the model says", 40)):
         for row, byte, bit, score in zip(new.rows, new.byte_ids, new.bits, new.log_probabilities, strict=True):
             rows[row].append((byte, bit))
             total[row] += score
@@ -215,6 +257,8 @@ def test_what_cannot_be_is_refused(make_student: Callable[..., Student]) -> None
     with pytest.raises(ValueError, match="no prompts"):
         Engine(shared_student()).generate([])
     with pytest.raises(ValueError, match="prompts is one text"):
-        Engine(shared_student()).stream("one text")
+        Engine(shared_student()).begin("one text")
+    with pytest.raises(ValueError, match="mode bytes"):
+        Engine(shared_student()).generate(["a"], GenerationSettings(mode=GenerationMode.BYTES))
     with pytest.raises(ValueError, match="official"):
         Engine(make_student(DechunkMode.OFFICIAL)).generate(["a"])

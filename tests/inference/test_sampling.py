@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megabyte_distill.inference.sampling import Sampling, choose, mask_padding, uniform_numbers
+from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 
 LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 
@@ -44,6 +44,17 @@ def test_top_k_keeps_the_likeliest() -> None:
     assert frequencies(Sampling(top_k=99)) == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=1e-3)
 
 
+def test_min_p_keeps_what_comes_near_the_likeliest() -> None:
+    assert frequencies(Sampling(min_p=0.25)) == pytest.approx([0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0.0], abs=1e-3)
+    assert frequencies(Sampling(min_p=1.0)) == [1.0, 0.0, 0.0, 0.0]
+    # of the tempered distribution: 0.04 of the likeliest's 1
+    assert frequencies(Sampling(temperature=0.5, min_p=0.05))[3] == 0.0
+
+
+def test_a_temperature_however_small_takes_the_likeliest() -> None:
+    assert frequencies(Sampling(temperature=1e-320)) == [1.0, 0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
 def test_impossible_classes_are_never_drawn(uniform: float) -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, -0.3, -math.inf]])
@@ -55,12 +66,21 @@ def test_only_padding_is_masked() -> None:
     assert masked.isinf().nonzero()[:, 1].tolist() == [255, 511] * 2
 
 
+@pytest.mark.parametrize("classes", [256, 512])
+def test_bytes_are_masked_with_either_bit(classes: int) -> None:
+    allowed = torch.zeros(2, 256, dtype=torch.bool)
+    allowed[0, 65] = allowed[1, :200] = True
+    possible = ~mask_bytes(torch.zeros(2, classes), allowed).isinf()
+    assert torch.equal(possible, torch.cat([allowed] * (classes // 256), dim=1))
+
+
 def test_a_rows_numbers_depend_on_its_seed_alone() -> None:
     assert torch.equal(uniform_numbers(4, 10, 7)[2], uniform_numbers(1, 10, 9)[0])
 
 
 @pytest.mark.parametrize(
-    "fields", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}]
+    "fields",
+    [{"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 1.1}],
 )
 def test_settings_out_of_range_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):

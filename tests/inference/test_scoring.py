@@ -18,6 +18,7 @@ from megabyte_distill.inference.bit_paths import BitPaths
 from megabyte_distill.inference.scoring import (
     joint_nll,
     labels_under,
+    score_official,
     score_paths,
     score_row,
     score_tokens,
@@ -71,6 +72,23 @@ def test_document_ends_are_reported_apart(student: Student, rows: list[PackedRow
         if row.labels[edges[segment + 1] - 1] == END_OF_DOCUMENT_CLASS:
             expected += float(step_bits(student, text, row.bits[None, edges[segment] + 1 : edges[segment + 1]])[1])
     assert score.end_bits == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", DechunkMode)
+def test_the_papers_score_takes_the_likelier_bit_under_the_routers_boundaries(
+    make_student: Callable[..., Student], rows: list[PackedRow], mode: DechunkMode
+) -> None:
+    student, row = make_student(mode), next(row for row in rows if len(row.documents) > 1)
+    score = score_official(student, row)
+    probabilities = student(row, RouterDecides()).logits.softmax(-1)
+    edges = row.cu_seqlens.tolist()
+    for segment, text in enumerate(segment_texts(row)):
+        expected = 0.0
+        for position, byte in enumerate(text.tolist(), start=edges[segment]):
+            expected -= math.log2(max(float(probabilities[position, byte + 256 * bit]) for bit in (0, 1)))
+        assert float(score.bits[segment]) == pytest.approx(expected, rel=1e-4)
+    assert float(score.bits.sum()) < float(score_row(student, row, RouterDecides()).bits.sum())
+    assert torch.equal(score.bytes, score_row(student, row).bytes)
 
 
 def test_labels_are_made_of_the_bits_in_force(rows: list[PackedRow]) -> None:

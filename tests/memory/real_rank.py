@@ -1,6 +1,6 @@
 """One rank that really builds and runs a stage of the curriculum, and what its tensors take: JSON on each rank's line.
 
-torchrun --nproc-per-node 4 tests/memory/real_rank.py STAGE FLAGS…
+torchrun --nproc-per-node 4 tests/memory/real_rank.py STAGES FLAGS…
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megabyte_distill.config import Settings, parse_arguments
 from megabyte_distill.conversion.model_config import ModelConfig
@@ -22,13 +22,17 @@ from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
-from megabyte_distill.model.student import Student, set_trainable
+from megabyte_distill.model.student import set_trainable
+from megabyte_distill.parallel.pipeline import built_in_stages, joined, set_virtual_size, virtual_stages
 from megabyte_distill.parallel.process_groups import torchrun_environment, world
-from megabyte_distill.runs import backbone_overrides, build_student, training_dtype
+from megabyte_distill.runs import backbone_overrides, build_model, training_dtype
 from megabyte_distill.training.optimizer import TrainerModel, wrap_for_training
 from megabyte_distill.training.step import train_step
-from tests.tiny_student import BACKBONE
+from tests.tiny_student import BACKBONE as TINY
 
+BACKBONE = replace(TINY, num_layers=4)  # so that two ranks can have two virtual stages each
+VIRTUAL = (1, 2)
+"""Virtual stages of each rank of a pipeline, one after the other."""
 BYTES_PER_CHUNK = 3.0
 # rows shorter than 64 bytes: the convolution takes the path that a GPU takes
 SMALL = (
@@ -81,20 +85,22 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def real_models(settings: Settings, stage: Stage) -> tuple[Student, Backbone, Backbone | None]:
-    """The student, its teacher, and the same teacher where it is a copy of its own."""
+def real_models(settings: Settings, stage: Stage) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    """This rank's part of the student, its teacher, and the same teacher where it is a copy of its own."""
     config = settings.stages[stage.name]
     overrides, dtype = backbone_overrides(settings, config), training_dtype(settings)
     byte_side = settings.model.byte_side_for(BACKBONE.hidden_size)
-    student = build_student(ModelConfig(backbone=BACKBONE, byte_side=byte_side), overrides=overrides).to(dtype)
+    student = build_model(ModelConfig(backbone=BACKBONE, byte_side=byte_side), overrides=overrides).to(dtype)
     if config.recompute_byte_mixers:
         recompute_byte_mixers(student)
-    set_trainable(student, stage.trains(config, BACKBONE))
-    backbone = student.backbone
-    assert isinstance(backbone, Backbone)
+    parts = virtual_stages(student)
+    for part in parts:
+        set_trainable(part, stage.trains(config, BACKBONE))
+    backbone = joined([part.backbone for part in parts])
     if stage.teacher(config) is TeacherNeed.NONE or stage.keeps_backbone(config):
         return student, backbone, None
-    teacher = Backbone(BACKBONE, transformer_config(BACKBONE, **overrides)).to(dtype)
+    fields = transformer_config(BACKBONE, **overrides)
+    teacher = built_in_stages(lambda number: Backbone(BACKBONE, fields, vp_stage=number)).to(dtype)
     teacher.requires_grad_(False).eval()
     return student, teacher, teacher
 
@@ -121,7 +127,7 @@ def real_sizes(settings: Settings, stage_name: str) -> RealSizes:
     student, teacher, own_teacher = real_models(settings, stage)
     trained = wrap_for_training(
         student,
-        student.config,
+        virtual_stages(student)[0].config,
         config,
         bf16=settings.run.bf16,
         use_distributed_optimizer=settings.parallel.use_distributed_optimizer,
@@ -136,7 +142,7 @@ def real_sizes(settings: Settings, stage_name: str) -> RealSizes:
         data_parallel_rank=ranks.data_parallel_rank,
         weights=bytes_of([*student.parameters()]),
         teacher=bytes_of([*own_teacher.parameters()]) if own_teacher is not None else 0,
-        gradients=sum(buffer.grad_data.nbytes for buffer in trained.ddp.buffers),
+        gradients=sum(buffer.grad_data.nbytes for part in trained.parts for buffer in part.buffers),
         optimizer=optimizer_bytes(trained),
         sent=most["tensor_send_next"],
         returned=most["tensor_send_prev"],
@@ -152,9 +158,11 @@ def main(argv: Sequence[str]) -> None:
     with world(
         tensor_parallel=parallel.tensor_model_parallel_size, pipeline_parallel=parallel.pipeline_model_parallel_size
     ) as ranks:
-        for stage in settings.stages:
-            line = json.dumps({"rank": ranks.rank, "stage": stage, **asdict(real_sizes(settings, stage))})
-            print(f"\nsizes {line}", flush=True)
+        for virtual in VIRTUAL[: 1 if parallel.pipeline_model_parallel_size == 1 else None]:
+            set_virtual_size(virtual)
+            for stage in settings.stages:
+                place = {"rank": ranks.rank, "stage": stage, "virtual": virtual}
+                print(f"\nsizes {json.dumps({**place, **asdict(real_sizes(settings, stage))})}", flush=True)
 
 
 if __name__ == "__main__":

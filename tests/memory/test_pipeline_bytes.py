@@ -41,3 +41,17 @@ def test_nothing_is_below_the_least_and_little_above_it(
     for stage in ("2a", "2b"):
         assert max(found[stage]["sent"]) < 1.03 * found[stage]["least_sent"]
     assert max(found["2b"]["returned"]) < 1.03 * found["2b"]["least_returned"]
+
+
+def test_virtual_stages_pass_the_same_payload_over_more_boundaries(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--quick", "--stages", "1b", "--global-batch-size", "32")
+    entries = []
+    for further in ((), ("--num-virtual-stages-per-pipeline-rank", "2")):
+        benchmark.main([*flags, *further])
+        entries += json.loads(capsys.readouterr().out.splitlines()[-1])["entries"]
+    whole, cut = entries
+    for name in ("sent", "returned"):
+        assert (len(whole[name]), len(cut[name])) == (3, 7) and set(whole[name]) == set(cut[name])
+    assert (cut["gradients"], cut["least_gradients"]) == (whole["gradients"], whole["least_gradients"])

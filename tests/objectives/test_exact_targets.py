@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from megabyte_distill.alphabet import END_OF_DOCUMENT_CLASS, JOINT_CLASSES, joint_class
+from megabyte_distill.alphabet import BOS_BYTE, END_OF_DOCUMENT_CLASS, JOINT_CLASSES, joint_class
+from megabyte_distill.data.mock import worded_table
 from megabyte_distill.data.packing import PackedRow, Segment, pack_row
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.objectives import exact_targets as module
 from megabyte_distill.objectives.byte_tree import ByteTree
-from megabyte_distill.objectives.exact_targets import exact_targets
+from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
+from megabyte_distill.objectives.target_check import EveryToken
 
 TOKENS: list[bytes | None] = [
     None,  # 0 end of text
@@ -32,9 +36,14 @@ TOKENS: list[bytes | None] = [
     b"c",
     b"\x97",
     b"\xa5",
+    b"ab\0",
+    b"\xc3(",  # 17 no UTF-8
+    b"abcab",
 ]
 TABLE = TokenBytes.from_list(TOKENS, end_of_text_id=0, bos_id=None)
 ALLOWED = [i for i, token in enumerate(TOKENS) if token and not any(byte >= 254 for byte in token)]
+TEXT = [3, 1, 7, 8, 14, 15, 16, 6, 17, 5, 18, 13, 9, 15]
+"""Tokens of a row: characters whole and split, a duplicate, NUL, bytes that are no UTF-8."""
 
 
 def row_of(tokens: list[int], *, cut: int | None = None) -> PackedRow:
@@ -44,8 +53,6 @@ def row_of(tokens: list[int], *, cut: int | None = None) -> PackedRow:
         return TOKENS[token] or b""
 
     text = b"".join(piece(token) for token in tokens)
-    import numpy as np
-
     segment = Segment(
         document=0,
         byte_ids=np.frombuffer(text, dtype=np.uint8),
@@ -56,6 +63,10 @@ def row_of(tokens: list[int], *, cut: int | None = None) -> PackedRow:
         next_token_length=None if cut is None else len(piece(cut)),
     )
     return pack_row([segment], row_bytes=len(text) + 4, chunk_bucket=4, start_id=0, end_of_text_id=0)
+
+
+def some_logits(row: PackedRow, scale: float, seed: int = 0) -> Tensor:
+    return scale * torch.randn(row.tokens.shape[0], len(TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
 def brute_force(logits: Tensor, prefix: bytes) -> Tensor:
@@ -73,44 +84,44 @@ def brute_force(logits: Tensor, prefix: bytes) -> Tensor:
     return target / target.sum()
 
 
-def targets_of(row: PackedRow, logits: Tensor) -> tuple[Tensor, int]:
-    found = exact_targets(
-        ByteTree.of(TABLE), logits, byte_ids=row.byte_ids, bits=row.bits, labels=row.labels, wanted=row.loss_mask
+def targets_of(row: PackedRow, logits: Tensor, bits: Tensor | None = None) -> ExactTargets:
+    return exact_targets(
+        ByteTree.of(TABLE),
+        logits,
+        byte_ids=row.byte_ids,
+        bits=row.bits if bits is None else bits,
+        labels=row.labels,
+        wanted=row.loss_mask,
     )
-    return found.distribution, int(found.replaced)
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_targets_equal_the_definition_on_every_byte(scale: float) -> None:
-    row = row_of([3, 1, 7, 8, 14, 15, 6, 5, 13, 9, 15])
-    logits = scale * torch.randn(row.tokens.shape[0], len(TOKENS), generator=torch.Generator().manual_seed(0))
-    found, replaced = targets_of(row, logits)
-    assert replaced == 0
+    row = row_of(TEXT)
+    logits = some_logits(row, scale)
+    found = targets_of(row, logits)
+    assert int(found.replaced) == 0 and found.chunks == 1 + len(TEXT)
     chunk, prefix = -1, b""
     for place, (byte, bit, real) in enumerate(
         zip(row.byte_ids.tolist(), row.bits.tolist(), row.loss_mask.tolist(), strict=True)
     ):
         if not real:
-            assert not found[place].any()
+            assert not found.distribution[place].any()
             continue
         chunk, prefix = (chunk + 1, b"") if bit else (chunk, prefix + bytes([byte]))
-        torch.testing.assert_close(found[place].double(), brute_force(logits[chunk], prefix), atol=1e-6, rtol=0)
+        expected = brute_force(logits[chunk], prefix)
+        torch.testing.assert_close(found.distribution[place].double(), expected, atol=1e-6, rtol=0)
 
 
 def test_the_product_over_a_tokens_bytes_is_the_teachers_probability() -> None:
-    row = row_of([3, 1, 7, 8, 14, 15, 6, 5, 13, 9, 15], cut=7)
-    logits = 4.0 * torch.randn(row.tokens.shape[0], len(TOKENS), generator=torch.Generator().manual_seed(1))
-    found, _ = targets_of(row, logits)
-    picked = found.gather(1, row.labels[:, None])[:, 0].double().log()
+    row = row_of(TEXT, cut=7)
+    logits = some_logits(row, 4.0, seed=1)
+    picked = targets_of(row, logits).distribution.gather(1, row.labels[:, None])[:, 0].double().log()
     p = logits.double().log_softmax(-1)
     allowed = torch.tensor([*ALLOWED, 0])
     chunks = row.bits.to(torch.int64).cumsum(0) - 1
-    labels = row.token_labels.tolist()
-    for chunk in range(int(row.token_mask.sum())):
-        token = labels[chunk]
+    for chunk, token in enumerate(row.token_labels.tolist()[: len(TEXT)]):  # behind the last the row is cut
         here = (chunks == chunk) & row.loss_mask
-        if chunk == int(row.token_mask.sum()) - 1:
-            continue  # the row is cut inside what follows: its other bytes are not in it
         same = [i for i in ALLOWED if TOKENS[i] == TOKENS[token]]
         expected = p[chunk, same].logsumexp(0) - p[chunk, allowed].logsumexp(0)
         assert float(picked[here].sum()) == pytest.approx(float(expected), abs=1e-5)
@@ -120,66 +131,108 @@ def test_the_end_of_text_is_the_end_of_the_document() -> None:
     row = row_of([1])
     logits = torch.zeros(row.tokens.shape[0], len(TOKENS))
     logits[1, 0] = 5.0
-    found, _ = targets_of(row, logits)
     share = math.exp(5) / (math.exp(5) + len(ALLOWED))
-    assert float(found[1, END_OF_DOCUMENT_CLASS]) == pytest.approx(share, rel=1e-5)
+    assert float(targets_of(row, logits).distribution[1, END_OF_DOCUMENT_CLASS]) == pytest.approx(share, rel=1e-5)
+
+
+def test_mass_of_tokens_that_cannot_be_text_is_left_out_and_reported() -> None:
+    row = row_of(TEXT)
+    logits = some_logits(row, 3.0)
+    found = targets_of(row, logits)
+    logits[: found.chunks, [10, 11, 12]] += 2.0
+    more = targets_of(row, logits)
+    torch.testing.assert_close(more.distribution, found.distribution)
+    excluded = logits.double().softmax(-1)[: found.chunks, [10, 11, 12]].sum()
+    assert float(more.excluded) == pytest.approx(float(excluded), rel=1e-6) and more.excluded > 2 * found.excluded
 
 
 def test_where_the_teacher_has_no_opinion_the_hard_label_stands() -> None:
     row = row_of([3])
     logits = torch.zeros(row.tokens.shape[0], len(TOKENS))
     logits[0, 4] = 60.0  # after BOS nothing but "b", and the text goes on with "abc"
-    found, replaced = targets_of(row, logits)
-    assert replaced == 2  # behind "a" and "ab", that is before "b" and "c"
-    assert found[1, int(row.labels[1])] == 1.0 and found[2, int(row.labels[2])] == 1.0
-    assert torch.allclose(found[row.loss_mask].sum(-1), torch.ones(int(row.loss_mask.sum())))
+    found = targets_of(row, logits)
+    assert int(found.replaced) == 2  # behind "a" and "ab", that is before "b" and "c"
+    assert all(found.distribution[place, int(row.labels[place])] == 1.0 for place in (1, 2))
+    assert torch.allclose(found.distribution[row.loss_mask].sum(-1), torch.ones(int(row.loss_mask.sum())))
 
 
 def test_a_segmentation_that_no_token_spells_gets_the_hard_label() -> None:
     row = row_of([13, 4])
     bits = row.bits.clone()
     bits[1] = False  # "cb" would be one token, which there is not
-    found = exact_targets(
-        ByteTree.of(TABLE),
-        torch.zeros(row.tokens.shape[0], len(TOKENS)),
-        byte_ids=row.byte_ids,
-        bits=bits,
-        labels=row.labels,
-        wanted=row.loss_mask,
-    )
+    found = targets_of(row, torch.zeros(row.tokens.shape[0], len(TOKENS)), bits)
     assert int(found.replaced) == 1 and float(found.distribution[1, int(row.labels[1])]) == 1.0
 
 
-@pytest.mark.parametrize("vocabulary", [300, 5000])
-def test_large_peaked_distributions_telescope(vocabulary: int) -> None:
-    generator = torch.Generator().manual_seed(vocabulary)
-    pieces = {bytes([byte]) for byte in range(128)}
-    while len(pieces) < vocabulary:
-        size = int(torch.randint(1, 9, (), generator=generator))
-        pieces.add(bytes(torch.randint(97, 103, (size,), generator=generator).tolist()))
-    tokens: list[bytes | None] = [None, *sorted(pieces)]
-    table = TokenBytes.from_list(tokens, end_of_text_id=0, bos_id=None)
-    tree = ByteTree.of(table)
-    logits = 12.0 * torch.randn(1, len(tokens), generator=generator)
-    p = logits.double().log_softmax(-1)[0]
-    for token in torch.randint(1, len(tokens), (60,), generator=generator).tolist():
-        piece = tokens[token]
-        assert piece is not None
-        byte_ids = torch.tensor([254, *piece])
-        bits = torch.tensor([True, *[False] * (len(piece) - 1), True])
-        labels = torch.tensor([joint_class(byte, int(i == len(piece) - 1)) for i, byte in enumerate(piece)] + [510])
-        wanted = torch.tensor([True] * len(piece) + [False])
-        found = exact_targets(tree, logits.repeat(2, 1), byte_ids=byte_ids, bits=bits, labels=labels, wanted=wanted)
-        if int(found.replaced):
-            continue  # a prefix below 1e-12
-        product = float(found.distribution[:-1].gather(1, labels[:-1, None]).double().log().sum())
-        if float(p[token]) > -25:
-            assert product == pytest.approx(float(p[token]), abs=1e-4)
-
-
 def test_rows_are_the_same_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = row_of([3, 1, 7, 8, 14, 15, 6, 5, 13, 9, 15])
-    logits = torch.randn(row.tokens.shape[0], len(TOKENS), generator=torch.Generator().manual_seed(2))
-    whole, _ = targets_of(row, logits)
-    monkeypatch.setattr(module, "_MASS_ENTRIES", 3 * len(TOKENS))
-    assert torch.equal(targets_of(row, logits)[0], whole)
+    row = row_of(TEXT)
+    logits = some_logits(row, 1.0, seed=2)
+    whole = targets_of(row, logits)
+    monkeypatch.setattr(module, "_CPU_BLOCK_ENTRIES", 3 * len(TOKENS))
+    parts = targets_of(row, logits)
+    assert torch.equal(parts.distribution, whole.distribution) and parts.replaced == whole.replaced
+    assert float(parts.excluded) == pytest.approx(float(whole.excluded), rel=1e-12)
+
+
+@cache
+def large(vocab_size: int) -> EveryToken:
+    return EveryToken(worded_table(vocab_size))
+
+
+def drawn_logits(kind: str, vocab_size: int) -> Tensor:
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    if kind == "one token":
+        logits[1234] = 18.0  # 0.998 of the mass, beside neighbours of 1e-8
+        return logits
+    return logits * {"flat": 2.0, "peaked": 8.0}[kind]
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "one token"])
+@pytest.mark.parametrize("vocab_size", [128_256, 151_936])
+def test_every_prefix_and_every_token_of_a_large_vocabulary(vocab_size: int, kind: str) -> None:
+    errors = large(vocab_size).errors(drawn_logits(kind, vocab_size))
+    assert errors.is_exact and errors.tokens > (40_000 if kind == "peaked" else 128_000 - 1), errors
+
+
+def test_every_token_of_a_small_one_with_duplicates_and_split_characters() -> None:
+    for seed in range(5):
+        logits = some_logits(row_of(TEXT), 3.0, seed)
+        assert all(EveryToken(TABLE).errors(row).is_exact for row in logits)
+
+
+@pytest.mark.parametrize("singles", [0, 1 << 20])
+def test_the_size_of_spans_changes_nothing(monkeypatch: pytest.MonkeyPatch, singles: int) -> None:
+    monkeypatch.setattr(module, "_SINGLES_UP_TO", singles)
+    errors = EveryToken(worded_table(5000)).errors(drawn_logits("flat", 5000))
+    assert errors.is_exact and errors.tokens == 5000 - 256
+
+
+def test_fp32_sums_would_not_do() -> None:
+    """What is promised above is far from what plain fp32 sums give."""
+    tree = large(128_256).tree
+    p = drawn_logits("one token", 128_256).softmax(-1)[tree.order]
+    before = torch.nn.functional.pad(p.cumsum(0), (1, 0))
+    single = (before[1:] - before[:-1])[: tree.allowed]
+    assert float((single / p[: tree.allowed] - 1).abs().max()) > 1e-2
+
+
+def test_a_whole_row_under_a_large_vocabulary_sums_to_one_on_every_byte() -> None:
+    case = large(128_256)
+    generator = torch.Generator().manual_seed(5)
+    ids = case.ids[torch.randint(case.tree.allowed, (60,), generator=generator)]
+    byte_ids = torch.tensor([BOS_BYTE, *case.table.concatenate(ids.numpy()).tolist()])
+    bits = torch.zeros(byte_ids.shape[0], dtype=torch.bool)
+    bits[torch.from_numpy(np.cumsum([0, *case.table.lengths[ids.numpy()].tolist()]))] = True
+    labels = torch.cat((joint_class(byte_ids, bits.to(torch.int64))[1:], torch.tensor([END_OF_DOCUMENT_CLASS])))
+    logits = 2.0 * torch.randn(61, 128_256, generator=generator)
+    found = exact_targets(case.tree, logits, byte_ids=byte_ids, bits=bits, labels=labels, wanted=bits | True)
+    assert float((found.distribution.sum(-1) - 1).abs().max()) < 1e-6 and float(found.distribution.min()) >= 0
+    log_p = logits.double().log_softmax(-1)
+    picked = found.distribution.gather(1, labels[:, None])[:, 0].double().log()
+    chunk = bits.to(torch.int64).cumsum(0) - 1
+    products = torch.zeros(61, dtype=torch.float64).index_add_(0, chunk, picked)[:60]
+    allowed = log_p[:60][:, [*case.ids.tolist(), case.table.end_of_text_id]].logsumexp(-1)
+    expected = log_p[torch.arange(60), ids] - allowed
+    judged = expected > math.log(1e-10)
+    torch.testing.assert_close(products[judged], expected[judged], atol=1e-5, rtol=0)
+    assert int(judged.sum()) > 40

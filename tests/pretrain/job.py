@@ -100,11 +100,11 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, size: int = 300)
     return folder
 
 
-def write_teacher(folder: Path, tokenizer: Path, *, width: int = 32, vocab_size: int = 300) -> Path:
+def write_teacher(folder: Path, tokenizer: Path, *, width: int = 32, vocab_size: int = 300, layers: int = 2) -> Path:
     """A random converted teacher."""
     config = BackboneConfig(
         family="llama",
-        num_layers=2,
+        num_layers=layers,
         hidden_size=width,
         ffn_hidden_size=2 * width,
         num_attention_heads=4,

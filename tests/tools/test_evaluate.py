@@ -25,6 +25,44 @@ def test_all_figures_as_json_and_as_a_table(job: Job, finished: Path, capsys: py
     assert "retention" in table and "paths" not in table and "unigram" not in table
 
 
+def test_sets_have_rows_runs_stand_side_by_side_and_pictures_are_drawn(
+    job: Job, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--data-path", f"first={job.held_out}", f"second={job.train}", "--max-documents", "2"]
+    command = [*sets, "--seq-length", "256", "--paths", "0", "--scoring", "official"]
+    other = tmp_path / "other"
+    other.symlink_to(finished)
+    drawn = ["--plots", str(tmp_path / "plots"), "--json", "--resamples", "50"]
+    with world():
+        assert main(["--load", str(finished), *command, "--bits", "router", *drawn]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert main(["--load", str(finished), str(other), *command]) == 0
+    assert list(figures["sets"]) == ["first", "second"] and figures["documents"] == 4
+    assert figures["bits"] == "router" and figures["student_bits_per_byte"] == figures["router_bits_per_byte"]
+    assert figures["official_bits_per_byte"] > 0 and 0 <= figures["teacher_next_byte_accuracy"] <= 1
+    low, high = figures["sets"]["first"]["intervals"]["retention"]
+    assert low <= figures["sets"]["first"]["retention"] <= high
+    assert figures["bootstrap"] == {"resamples": 50, "confidence": 0.95, "seed": 0}
+    assert any("--train-data-path" in note for note in figures["notes"])
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"sets.png", "boundaries.png"}
+    table = capsys.readouterr().out
+    assert table.count("all text") == 2 and "official score" in table
+    of_runs = [line.split() for line in table.splitlines()[-2:]]
+    assert [line[0] for line in of_runs] == [str(finished), str(other)] and of_runs[0][1:] == of_runs[1][1:]
+
+
+def test_the_robustness_suite_of_a_run(
+    job: Job, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--suite-texts", "1", "--suite-questions", "1", "--suite-samples", "1", "--resamples", "0"]
+    command = ["--load", str(finished), "--data-path", job.held_out, "--suite", "robustness", "--paths", "1", *small]
+    with world():
+        assert main([*command, "--json", "--plots", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["suite"] == "robustness" and len(found["sections"]) == 7 and found["budget"]["texts"] == 1
+    assert (tmp_path / "robustness.png").exists()
+
+
 def test_mistakes_are_one_error_line(
     job: Job, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -37,6 +75,10 @@ def test_mistakes_are_one_error_line(
             ([*run, "--data-path", foreign], "made with another tokenizer"),
             ([*run, "--data-path", job.held_out, "--max-bytes", "0"], "max_bytes is 0"),
             ([*run, "--data-path", job.held_out, "--seq-length", "1"], "--seq-length 1"),
+            ([*run, "--data-path", f"a={job.held_out}", f"a={job.train}"], "two data sets are called 'a'"),
+            ([*run, "--data-path", job.held_out, "--confidence", "2"], "confidence is 2.0"),
+            ([*run, "--data-path", job.held_out, "--suite", "robustness", "--paths", "0"], "--paths 0"),
+            ([*run, "--data-path", job.held_out, "--suite", "robustness", "--suite-texts", "0"], "suite's texts"),
             ([*run, "--data-path", job.held_out, "--teacher", str(tmp_path / "none")], "give --teacher"),
             ([*run, "--data-path", job.held_out, "--stage", "1b"], "the decoder is untrained"),
             (["--load", str(tmp_path), "--data-path", job.held_out], "is not a run"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.conversion.model_config import ModelConfig
+from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.model.student import set_trainable
 from megabyte_distill.objectives.objective import Objective
-from megabyte_distill.parallel.process_groups import World
+from megabyte_distill.parallel.pipeline import virtual_stages
+from megabyte_distill.parallel.process_groups import World, regroup
 from megabyte_distill.parallel.process_groups import world as process_groups
+from megabyte_distill.runs import build_model
 from megabyte_distill.training.nonfinite import find_nonfinite
-from megabyte_distill.training.optimizer import TrainerModel
+from megabyte_distill.training.optimizer import TrainerModel, wrap_for_training
 from megabyte_distill.training.rows import MicroBatches
 from megabyte_distill.training.step import train_step
 from tests.distributed.ranks import run_ranks
-from tests.tiny_student import random_rows
+from tests.tiny_student import BACKBONE, BYTE_SIDE, random_rows
 from tests.training.small_step import small_trainer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,15 +183,33 @@ def on_one_rank(world: World) -> str:
     return found(trained, objective, ROWS[2 * world.rank : 2 * world.rank + 2], world)
 
 
-def test_the_rank_is_named_on_all_ranks(tmp_path: Path) -> None:
-    both = run_ranks(tmp_path, "tests.training.test_nonfinite", "on_one_rank")
+def on_a_virtual_stage(world: World) -> str:
+    torch.manual_seed(2)
+    model = build_model(ModelConfig(backbone=replace(BACKBONE, num_layers=4), byte_side=BYTE_SIDE)).to(world.device)
+    parts, config, stage = virtual_stages(model), StageConfig(), STAGES["2a"]
+    for part in parts:
+        set_trainable(part, stage.trains(config, BACKBONE))
+    trained = wrap_for_training(model, parts[0].config, config)
+    if world.rank == 0:  # the third of four stages
+        multiply(parts[1].backbone.decoder.layers[0].pre_mlp_layernorm, math.nan)
+    return found(trained, stage.objective(config, None, None), ROWS[:2], world)
+
+
+def answers(world: World) -> list[str]:
+    copies = on_one_rank(world)
+    return [copies, on_a_virtual_stage(regroup(tensor_parallel=1, pipeline_parallel=2, virtual_stages=2))]
+
+
+def test_the_rank_and_its_virtual_stage_are_named_on_all_ranks(tmp_path: Path) -> None:
+    both = run_ranks(tmp_path, "tests.training.test_nonfinite", "answers")
     assert both[0] == both[1]
-    assert both[0].startswith("on rank 1, micro-batch 0: the output of byte_encoder.")
+    copies, stages = both[0]
+    assert copies.startswith("on rank 1, micro-batch 0: the output of byte_encoder.")
+    where = "the output of backbone.decoder.layers.0.pre_mlp_layernorm of pipeline stage 2 has "
+    assert stages.startswith(f"on rank 0, micro-batch 0: {where}"), stages
 
 
 def test_a_byte_is_told_by_row_document_and_place(world: World) -> None:
-    from dataclasses import replace
-
     config = StageConfig(seq_length=64, chunk_bucket=8, micro_batch_size=2, global_batch_size=8)
     stream = MockRowStream(90, row_bytes=64, chunk_bucket=8, seed=3)
     second = replace(world, data_parallel_rank=1, data_parallel_size=2)

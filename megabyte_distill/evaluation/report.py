@@ -1,0 +1,175 @@
+"""What a person reads of a comparison, and what has to be said beside its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from megabyte_distill.evaluation.bits_per_byte import Bits, Comparison, Evaluation
+from megabyte_distill.evaluation.bootstrap import Interval
+
+_WHOSE = {Bits.GOLD: "gold bits", Bits.ROUTER: "router's bits"}
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader of the figures must know, one sentence an entry."""
+    total = comparison.total
+    found = []
+    for name, part in _parts(comparison):
+        if part.retention > 1:
+            found.append(
+                f"retention above 1 on {name}: the student codes it better than the teacher, as on text that the "
+                "teacher does not know; the ratio then says nothing of what was retained"
+            )
+    if total.bits is Bits.ROUTER:
+        found.append(
+            "under the router's bits the student's figure contains the cost of its own segmentation, the teacher's "
+            "that of the tokenizer's"
+        )
+    if total.official_bits_per_byte is not None:
+        found.append(
+            "the official score is no bound: boundaries are decided with the next byte in sight and tell about it, and "
+            "the likelier of a byte's two bits is credited whichever is input; compare it with published figures alone"
+        )
+    if not total.is_bound:
+        found.append("official dechunk reads p, which knows the next byte: the student's figures are no bounds")
+    single = [name for name, part in _parts(comparison) if part.documents < 2]
+    if single:
+        found.append(f"no confidence intervals for {', '.join(single)}: they need two documents")
+    return found
+
+
+def _parts(comparison: Comparison) -> list[tuple[str, Evaluation]]:
+    """(name, figures) of each set and, where there are several, of all together."""
+    total = [("all text", comparison.total)] if len(comparison.sets) > 1 else []
+    return [*comparison.sets.items(), *total]
+
+
+def table(comparison: Comparison) -> str:
+    """The figures of all text, a line for each data set, and the notes."""
+    total = comparison.total
+    lines = [
+        f"{total.text_bytes:,} bytes of {total.documents} documents; bits per byte, document ends left out",
+        *_main_lines(total),
+        *_path_lines(total),
+        f"boundaries: precision {total.boundary_precision:.4f}, recall {total.boundary_recall:.4f}, "
+        f"F1 {total.boundary_f1:.4f}{_interval(total.intervals.get('boundary_f1'))}; bytes per chunk "
+        f"{total.bytes_per_chunk:.2f} gold, {total.router_bytes_per_chunk:.2f} router",
+        f"next byte right: {_told(total)}",
+        f"alignment: MSE over the table's variance {total.alignment_mse_relative:.4f}",
+    ]
+    ends = (total.teacher_bits_per_document_end, total.student_bits_per_document_end)
+    if ends[0] is not None and ends[1] is not None:
+        lines.append(f"document ends: {ends[0]:.2f} bits each for the teacher, {ends[1]:.2f} for the student")
+    if len(comparison.sets) > 1:
+        lines += ["", _set_table(comparison)]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes(comparison))])
+
+
+def _main_lines(total: Evaluation) -> list[str]:
+    student = f"  student, {_WHOSE[total.bits]}"
+    other = Bits.ROUTER if total.bits is Bits.GOLD else Bits.GOLD
+    at = total.intervals
+    lines = [
+        f"  teacher, its tokens               {total.teacher_bits_per_byte:7.4f}"
+        f"{_interval(at.get('teacher_bits_per_byte'))}",
+        f"{student:36}{total.student_bits_per_byte:7.4f}{_interval(at.get('student_bits_per_byte'))}   "
+        f"retention {total.retention:.4f}{_interval(at.get('retention'))}, gap {total.gap_bits_per_byte:+.4f}",
+        f"{f'  student, {_WHOSE[other]}':36}{getattr(total, f'{other.value}_bits_per_byte'):7.4f}",
+        f"  student, stage 1's token head     {total.stage1_bits_per_byte:7.4f}   "
+        f"retention {total.stage1_retention:.4f}",
+        f"  anchor, teacher reading nothing   {total.constant_embedding_bits_per_byte:7.4f}",
+    ]
+    if total.official_bits_per_byte is not None:
+        lines.append(
+            f"  student, official score           {total.official_bits_per_byte:7.4f}   "
+            f"retention {total.official_retention:.4f}"
+        )
+    if total.unigram_bits_per_byte is not None:
+        lines.append(f"  anchor, token unigram             {total.unigram_bits_per_byte:7.4f}")
+    return lines
+
+
+def _path_lines(total: Evaluation) -> list[str]:
+    paths = total.paths
+    if paths is None:
+        return []
+    several = []
+    if paths.teacher_tokenizations_bits_per_byte is not None:
+        label = f"  teacher, {paths.tokenizations} tokenizations"
+        several = [f"{label:36}{paths.teacher_tokenizations_bits_per_byte:7.4f}"]
+    return [
+        f"without a tokenizer, {paths.text_bytes:,} bytes",
+        f"  student, {paths.paths:3d} paths                {paths.bits_per_byte:7.4f}",
+        f"  student, causal byte filter       {paths.filter_bits_per_byte:7.4f}",
+        f"  student, gold bits, same text     {paths.gold_bits_per_byte:7.4f}",
+        f"  teacher, same text                {paths.teacher_bits_per_byte:7.4f}",
+        *several,
+    ]
+
+
+def _told(part: Evaluation) -> str:
+    student = f"student {part.next_byte_accuracy:.4f}{_interval(part.intervals.get('next_byte_accuracy'))}"
+    if part.teacher_next_byte_accuracy is None:
+        return student
+    interval = _interval(part.intervals.get("teacher_next_byte_accuracy"))
+    return f"teacher {part.teacher_next_byte_accuracy:.4f}{interval}, {student}"
+
+
+def _interval(ends: Interval | None) -> str:
+    return "" if ends is None else f" [{ends[0]:.4f}, {ends[1]:.4f}]"
+
+
+def _set_table(comparison: Comparison) -> str:
+    header = ("data set", "bytes", "docs", "teacher", "student", "retention", "router", "F1", "B/chunk", "next byte")
+    rows = []
+    for name, part in _parts(comparison):
+        teacher = "–" if part.teacher_next_byte_accuracy is None else f"{part.teacher_next_byte_accuracy:.3f}"
+        rows.append(
+            (
+                name,
+                f"{part.text_bytes:,}",
+                str(part.documents),
+                f"{part.teacher_bits_per_byte:.4f}",
+                f"{part.student_bits_per_byte:.4f}",
+                f"{part.retention:.4f}{_interval(part.intervals.get('retention'))}",
+                f"{part.router_bits_per_byte:.4f}",
+                f"{part.boundary_f1:.4f}",
+                f"{part.bytes_per_chunk:.2f}",
+                f"{teacher} / {part.next_byte_accuracy:.3f}",
+            )
+        )
+    return columns(header, rows)
+
+
+def run_table(comparisons: Mapping[str, Comparison]) -> str:
+    """A line for each run, on the same text."""
+    header = ("run", "teacher", "student", "retention", "router", "stage 1", "F1", "next byte")
+    rows = []
+    for name, comparison in comparisons.items():
+        total = comparison.total
+        rows.append(
+            (
+                name,
+                f"{total.teacher_bits_per_byte:.4f}",
+                f"{total.student_bits_per_byte:.4f}",
+                f"{total.retention:.4f}{_interval(total.intervals.get('retention'))}",
+                f"{total.router_bits_per_byte:.4f}",
+                f"{total.stage1_retention:.4f}",
+                f"{total.boundary_f1:.4f}",
+                f"{total.next_byte_accuracy:.4f}",
+            )
+        )
+    return columns(header, rows)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under their header, the first column to the left, the others to the right."""
+    every = [header, *rows]
+    widths = [max(len(row[place]) for row in every) for place in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in every
+    )

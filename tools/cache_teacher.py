@@ -1,0 +1,108 @@
+"""Stores the teacher's exact byte targets, so that training reads them instead of running the teacher.
+
+    python tools/cache_teacher.py --load CKPT --data-path data/corpus_text_document --logits-save-dir CACHE
+    torchrun examples/pretrain_byte_kd.sh … --byte-targets exact --logits-load-dir CACHE
+
+Killed at any moment, the same command goes on with the first shard that is missing; a complete cache is verified.
+Under torchrun each rank makes its share. Exit code 0, or 2 with one line that begins with "error:".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabyte_distill.tool import run_tool
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="CKPT", help="folder of the converted teacher")
+    add(
+        "--data-path",
+        nargs="+",
+        required=True,
+        metavar="STEM",
+        help="data sets, PREFIX_KEY_document; weights are read over",
+    )
+    add("--split", metavar="T,V,S", help="only the training share T of each set, as training cuts it (default: all)")
+    add("--logits-save-dir", type=Path, required=True, metavar="DIR", help="folder of the cache")
+    add("--logits-save-top-k", type=int, default=32, metavar="K", help="pairs stored a byte, 512 keeps all (32)")
+    add("--context-tokens", type=int, default=2048, help="tokens of a document that the teacher reads at once (2048)")
+    add("--overlap-tokens", type=int, help="of them, those repeated from before as context (a quarter)")
+    add("--shard-bytes", type=int, default=1 << 20, help="text of a shard, about (1048576)")
+    add("--micro-batch-tokens", type=int, default=8192, help="tokens side by side in the teacher, about (8192)")
+    add("--bf16", action="store_true", help="run the teacher in bfloat16 (default: as it is stored)")
+    add("--json", action="store_true", help="print one JSON object at the end")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Makes the cache; ValueError for what the user can mend."""
+    from megabyte_distill.pretrain.cache_teacher import CacheSettings
+
+    overlap = arguments.context_tokens // 4 if arguments.overlap_tokens is None else arguments.overlap_tokens
+    settings = CacheSettings(
+        top_k=arguments.logits_save_top_k,
+        context_tokens=arguments.context_tokens,
+        overlap_tokens=overlap,
+        shard_bytes=arguments.shard_bytes,
+        batch_tokens=arguments.micro_batch_tokens,
+    )
+    import torch
+
+    from megabyte_distill.config.blend import parse_split
+    from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher
+    from megabyte_distill.data.dataset import open_blend, split_documents
+    from megabyte_distill.parallel import cpu_megatron
+    from megabyte_distill.parallel.cpu_memory import keep_large_buffers
+    from megabyte_distill.parallel.process_groups import world
+    from megabyte_distill.pretrain.cache_teacher import make_cache
+    from megabyte_distill.training.target_cache import teacher_hash
+
+    if cpu_megatron.apply():
+        keep_large_buffers()
+    # ranks wait for the slowest one at the end
+    with world(timeout_minutes=24 * 60) as ranks:
+        stored = find_teacher(arguments.load)
+        datasets, _ = open_blend(arguments.data_path, tokenizer_hash=stored.token_bytes.hash)
+        if arguments.split:
+            shares = parse_split(arguments.split)
+            datasets = [dataset.subset(split_documents(len(dataset), shares)[0]) for dataset in datasets]
+        name = teacher_hash(stored.checkpoint)
+        teacher = load_teacher(arguments.load, dtype=torch.bfloat16 if arguments.bf16 else None)
+        report = make_cache(
+            arguments.logits_save_dir,
+            teacher.backbone.requires_grad_(False).eval(),
+            teacher.token_bytes,
+            datasets,
+            settings,
+            teacher_hash=name,
+            world=ranks,
+            say=lambda text: print(f"[{ranks.rank}] {text}" if ranks.size > 1 else text, file=sys.stderr, flush=True),
+        )
+        if not ranks.is_main:
+            return
+    if arguments.json:
+        print(json.dumps(report.as_dict()))
+        return
+    print(
+        f"{report.documents:,} documents, {report.text_bytes:,} bytes of text in {report.shards} shards; "
+        f"{report.cache_bytes_per_text_byte:.2f} bytes on the disk and {report.entries_per_target:.2f} pairs a byte of "
+        f"text; hard labels: {report.replaced:.2e} of all bytes; teacher's mass left out: {report.excluded:.2e}\n"
+        f"--logits-load-dir {arguments.logits_save_dir}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
