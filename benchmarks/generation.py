@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class
 from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig
 from megabyte_distill.config.presets import PRESETS
 from megabyte_distill.hf.torch_backbone import TorchBackbone
 from megabyte_distill.inference.engine import Engine
-from megabyte_distill.inference.generation import GenerationSettings, generate
+from megabyte_distill.inference.generation import Generated, GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.kernels import build
 from megabyte_distill.model.student import Student
@@ -79,6 +80,7 @@ class Text:
         with lzma.open(EXAMPLE / "heldout.jsonl.xz", "rt", encoding="utf-8") as lines:
             raw = "\n".join(json.loads(line)["text"] for line in lines).encode()
         ends = np.cumsum([len(piece) for piece in PIECES.findall(raw)]) - 1
+        self.raw = raw
         self._bytes = np.frombuffer(raw, np.uint8).astype(np.int64)
         self._bits = np.zeros(len(raw), bool)
         self._bits[ends] = True
@@ -90,7 +92,7 @@ class Text:
         """Each row's first bytes and their bits."""
         begins = [row * 9973 for row in range(rows)]
         return (
-            [bytes(self._bytes[begin : begin + PROMPT].astype(np.uint8)) for begin in begins],
+            [self.raw[begin : begin + PROMPT] for begin in begins],
             [self._bits[begin : begin + PROMPT].tolist() for begin in begins],
         )
 
@@ -262,7 +264,8 @@ def of_a_real_model(run: Path, quick: bool) -> dict[str, Any]:
 def drafts_against_plain(
     student: Student, prompts: Sequence[bytes], learned: Sequence[bytes], settings: GenerationSettings, repeats: int
 ) -> dict[str, Any]:
-    """One prompt at a time; AssertionError where drafts change a byte of what plain generation writes."""
+    """One prompt at a time, its bits known; AssertionError where a byte is not that of plain generation."""
+    expected = [generate(student, [prompt], settings)[0] for prompt in prompts]
     engines = {"plain": Engine(student), "speculative": Engine(student, speculate=DEMO_DRAFTS)}
     engines["auto"] = Engine(student, speculate="auto")
     for name in ("speculative", "auto"):
@@ -270,18 +273,55 @@ def drafts_against_plain(
     written: dict[str, list[bytes]] = {}
 
     def write(name: str) -> None:
-        written[name] = [engines[name].generate([prompt], settings)[0].byte_ids for prompt in prompts]
+        written[name] = [
+            engines[name].generate([prompt], settings, prompt_bits=[own.prompt_bits])[0].byte_ids
+            for prompt, own in zip(prompts, expected, strict=True)
+        ]
 
     seconds = fastest({name: lambda name=name: write(name) for name in engines}, repeats)
-    expected = [generate(student, [prompt], settings)[0].byte_ids for prompt in prompts]
-    assert all(own == expected for own in written.values()), "drafts changed what was written"
+    wanted = [own.byte_ids for own in expected]
+    assert all(own == wanted for own in written.values()), "drafts changed what was written"
+    if settings.sampling == GREEDY:
+        for engine in (Engine(student, max_batch_size=len(prompts)), engines["speculative"]):
+            assert [own.byte_ids for own in engine.generate(prompts, settings)] == wanted, "a batch changed the text"
     rates = {name: engine.counts.backbone_passes / engine.counts.new_bytes for name, engine in engines.items()}
-    return {
+    margin = (
+        {"demo_smallest_margin": smallest_margin(student, prompts, expected)} if settings.sampling == GREEDY else {}
+    )
+    return margin | {
         "demo_backbone_pass_ratio": round(rates["speculative"] / rates["plain"], 3),
         "demo_speculative_to_plain": round(seconds["plain"] / seconds["speculative"], 2),
         "demo_auto_to_plain": round(seconds["plain"] / seconds["auto"], 2),
         "runs": [engines["speculative"].counts.runs[length] for length in range(DEMO_DRAFTS + 1)],
     }
+
+
+@torch.no_grad()
+def smallest_margin(student: Student, prompts: Sequence[bytes], written: Sequence[Generated]) -> float:
+    """Between the likeliest pair and the next, of logits from reading it all again; AssertionError where the likeliest
+    is not what greedy generation took."""
+    smallest = float("inf")
+    for prompt, own in zip(prompts, written, strict=True):
+        row = OneText(prompt + own.byte_ids, (*own.prompt_bits, *own.bits))
+        logits = student(row).logits[len(prompt) : -1] if own.byte_ids else student(row).logits[:0]
+        logits[:, [joint_class(PAD_BYTE, 0), joint_class(PAD_BYTE, 1)]] = -torch.inf
+        best = logits.topk(2)
+        taken = [byte + 256 * bit for byte, bit in zip(own.byte_ids, own.bits, strict=True)]
+        assert best.indices[:, 0].tolist() == taken, "steps and one pass over the text differ"
+        smallest = min(smallest, float((best.values[:, 0] - best.values[:, 1]).min()))
+    return round(smallest, 5)
+
+
+class OneText:
+    """A text and its bits as a packed row."""
+
+    chunk_bucket = 1
+
+    def __init__(self, text: bytes, bits: Sequence[bool]) -> None:
+        self.byte_ids = torch.tensor([BOS_BYTE, *text])
+        self.bits = torch.tensor([True, *bits])
+        self.loss_mask = torch.ones_like(self.bits)
+        self.cu_seqlens = torch.tensor([0, len(text) + 1], dtype=torch.int32)
 
 
 def documents(name: str, count: int) -> Iterator[bytes]:

@@ -63,6 +63,25 @@ def test_exact_targets_are_a_small_part_of_a_step() -> None:
     assert 0 < found["share_of_step"] <= 0.05
 
 
+def test_the_generation_benchmark_writes_its_text_and_drafts_fare_as_it_says() -> None:
+    from benchmarks.generation import PROMPT, SEEN_RUNS, Text, following, make_student
+    from megabyte_distill.inference.generation import GenerationSettings
+
+    text, student = Text(SEEN_RUNS), make_student("tiny")
+    prompts, bits = text.prompts(3)
+    raw = text.raw
+    passes = []
+    for speculate in (0, 8):
+        engine = following(student, text, speculate=speculate)
+        written = engine.generate(prompts, GenerationSettings(max_new_bytes=300), prompt_bits=bits)
+        assert prompts[0] + written[0].byte_ids == raw[: PROMPT + 300]
+        passes.append(engine.counts.backbone_passes)
+    assert 4.2 < text.bytes_per_chunk < 5.0 and 900 / passes[0] == pytest.approx(text.bytes_per_chunk, rel=0.1)
+    right = engine.counts.accepted / engine.counts.backbone_passes
+    shares = [count / sum(SEEN_RUNS) for count in SEEN_RUNS]
+    assert right == pytest.approx(sum(min(run, 8) * share for run, share in enumerate(shares)), abs=0.5)
+
+
 @pytest.mark.slow
 def test_the_fused_operators_move_what_they_must(tmp_path: Path) -> None:
     if shutil.which("g++") is None:

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, DynamicCache
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
 from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
+from megabyte_distill.hf.exported_folder import load_exported
+from megabyte_distill.inference.engine import Engine
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.inference.utf8 import Utf8Mode
@@ -213,6 +215,15 @@ def test_generate_bytes_equals_native_generation(exported: Exported, model: Any,
     assert [row.byte_ids for row in got] == [row.byte_ids for row in wanted]
     with pytest.raises(ValueError, match="paths is 0"):
         model.generate_bytes(["a"], paths=0)
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_the_engine_writes_what_an_export_writes(exported: Exported, model: Any, speculate: int) -> None:
+    wanted = [row.byte_ids for row in model.generate_bytes(TEXTS, max_new_bytes=20, temperature=0)]
+    settings = GenerationSettings(max_new_bytes=20, sampling=Sampling(temperature=0), paths=PATHS)
+    for student in (exported.student, model.student, load_exported(exported.folder)):
+        got = Engine(student, max_batch_size=3, speculate=speculate).generate(TEXTS, settings)
+        assert [row.byte_ids for row in got] == wanted
 
 
 def test_saved_and_loaded_twice_it_is_the_same_folder(exported: Exported, model: Any, tmp_path: Path) -> None:
