@@ -34,6 +34,9 @@ def refusal(student: Student) -> str | None:
     step_weights = getattr(student.backbone, "step_weights", None)
     if step_weights is None or step_weights() is None:
         return "got a backbone cut over ranks or of another's layers, expected a whole one of our own"
+    blocks = (*student.byte_encoder.mixer.blocks, *student.byte_decoder.mixer.blocks)
+    if unknown := {type(block).__name__ for block in blocks if not isinstance(block, ConvMixerBlock | Mamba2Block)}:
+        return f"got byte mixers {', '.join(sorted(unknown))}, expected this package's own"
     weights = student.byte_encoder.head.out.get_parameter("weight")
     if weights.shape[1] != student.byte_side_config.encoder_ffn_hidden_size:
         return "got a byte side cut over ranks, expected a whole one"

@@ -221,7 +221,7 @@ def test_generate_bytes_equals_native_generation(exported: Exported, model: Any,
 def test_the_engine_writes_what_an_export_writes(exported: Exported, model: Any, speculate: int) -> None:
     wanted = [row.byte_ids for row in model.generate_bytes(TEXTS, max_new_bytes=20, temperature=0)]
     settings = GenerationSettings(max_new_bytes=20, sampling=Sampling(temperature=0), paths=PATHS)
-    for student in (exported.student, model.student, load_exported(exported.folder)):
+    for student in (exported.student, load_exported(exported.folder)):
         got = Engine(student, max_batch_size=3, speculate=speculate).generate(TEXTS, settings)
         assert [row.byte_ids for row in got] == wanted
 
