@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -23,15 +22,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.conversion.model_config import is_run
 from megabyte_distill.evaluation.continuations import score_continuations
-from megabyte_distill.hf.exported_folder import load_exported
 from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, generate
 from megabyte_distill.inference.prompts import prompt_bytes
 from megabyte_distill.inference.sampling import Sampling
-from megabyte_distill.model.student import Student
-from megabyte_distill.parallel.process_groups import world
-from megabyte_distill.runs import load_student, require_speaking, split_stage
+from megabyte_distill.student_folders import open_student
 
 DEFAULT_BATCH = 32
 """Rows side by side where ``--batch_size auto`` is asked for."""
@@ -82,10 +77,11 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
         self.max_length, self.max_gen_toks = int(max_length), int(max_gen_toks)
         if min(self.batch_size, self._paths, self.max_length, self.max_gen_toks) < 1:
             raise ValueError("batch_size, paths, max_length and max_gen_toks: expected numbers of at least 1")
-        groups = ExitStack()
-        groups.enter_context(world())
-        atexit.register(groups.close)
-        self._student = _load(Path(path), stage, device)
+        opened = ExitStack()
+        atexit.register(opened.close)
+        self._student = opened.enter_context(open_student(Path(path), stage, device))
+        if self._student.is_official:
+            raise ValueError(f"{path}: official dechunk looks one byte ahead and is no causal byte model")
 
     @property
     def eot_token_id(self) -> int:
@@ -182,20 +178,6 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
             mode=GenerationMode.BYTES,
             stop=tuple(text.encode() for text in known["until"] if text),
         )
-
-
-def _load(path: Path, stage: str | None, device: str | None) -> Student:
-    """The student of a run or of an exported folder, in evaluation mode."""
-    root, named = split_stage(path)
-    if not is_run(root):
-        if stage is not None:
-            raise ValueError(f"stage={stage}: {path} is no run but an export, which holds one stage; leave it out")
-        return load_exported(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = load_student(root, stage or named)
-    require_speaking(loaded)
-    if loaded.student.is_official:
-        raise ValueError(f"{path}: official dechunk looks one byte ahead and is no causal byte model")
-    return loaded.student
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BELOW_MODEL | {"model", "objectives", "inference", "conversion"},
     "hf": BELOW_MODEL | {"model", "inference", "conversion"},
     "tool": set(),
-    "harness": BELOW_MODEL | {"model", "inference", "evaluation", "conversion", "hf", "runs"},
+    "student_folders": BELOW_MODEL | {"model", "conversion", "hf", "runs"},
+    "harness": BELOW_MODEL | {"model", "inference", "evaluation", "student_folders"},
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
     "memory": BELOW_MODEL | {"model", "objectives", "curriculum", "training", "conversion", "runs", "tool"},
     "pretrain": BELOW_MODEL

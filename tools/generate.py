@@ -16,16 +16,19 @@ import io
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megabyte_distill.tool import run_tool
 
 if TYPE_CHECKING:
+    from megabyte_distill.inference.engine_session import Session
     from megabyte_distill.inference.generation import Generated, Generation, GenerationSettings
     from megabyte_distill.model.student import Student
+
+    Begin = Callable[[Sequence[bytes], GenerationSettings], Generation | Session]
 
 _HELP = """Type a prompt and Enter: its continuation follows. An empty line starts a document.
 Ctrl-C stops a continuation, Ctrl-D ends, /help shows this. Each turn draws with the next seed."""
@@ -68,8 +71,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="show characters as they come, prompt after prompt (default: where there is one prompt)",
     )
     add("--batch-size", type=int, default=8, help="prompts that run side by side where nothing is streamed (8)")
+    add(
+        "--speculate",
+        type=_drafts,
+        default=0,
+        metavar="K",
+        help="bytes drafted behind a chunk's end, or auto for what is measured to be fastest; the text is the same (0)",
+    )
+    add(
+        "--kernels",
+        choices=("auto", "fused", "reference"),
+        default="auto",
+        help="on a CPU, the compiled step where it is built (python -m megabyte_distill.kernels build step), or "
+        "torch's (auto)",
+    )
     add("--show-boundaries", action="store_true", help="mark where chunks end: by colour, or by | where there is none")
     return parser
+
+
+def _drafts(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
@@ -111,49 +132,17 @@ def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-@contextlib.contextmanager
-def open_student(folder: Path, stage: str | None) -> Iterator[Student]:
-    """The student of a run or of an export; ValueError where the folder is neither."""
-    from megabyte_distill.config.stage import STAGE_ORDER
-    from megabyte_distill.conversion.hf_config import CONFIG_FILE
-    from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, is_run
-
-    resolved = folder.resolve()
-    if resolved.name in STAGE_ORDER and is_run(resolved.parent):
-        folder, stage = resolved.parent, stage or resolved.name
-    if is_run(folder):
-        # megatron takes seconds to import, which --help and a bad prompt should not
-        from megabyte_distill.parallel.process_groups import world
-        from megabyte_distill.runs import load_student, require_speaking
-
-        with world():
-            loaded = load_student(folder, stage)
-            require_speaking(loaded)
-            yield loaded.student
-        return
-    if not (folder / CONFIG_FILE).is_file():
-        what = "is a converted teacher" if (folder / MODEL_CONFIG_FILE).is_file() else "is not a run"
-        raise ValueError(
-            f"{folder} {what} and not an exported student; expected a folder written by training (teacher.json in it) "
-            f"or by convert_checkpoint.py export ({CONFIG_FILE} in it)"
-        )
-    if stage is not None:
-        raise ValueError(f"--stage {stage}: {folder} is an export, which holds the weights of one stage; leave it out")
-    import torch
-
-    from megabyte_distill.hf.exported_folder import load_exported
-
-    yield load_exported(folder, "cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Generates and prints; ValueError for what the user can mend."""
+    from megabyte_distill.student_folders import open_student
+
     settings, prompts = settings_of(arguments), prompts_of(arguments)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "replace")
     with open_student(arguments.load, arguments.stage) as student:
-        screen = Screen(student, settings, with_boundaries=arguments.show_boundaries)
+        begin = _writer(student, settings, arguments)
+        screen = Screen(begin, settings, with_boundaries=arguments.show_boundaries)
         if arguments.interactive:
             interact(screen, streams=arguments.stream is not False)
         elif arguments.stream or (arguments.stream is None and len(prompts) == 1):
@@ -162,9 +151,35 @@ def run(arguments: argparse.Namespace) -> None:
                 screen.stream(prompt, number)
             screen.report()
         else:
-            for first in range(0, len(prompts), arguments.batch_size):
-                screen.show(prompts[first : first + arguments.batch_size], first, len(prompts))
+            # the engine itself runs so many side by side
+            side_by_side = len(prompts) if _has_engine(settings) else arguments.batch_size
+            for first in range(0, len(prompts), side_by_side):
+                screen.show(prompts[first : first + side_by_side], first, len(prompts))
             screen.report()
+
+
+def _has_engine(settings: GenerationSettings) -> bool:
+    """Whether the engine writes this; plain generation does everything."""
+    from megabyte_distill.inference.generation import GenerationMode, PromptReading
+
+    return settings.mode is GenerationMode.JOINT and settings.reading is PromptReading.PATHS
+
+
+def _writer(student: Student, settings: GenerationSettings, arguments: argparse.Namespace) -> Begin:
+    """What begins continuations; ValueError for a demand that cannot be met."""
+    from megabyte_distill.config.training import KernelMode
+    from megabyte_distill.inference.engine import Engine
+    from megabyte_distill.inference.generation import Generation
+
+    kernels, speculate = KernelMode(arguments.kernels), arguments.speculate
+    if student.is_official or not _has_engine(settings):
+        if speculate or kernels is KernelMode.FUSED:
+            raise ValueError(
+                "--speculate and --kernels fused are for --generation joint --scoring paths; leave them out"
+            )
+        return lambda prompts, seeded: Generation(student, prompts, seeded)
+    engine = Engine(student, max_batch_size=arguments.batch_size, speculate=speculate, kernels=kernels)
+    return engine.begin
 
 
 def interact(screen: Screen, *, streams: bool) -> None:
@@ -200,7 +215,7 @@ def interact(screen: Screen, *, streams: bool) -> None:
 class Screen:
     """Prints continuations and keeps the figures of the last report."""
 
-    student: Student
+    begin: Begin
     settings: GenerationSettings
     with_boundaries: bool
 
@@ -211,12 +226,7 @@ class Screen:
     def stream(self, prompt: bytes, number: int) -> None:
         """One prompt, as its characters come. With the bits unknown until the end (bytes), whole at the end."""
         from megabyte_distill.inference.chunk_marks import marked_characters
-        from megabyte_distill.inference.generation import (
-            GenerationMode,
-            complete_characters,
-            new_bytes,
-            new_pairs,
-        )
+        from megabyte_distill.inference.generation import GenerationMode, complete_characters, new_bytes, new_pairs
 
         if self.with_boundaries and self.settings.mode is GenerationMode.BYTES:
             self.show([prompt], number, 1)
@@ -224,11 +234,13 @@ class Screen:
         running = self._begin([prompt], number)
         if self.with_boundaries:
             known = zip(prompt, running.prompt_bits[0], strict=True)
-            pieces = marked_characters(itertools.chain(known, new_pairs(running)), colour=sys.stdout.isatty())
+            pieces = marked_characters(
+                itertools.chain(known, new_pairs(running, self.settings.stop)), colour=sys.stdout.isatty()
+            )
         else:
             # a character that the prompt leaves open is shown with its end
             print(prompt.decode("utf-8", errors="ignore"), end="", flush=True)
-            pieces = complete_characters(new_bytes(running), prompt)
+            pieces = complete_characters(new_bytes(running, self.settings.stop), prompt)
         with self._timed(running):
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -250,13 +262,11 @@ class Screen:
             else:
                 print(text.decode("utf-8", errors="replace"), flush=True)
 
-    def _begin(self, prompts: list[bytes], first: int) -> Generation:
-        from megabyte_distill.inference.generation import Generation
-
-        return Generation(self.student, prompts, replace(self.settings, seed=self.settings.seed + first))
+    def _begin(self, prompts: list[bytes], first: int) -> Generation | Session:
+        return self.begin(prompts, replace(self.settings, seed=self.settings.seed + first))
 
     @contextlib.contextmanager
-    def _timed(self, running: Generation) -> Iterator[None]:
+    def _timed(self, running: Generation | Session) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield

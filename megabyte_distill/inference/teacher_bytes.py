@@ -179,7 +179,7 @@ def score_teacher_bytes(teacher: Backbone, tree: ByteTree, row: PackedRow) -> Ro
     together. ``tree``: of the teacher's vocabulary, with its columns. Collective over tensor-parallel ranks.
     """
     hidden = teacher(teacher.embed(row.tokens), row.cu_chunks)
-    size = max(1, _LOGIT_ENTRIES // max(1, tree.columns.count))
+    size = max(1, _LOGIT_ENTRIES // tree.vocab_size)  # on every rank alike
     parts = zip(torch.split(hidden, size), torch.split(row.token_labels, size), strict=True)
     return token_row_score(torch.cat([_pair_nll(teacher, tree, states, labels) for states, labels in parts]), row)
 

@@ -27,6 +27,8 @@ class ByteTree:
 
     columns: VocabularyColumns
     """Which token ids the places are of."""
+    vocab_size: int
+    """W, the same on every rank."""
     order: Tensor
     """[C] int64 columns (ids − ``columns.first``): allowed tokens sorted by their bytes, the end of text, the others.
     Not allowed: special ids, and tokens with a byte that no UTF-8 has (254 would read as the end of the document)."""
@@ -76,6 +78,7 @@ class ByteTree:
         others = np.setdiff1d(np.arange(columns.count), np.concatenate((own, last)))
         return cls(
             columns=columns,
+            vocab_size=table.vocab_size,
             order=torch.from_numpy(np.concatenate((own, last, others))),
             allowed=own.size,
             has_end_of_text=has_end_of_text,

@@ -30,7 +30,7 @@ _SPAN = 8
 _SINGLES_UP_TO = 1 << 14
 """Of so few ids each is its own span: cumulative sums over them cost less than the singles."""
 _CPU_BLOCK_ENTRIES = 1 << 22
-"""Logits worked on at a time on a CPU, where what fits the cache is fast."""
+"""Logits of all ranks worked on at a time on a CPU, where what fits the cache is fast."""
 _BLOCK_ENTRIES = 1 << 27
 """The same on a GPU, where few large operations are."""
 
@@ -213,7 +213,7 @@ def exact_targets(
     excluded = torch.zeros((), dtype=torch.float64, device=place.device)
     chunks = int(chunk[-1]) + 1 if chunk.shape[0] else 0
     entries = _CPU_BLOCK_ENTRIES if states.device.type == "cpu" else _BLOCK_ENTRIES
-    rows = max(1, entries // max(1, tree.columns.count))
+    rows = max(1, entries // tree.vocab_size)  # on every rank alike: blocks are collective
     starts = list(range(0, chunks, rows))
     cuts = torch.searchsorted(chunk, torch.tensor([*starts, chunks], device=chunk.device)).tolist()
     for first, low, high in zip(starts, cuts, cuts[1:], strict=False):

@@ -172,3 +172,20 @@ def test_a_folder_that_is_no_student_or_a_damaged_one_is_refused(
         assert message in capsys.readouterr().err
     assert main(["--load", str(exported), "--stage", "2a", "--prompt", "a"]) == 2
     assert "is an export, which holds the weights of one stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--speculate", "4"], ["--speculate", "auto"], ["--kernels", "reference"]])
+def test_drafts_and_kernels_change_no_text(exported: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    command = ["--load", str(exported), "--prompt", "the", "--prompt", "a hill", "--max-new-bytes", "30"]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    assert main([*command, *more, "--batch-size", "1"]) == 0
+    assert capsys.readouterr().out == plain
+    assert main([*command, *more, "--stream"]) == 0
+    assert capsys.readouterr().out == plain
+
+
+def test_what_the_engine_does_not_do_is_refused(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--load", str(exported), "--prompt", "the", "--speculate", "4", "--generation", "bytes"]
+    assert main(command) == 2
+    assert "--speculate and --kernels fused are for" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""A student that can generate, from wherever it lies: a run, one of its stages, or an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megabyte_distill.model.student import Student
+
+
+@contextmanager
+def open_student(folder: Path, stage: str | None = None, device: str | None = None) -> Iterator[Student]:
+    """The student of a run (RUN, RUN/2a) or of an export, in evaluation mode; a run's needs the process groups inside.
+
+    Args:
+        folder: where it lies.
+        stage: of a run, default: the last complete one.
+        device: of an export, default: a GPU where there is one. A run's student lies where training has it.
+
+    Raises:
+        ValueError: where the folder is neither, or its decoder is untrained.
+    """
+    # megatron and torch take seconds to import, which --help and a bad prompt should not
+    from megabyte_distill.conversion.hf_config import CONFIG_FILE
+    from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, is_run
+
+    if is_run(folder) or is_run(folder.resolve().parent):
+        from megabyte_distill.parallel.process_groups import world
+        from megabyte_distill.runs import load_student, require_speaking, split_stage
+
+        root, named = split_stage(folder)
+        with world():
+            loaded = load_student(root, stage or named)
+            require_speaking(loaded)
+            yield loaded.student
+        return
+    if not (folder / CONFIG_FILE).is_file():
+        what = "is a converted teacher" if (folder / MODEL_CONFIG_FILE).is_file() else "is not a run"
+        raise ValueError(
+            f"{folder} {what} and not an exported student; expected a folder written by training (teacher.json in it) "
+            f"or by convert_checkpoint.py export ({CONFIG_FILE} in it)"
+        )
+    if stage is not None:
+        raise ValueError(f"stage {stage}: {folder} is an export, which holds the weights of one stage; leave it out")
+    import torch
+
+    from megabyte_distill.hf.exported_folder import load_exported
+
+    yield load_exported(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
