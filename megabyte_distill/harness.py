@@ -145,11 +145,14 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -len(requests[i].args[0])))
         answers = [""] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests")
+        done = 0
         while order:
             wanted = requests[order[0]].args[1]
             batch = [index for index in order[: self.batch_size] if requests[index].args[1] == wanted]
             order = order[len(batch) :]
-            settings = self._settings(wanted)
+            # a request that a task repeats must not be answered alike
+            settings = self._settings(wanted, seed=self._seed + done)
+            done += len(batch)
             room = self.max_length - settings.max_new_bytes
             prompts = [bytes(self.tok_encode(requests[index].args[0])) for index in batch]
             prompts = [prompt[max(0, len(prompt) - room) :] for prompt in prompts]
@@ -160,7 +163,7 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
         bar.close()
         return answers
 
-    def _settings(self, wanted: dict[str, Any]) -> GenerationSettings:
+    def _settings(self, wanted: dict[str, Any], *, seed: int) -> GenerationSettings:
         """What a task's ``generation_kwargs`` ask for."""
         known = normalize_gen_kwargs(wanted, self.max_gen_toks)
         size = int(known["max_gen_toks"])
@@ -174,7 +177,7 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
                 top_k=int(known.get("top_k", 0)),
             ),
             paths=self._paths,
-            seed=self._seed,
+            seed=seed,
             mode=GenerationMode.BYTES,
             stop=tuple(text.encode() for text in known["until"] if text),
         )

@@ -36,7 +36,8 @@ class Question:
 
 def find_words(text: str, *, at_most: int = 2000) -> list[str]:
     """Words of four to eight letters in small letters, the most frequent ones, in an order that a hash decides."""
-    counts = Counter(_WORD.findall(text.lower()))
+    # ½ and ² are no digits for the pattern, and no letters either
+    counts = Counter(word for word in _WORD.findall(text.lower()) if word.isalpha())
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[:at_most]
     return sorted(frequent, key=lambda word: hashlib.blake2b(word.encode()).digest())
 

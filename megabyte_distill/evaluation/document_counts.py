@@ -131,7 +131,7 @@ def _of_teacher(judged: Judged, row: PackedRow) -> dict[str, Tensor]:
         # where it has no opinion the label given here stands: PAD, which is never right
         nothing = torch.full_like(row.labels, PAD_BYTE)
         targets = exact_targets(
-            judged.tree, teacher.logits(hidden), byte_ids=row.byte_ids, bits=row.bits, labels=nothing,
+            judged.tree, hidden, head=teacher.own_logits, byte_ids=row.byte_ids, bits=row.bits, labels=nothing,
             wanted=text_positions(row),
         ).distribution  # fmt: skip
         found["teacher_byte_hits"] = _byte_hits(targets[:, :BYTE_VOCAB] + targets[:, BYTE_VOCAB:], row)

@@ -18,7 +18,8 @@ from torch import Tensor
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.data.tokenizers import DocumentTokenizer
 from megabyte_distill.evaluation.continuations import byte_bits, score_continuations
-from megabyte_distill.inference.generation import GenerationSettings, generate
+from megabyte_distill.inference.engine import Engine
+from megabyte_distill.inference.generation import GenerationSettings
 from megabyte_distill.inference.sampling import Sampling, choose, uniform_numbers
 from megabyte_distill.inference.scoring import token_nll
 from megabyte_distill.model.backbone import Backbone
@@ -80,17 +81,11 @@ class StudentReader:
         self, prompts: Sequence[bytes], *, max_bytes: int, temperature: float = 0.0, seed: int = 0
     ) -> list[bytes]:
         """As in :class:`Reader`, by joint generation."""
-        found = []
-        for first in range(0, len(prompts), self._batch):
-            settings = GenerationSettings(
-                max_new_bytes=max_bytes,
-                sampling=Sampling(temperature=temperature),
-                paths=self._paths,
-                seed=seed + first,
-            )
-            batch = generate(self._student, prompts[first : first + self._batch], settings)
-            found += [generated.byte_ids for generated in batch]
-        return found
+        settings = GenerationSettings(
+            max_new_bytes=max_bytes, sampling=Sampling(temperature=temperature), paths=self._paths, seed=seed
+        )
+        found = Engine(self._student, max_batch_size=self._batch).generate(prompts, settings) if prompts else []
+        return [generated.byte_ids for generated in found]
 
 
 class TeacherReader:
@@ -122,18 +117,23 @@ class TeacherReader:
                 found += self._tokenizer.encode_batch([self._tokenizer.normalize(part)])[0].tolist()
         return found
 
+    def _exact_tokens(self, text: bytes) -> list[int] | None:
+        """:meth:`tokens`, None also where they spell another text: the tokenizer's normal form of it."""
+        tokens = self.tokens(text)
+        return None if tokens is None or self._spelled(tokens) != text else tokens
+
     def token_ends(self, text: bytes) -> list[int] | None:
         """Where the tokens of a text end, in bytes; None where its tokens are not its bytes."""
-        tokens = self.tokens(text)
-        if tokens is None or self._spelled(tokens) != text:
+        tokens = self._exact_tokens(text)
+        if tokens is None:
             return None
         ends: list[int] = np.cumsum(self._table.lengths[np.array(tokens, dtype=np.int64)]).tolist()
         return ends
 
     @torch.no_grad()
     def pair_bits(self, pairs: Sequence[tuple[bytes, bytes]]) -> list[PairBits | None]:
-        """As in :class:`Reader`; prompt and continuation are cut into tokens apart."""
-        tokens = [(self.tokens(prompt), self.tokens(continuation)) for prompt, continuation in pairs]
+        """As in :class:`Reader`; prompt and continuation are cut apart, into tokens that spell just their bytes."""
+        tokens = [(self._exact_tokens(prompt), self._exact_tokens(continuation)) for prompt, continuation in pairs]
         found: list[PairBits | None] = [None] * len(pairs)
         rows = [(i, p, c) for i, (p, c) in enumerate(tokens) if p is not None and c is not None]
         for group in _groups(rows):

@@ -194,10 +194,10 @@ def cut_section(
             mine = [index for index, (start, _) in enumerate(spans) if where_cut(text, ends, start) == label]
             told = [value for index in mine if (value := of_teacher[index]) is not None]
             if mine:
-                counts[label] += len(mine)
                 sizes = sum(spans[index][1] - spans[index][0] for index in mine)
                 # a vocabulary spells the half characters of a text, or does not
                 whole = sum(told) if len(told) == len(mine) else None
+                counts[label] += 0 if whole is None else len(mine)
                 entries[label].append(Entry(whole, sum(of_student[index] for index in mine), sizes))
     lines = [make_line(label, entries[label], bootstrap, count=counts[label]) for label in CUTS if entries[label]]
     return Section(

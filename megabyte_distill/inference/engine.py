@@ -36,7 +36,7 @@ class Engine:
 
     Attributes:
         counts: of all calls so far.
-        guess: of what the backbone will say of a chunk, which drafts are written from.
+        guess: of what the backbone will say of a chunk, which drafts are written from; None where nothing is drafted.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class Engine:
         self.student, self.max_batch_size = student, max_batch_size
         self.draft_length: DraftLength = MeasuredLength() if speculate == "auto" else FixedLength(speculate)
         self.counts = EngineCounts()
-        self.guess = StateGuess(student.byte_side_config.backbone_width, device_of(student))
+        width, device = student.byte_side_config.backbone_width, device_of(student)
+        self.guess = StateGuess(width, device) if self.draft_length.longest else None
         problem = None if kernels is KernelMode.REFERENCE else _fused_problem(student)
         if problem and kernels is KernelMode.FUSED:
             raise ValueError(f"the engine's fused step was asked for, but cannot run: {problem}")
@@ -102,16 +103,18 @@ class Engine:
 
     def make_slots(self, count: int) -> Slots:
         """Places for so many rows."""
-        guess = self.guess if self.draft_length.longest else None
-        return CpuSlots(self.student, count, guess) if self.is_fused else TorchSlots(self.student, count, guess)
+        kind = CpuSlots if self.is_fused else TorchSlots
+        return kind(self.student, count, self.guess)
 
     @torch.no_grad()
     def learn_drafts(self, texts: Iterable[bytes]) -> None:
         """Fit the guess that drafts are written from to texts, in pieces of 2,048 bytes under the router's boundaries.
 
         The engine learns from what it generates as well; a few ten thousand bytes of text spare it the beginning.
-        ValueError for bytes 254 and 255 in one.
+        ValueError for bytes 254 and 255 in one, and where nothing is drafted.
         """
+        if self.guess is None:
+            raise ValueError("this engine drafts nothing; give speculate a number of bytes, or auto")
         for text in texts:
             raw = prompt_bytes(text, "text")
             for begin in range(0, len(raw), _PIECE):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.alphabet import JOINT_CLASSES
-from megabyte_distill.config.model import ChunkPooling, DechunkMode, QkNorm
+from megabyte_distill.config.model import MAX_NGRAM, ChunkPooling, DechunkMode, QkNorm
 from megabyte_distill.inference.engine_slots import remember_last
 from megabyte_distill.inference.state_guess import StateGuess, following
 from megabyte_distill.kernels.step_library import Description, StepModel
@@ -37,6 +37,8 @@ def refusal(student: Student) -> str | None:
     blocks = (*student.byte_encoder.mixer.blocks, *student.byte_decoder.mixer.blocks)
     if unknown := {type(block).__name__ for block in blocks if not isinstance(block, ConvMixerBlock | Mamba2Block)}:
         return f"got byte mixers {', '.join(sorted(unknown))}, expected this package's own"
+    if too_long := [n for n in student.byte_side_config.byte_ngram_tables if n > MAX_NGRAM]:
+        return f"got n-grams of {too_long} bytes, expected at most {MAX_NGRAM}"
     weights = student.byte_encoder.head.out.get_parameter("weight")
     if weights.shape[1] != student.byte_side_config.encoder_ffn_hidden_size:
         return "got a byte side cut over ranks, expected a whole one"
@@ -45,6 +47,8 @@ def refusal(student: Student) -> str | None:
 
 class CpuSlots:
     """:class:`Slots`; between encoder, backbone and decoder stand the student's own functions, on small tensors."""
+
+    at_once = 4096
 
     def __init__(self, student: Student, count: int, guess: StateGuess | None) -> None:
         """``guess`` as in ``TorchSlots``. ValueError where the library is missing."""

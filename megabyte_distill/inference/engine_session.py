@@ -25,7 +25,7 @@ from megabyte_distill.inference.generation import (
     PromptReading,
     read_prompts,
 )
-from megabyte_distill.inference.prompts import checked_prompts, context_limit, refuse_too_long
+from megabyte_distill.inference.prompts import checked_prompts, context_limit, prompt_name, refuse_too_long
 from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 from megabyte_distill.inference.utf8 import LONGEST_OPEN, Utf8Mode, allowed_after
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from megabyte_distill.inference.engine import Engine
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_PROMPT_BLOCK = 128
-"""Bytes of each prompt that are read at once."""
 _GATHERED = 0.5
 """Share of the running rows that wait at a chunk's end before the backbone steps."""
 
@@ -60,7 +58,7 @@ class Session:
 
     Attributes:
         prompts: as bytes.
-        prompt_bits: the segmentation each prompt is continued under; those that do not run yet have none.
+        prompt_bits: the segmentation each prompt is continued under; those that were not read yet have none.
     """
 
     def __init__(
@@ -70,14 +68,17 @@ class Session:
         settings: GenerationSettings,
         prompt_bits: Sequence[Sequence[bool]] | None,
     ) -> None:
-        """Reads the prompts that run first. ValueError as ``Engine.generate``."""
+        """Reads the prompts that run first, and those that may be too long. ValueError as ``Engine.generate``."""
         _check_settings(settings)
         self._engine, self._settings, self._drafting = engine, settings, engine.draft_length
         self.prompts = checked_prompts(prompts)
         self._limit = context_limit(engine.student)
-        self._given_bits = None if prompt_bits is None else _checked_bits(prompt_bits, self.prompts, self._limit)
         self._results: list[Generated | None] = [None] * len(prompts)
         self.prompt_bits: list[tuple[bool, ...]] = [()] * len(prompts)
+        self._is_read = np.zeros(len(prompts), bool)
+        if prompt_bits is not None:
+            self.prompt_bits = _checked_bits(prompt_bits, self.prompts, self._limit)
+            self._is_read[:] = True
         self._device = device_of(engine.student)
         self._on_cpu = self._device.type == "cpu"
         self._new: list[NewBytes] = []
@@ -102,6 +103,8 @@ class Session:
         self._drafted = np.zeros(count, np.int64)
         self._hope = np.zeros(count)  # log-probability of a row's drafts together
         self._is_drafting = np.zeros(count, bool)
+        if self._limit is not None:  # whoever may be refused is refused before anything is written
+            self._infer_bits([n for n, prompt in enumerate(self.prompts) if len(prompt) + 1 > self._limit])
         self._advance()
 
     def __iter__(self) -> Iterator[NewBytes]:
@@ -330,10 +333,10 @@ class Session:
         self._waiting += free.shape[0]
         self._prompt[free], self._made[free], self._score[free] = numbers, 0, 0.0
         self._is_drafting[free] = self._stopped[free] = self._ended[free] = self._full[free] = False
-        if self._draws:
-            for row, number in zip(free.tolist(), numbers.tolist(), strict=True):
-                self._uniform[row] = uniform_numbers(1, self._draws, self._settings.seed + number)[0]
-        self._infer_bits(free, numbers)
+        for row, number in zip(free.tolist(), numbers.tolist(), strict=True):
+            self._uniform[row] = self._numbers_of(number)
+        if not self._is_read[numbers].all():  # one by one, prompts would take as many passes as all together
+            self._infer_bits(range(int(numbers[0]), min(int(numbers[0]) + self._prompt.shape[0], len(self.prompts))))
         logits = self._read_prompts(free, numbers)
         if not self._settings.max_new_bytes:
             self._finish(free)
@@ -350,17 +353,27 @@ class Session:
         self._emit(free, joint[:, None], score[:, None], none + ~is_full)
         self._fill(free[is_full])
 
-    def _infer_bits(self, rows: Array, numbers: Array) -> None:
-        if self._given_bits is not None:
-            for number in numbers.tolist():
-                self.prompt_bits[number] = self._given_bits[number]
-            return
-        texts = [self.prompts[number] for number in numbers.tolist()]
-        read = read_prompts(self._engine.student, texts, self._settings.paths)
+    @torch.inference_mode()
+    def _infer_bits(self, wanted: Sequence[int]) -> None:
+        """Find the segmentation of prompts that have none yet, as many side by side as there are places."""
+        unread = [number for number in wanted if not self._is_read[number]]
         only_temperature = Sampling(temperature=self._settings.sampling.temperature)
-        path = choose(read.log_weights, only_temperature, self._uniform[self._on_device(rows), 0])
-        for number, bits in zip(numbers.tolist(), read.history(path), strict=True):
-            self.prompt_bits[number] = tuple(bits)
+        for first in range(0, len(unread), self._prompt.shape[0]):
+            numbers = unread[first : first + self._prompt.shape[0]]
+            names = [prompt_name(number, len(self.prompts)) for number in numbers]
+            texts = [self.prompts[number] for number in numbers]
+            read = read_prompts(self._engine.student, texts, self._settings.paths, names)
+            uniform = torch.cat([self._numbers_of(number)[:1] for number in numbers]).to(self._device)
+            path = choose(read.log_weights, only_temperature, uniform)
+            for number, bits in zip(numbers, read.history(path), strict=True):
+                self.prompt_bits[number] = tuple(bits)
+            self._is_read[numbers] = True
+
+    def _numbers_of(self, number: int) -> Tensor:
+        """The uniform numbers [draws] that a prompt draws with; greedy choices read none, and get a zero."""
+        if not self._draws:
+            return torch.zeros(1, dtype=torch.float64)
+        return uniform_numbers(1, self._draws, self._settings.seed + number)[0]
 
     def _read_prompts(self, rows: Array, numbers: Array) -> Tensor:
         """Joint logits [K, 512] behind the prompts' last bytes."""
@@ -372,9 +385,10 @@ class Session:
             bits[place, : lengths[place]] = [True, *self.prompt_bits[number]]
         self._slots.reset(self._on_device(rows))
         logits = torch.zeros(rows.shape[0], JOINT_CLASSES, device=self._device)
-        for begin in range(0, shape[1], _PROMPT_BLOCK):
+        size = max(self._slots.at_once // shape[0], 1)
+        for begin in range(0, shape[1], size):
             here = (lengths > begin).nonzero()[0]
-            counts = np.minimum(lengths[here] - begin, _PROMPT_BLOCK)
+            counts = np.minimum(lengths[here] - begin, size)
             block = slice(begin, begin + int(counts.max()))
             found = self._slots.read(
                 self._on_device(byte_ids[here, block]),

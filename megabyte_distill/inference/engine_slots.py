@@ -12,7 +12,13 @@ from megabyte_distill.model.student import Student, StudentSpan, StudentState
 
 
 class Slots(Protocol):
-    """R places for rows, each of which has read some bytes. Indices ``rows`` [K] int64 are distinct and rise."""
+    """R places for rows, each of which has read some bytes. Indices ``rows`` [K] int64 are distinct and rise.
+
+    Attributes:
+        at_once: bytes of a prompt, of all rows together, that one :meth:`read` should take.
+    """
+
+    at_once: int
 
     def reset(self, rows: Tensor) -> None:
         """These rows begin a document: BOS comes next."""
@@ -38,6 +44,9 @@ class Slots(Protocol):
 
 class TorchSlots:
     """:class:`Slots` of a student as it is."""
+
+    at_once = 512
+    # torch attends with a copy of its row's keys and values for each new chunk
 
     def __init__(self, student: Student, count: int, guess: StateGuess | None) -> None:
         """``guess``, which learns from what the backbone says; None where nothing is drafted."""

@@ -322,10 +322,12 @@ class WrittenRow:
         return len(self.byte_ids) - max(begun, default=0)
 
 
-def read_prompts(student: Student, prompts: Sequence[bytes], paths: int) -> BitPaths:
+def read_prompts(
+    student: Student, prompts: Sequence[bytes], paths: int, names: Sequence[str] | None = None
+) -> BitPaths:
     """Reads prompts of any lengths along K paths; row i of the result stands behind prompt i's last byte.
 
-    ValueError where one needs more chunks than the backbone has positions.
+    ValueError where one needs more chunks than the backbone has positions; ``names`` as in ``refuse_too_long``.
     """
     device = device_of(student)
     read = BitPaths(student, len(prompts), paths, keep_history=True)
@@ -339,7 +341,7 @@ def read_prompts(student: Student, prompts: Sequence[bytes], paths: int) -> BitP
         read.advance(column if rows is None else column[rows], rows)
         if limit is not None and position + 2 > limit:  # a byte is one chunk at most, and BOS is one
             read_so_far = [min(len(prompt), position + 1) for prompt in prompts]
-            refuse_too_long(read.positions().tolist(), read_so_far, limit)
+            refuse_too_long(read.positions().tolist(), read_so_far, limit, names)
     return read
 
 

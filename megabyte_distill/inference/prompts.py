@@ -36,7 +36,7 @@ def checked_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
         raise ValueError("prompts is one text, whose letters would be read as prompts; put it into a list")
     if not prompts:
         raise ValueError("no prompts; expected at least one, which may be empty")
-    return [prompt_bytes(prompt, _name(number, len(prompts))) for number, prompt in enumerate(prompts)]
+    return [prompt_bytes(prompt, prompt_name(number, len(prompts))) for number, prompt in enumerate(prompts)]
 
 
 def context_limit(student: nn.Module) -> int | None:
@@ -45,15 +45,22 @@ def context_limit(student: nn.Module) -> int | None:
     return None if config is None else int(config.max_position_embeddings)
 
 
-def refuse_too_long(chunks: Sequence[int], sizes: Sequence[int], limit: int) -> None:
-    """ValueError where the first ``sizes`` [R] bytes of a prompt are cut into more chunks [R] than ``limit``."""
-    for number, (count, size) in enumerate(zip(chunks, sizes, strict=True)):
+def refuse_too_long(
+    chunks: Sequence[int], sizes: Sequence[int], limit: int, names: Sequence[str] | None = None
+) -> None:
+    """ValueError where the first ``sizes`` [R] bytes of a prompt are cut into more chunks [R] than ``limit``.
+
+    ``names``: what the prompts are called, where these are not all there are.
+    """
+    names = names or [prompt_name(number, len(chunks)) for number in range(len(chunks))]
+    for name, count, size in zip(names, chunks, sizes, strict=True):
         if count > limit:
             raise ValueError(
-                f"the {_name(number, len(chunks))} is too long: its first {size} bytes are {count} chunks with BOS, "
+                f"the {name} is too long: its first {size} bytes are {count} chunks with BOS, "
                 f"and the backbone has {limit} positions (max_position_embeddings); shorten it"
             )
 
 
-def _name(number: int, count: int) -> str:
+def prompt_name(number: int, count: int) -> str:
+    """What messages call one of so many prompts."""
     return "prompt" if count == 1 else f"prompt {number}"

@@ -144,8 +144,8 @@ def build_step(folder: Path = LIBRARIES, *, extra_flags: Sequence[str] = ()) -> 
 
 
 def _step_identity() -> str:
-    """16 hex digits over the sources and the instructions they are compiled for."""
-    digest = hashlib.sha256(platform.machine().encode())
+    """16 hex digits over the sources, the flags and the instructions they are compiled for."""
+    digest = hashlib.sha256(" ".join((platform.machine(), *_STEP_FLAGS)).encode())
     for path in sorted(STEP_SOURCES.iterdir()):
         if path.suffix in (".cpp", ".h"):
             digest.update(path.read_bytes())

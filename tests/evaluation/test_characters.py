@@ -75,3 +75,7 @@ def test_validity_forgives_the_open_end_alone(text: bytes, valid: bool, invalid:
 
 def test_ten_scripts_have_ten_different_prompts() -> None:
     assert len(SCRIPT_PROMPTS) == len(set(SCRIPT_PROMPTS.values())) == 10
+
+
+def test_a_word_is_letters_alone() -> None:
+    assert find_words("²²²² a²²² ½½½½ ⅧⅧⅧⅧ word") == ["word"]

@@ -12,6 +12,7 @@ import torch
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class, split_class
 from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.config.training import KernelMode
+from megabyte_distill.inference.bit_paths import BitPaths
 from megabyte_distill.inference.engine import Engine
 from megabyte_distill.inference.generation import Generated, GenerationMode, GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
@@ -228,6 +229,25 @@ def test_a_stream_brings_the_same_bytes(speculate: int) -> None:
     assert any(result.ended for result in plainly("as the model says", 40))
 
 
+def test_prompts_that_wait_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    advance = BitPaths.advance
+    monkeypatch.setattr(BitPaths, "advance", lambda *args: (passes.append(1), advance(*args))[1])
+    settings = GenerationSettings(max_new_bytes=2, sampling=Sampling(), seed=3)
+    texts = [bytes([97 + number]) * 20 for number in range(8)]
+    Engine(shared_student(), max_batch_size=4, kernels=FUSED).generate(texts, settings)
+    assert len(passes) == 2 * 20
+
+
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = shared_student()
+    limited = replace(student.backbone.backbone_config, max_position_embeddings=4)
+    monkeypatch.setattr(student.backbone, "backbone_config", limited)
+    texts = ["a", "b", "c", bytes(range(32, 126))]
+    with pytest.raises(ValueError, match="the prompt 3 is too long"):
+        Engine(student, max_batch_size=2, kernels=FUSED).begin(texts)
+
+
 def test_known_bits_of_prompts_are_taken_as_they_are() -> None:
     settings = GenerationSettings(max_new_bytes=20, sampling=GREEDY)
     engine = Engine(shared_student(), kernels=FAST)
@@ -257,6 +277,8 @@ def test_what_cannot_be_is_refused(make_student: Callable[..., Student]) -> None
         Engine(shared_student(), max_batch_size=0)
     with pytest.raises(ValueError, match="speculate is -1"):
         Engine(shared_student(), speculate=-1)
+    with pytest.raises(ValueError, match="drafts nothing"):
+        Engine(shared_student()).learn_drafts([b"text"])
     with pytest.raises(ValueError, match="no prompts"):
         Engine(shared_student()).generate([])
     with pytest.raises(ValueError, match="prompts is one text"):
