@@ -81,6 +81,8 @@ class Session:
             self._is_read[:] = True
         self._device = device_of(engine.student)
         self._on_cpu = self._device.type == "cpu"
+        # what others do on the machine is no reason to draft more or less
+        self._clock = time.process_time if self._on_cpu else time.perf_counter
         self._new: list[NewBytes] = []
         self._waiting = 0  # the prompt that is next
         count, limit = min(engine.max_batch_size, len(prompts)), settings.max_new_bytes
@@ -134,7 +136,7 @@ class Session:
             return True
         if not total:
             return False
-        started, before = time.perf_counter(), self._engine.counts.new_bytes
+        started, before = self._clock(), self._engine.counts.new_bytes
         parked = self._parked(running)
         waiting = int(parked.sum())
         is_gathered = waiting == total or waiting >= max(_GATHERED * total, 1)
@@ -144,7 +146,7 @@ class Session:
             self._inside_chunks((running & ~parked).nonzero()[0])
         new_bytes = self._engine.counts.new_bytes - before
         passes = waiting / total if is_gathered else 0.0
-        self._drafting.observe(new_bytes, passes, time.perf_counter() - started)
+        self._drafting.observe(new_bytes, passes, self._clock() - started)
         return True
 
     def _parked(self, running: Array) -> Array:

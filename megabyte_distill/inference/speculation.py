@@ -7,6 +7,8 @@ drafts right has read several chunks for the price of one, wrong drafts are work
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,9 +18,9 @@ _WINDOW = 4
 """Backbone passes a row between two choices."""
 _WASTE = 0.03
 """Share of the time that trying other lengths may cost over plain decoding."""
-_FADING = 0.7
-"""Weight of what a length's earlier windows said."""
-_PATIENCE = 8
+_REMEMBERED = 5
+"""Windows of a length that its cost is the median of: one that something else on the machine held up says nothing."""
+_PATIENCE = 16
 """Windows of the best length before another one is tried."""
 
 
@@ -68,9 +70,8 @@ class MeasuredLength:
     Others are tried now and then, for as long as what that costs over plain decoding stays a small share of all time.
     """
 
-    cost: dict[int, float] = field(default_factory=dict)
-    """Seconds a byte, by length, of the lengths that were tried."""
     now: int = 0
+    _windows: dict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=_REMEMBERED)))
     _bytes: int = 0
     _passes: float = 0.0
     _seconds: float = 0.0
@@ -78,6 +79,11 @@ class MeasuredLength:
     _wasted: float = 0.0
     _since_trial: int = 0
     _age: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> dict[int, float]:
+        """Seconds a byte, of the lengths that were tried."""
+        return {length: statistics.median(found) for length, found in self._windows.items()}
 
     @property
     def longest(self) -> int:
@@ -98,26 +104,22 @@ class MeasuredLength:
             self._close_window()
 
     def _close_window(self) -> None:
-        measured = self._seconds / self._bytes
-        known = self.cost.get(self.now)
-        self.cost[self.now] = measured if known is None else _FADING * known + (1 - _FADING) * measured
+        self._windows[self.now].append(self._seconds / self._bytes)
+        cost = self.cost
         self._total += self._seconds
-        if self.now:
-            self._wasted += self._seconds - self.cost[0] * self._bytes
+        self._wasted += self._seconds - min(self._seconds, cost[0] * self._bytes)
         self._age = {length: age + 1 for length, age in self._age.items()} | {self.now: 0}
         self._bytes, self._passes, self._seconds = 0, 0.0, 0.0
-        self.now = self._choice()
+        self.now = self._choice(cost)
 
-    def _choice(self) -> int:
-        best = min(self.cost, key=lambda length: self.cost[length])
-        untried = [length for length in CHOICES if length not in self.cost]
+    def _choice(self, cost: dict[int, float]) -> int:
+        best = min(cost, key=lambda length: cost[length])
         self._since_trial += 1
-        if self._wasted > _WASTE * self._total:
-            return best
-        if untried:
-            return untried[0]
-        if self._since_trial < _PATIENCE:
+        if best and self._age[0] >= 2 * _PATIENCE:
+            return 0  # what others are measured against
+        is_time = self._since_trial >= _PATIENCE or len(cost) < len(CHOICES)
+        if not is_time or self._wasted > _WASTE * self._total:
             return best
         self._since_trial = 0
         # what has not been measured for the longest time
-        return max(CHOICES, key=lambda length: self._age[length])
+        return max(CHOICES, key=lambda length: (self._age.get(length, math.inf), -length))
