@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megabyte_distill.alphabet import JOINT_CLASSES
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.file_lock import only_process
+from megabyte_distill.data.formats import partial_path
 from megabyte_distill.data.packing import Segment, pack_row
 from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -27,7 +28,15 @@ from megabyte_distill.objectives.truncated_targets import truncated
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.training.logging import duration
 from megabyte_distill.training.manifest import MANIFEST_FILE
-from megabyte_distill.training.target_cache import CacheIdentity, Shard, TargetCache, finish, plan_shards, write_shard
+from megabyte_distill.training.target_cache import (
+    IDENTITY_FILE,
+    CacheIdentity,
+    Shard,
+    TargetCache,
+    finish,
+    plan_shards,
+    write_shard,
+)
 
 _CHUNK_BUCKET = 64
 LOCK_FILE = ".lock"
@@ -296,7 +305,9 @@ def _make(
 def _begin(folder: Path, identity: CacheIdentity) -> None:
     there = CacheIdentity.load(folder)
     if there is None:
-        if any(path.name != LOCK_FILE for path in folder.iterdir()):
+        # a run that was killed here has left the partial file, which is written anew
+        own = (LOCK_FILE, partial_path(folder / IDENTITY_FILE).name)
+        if any(path.name not in own for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no target cache; give --logits-save-dir another folder")
         identity.save(folder)
     elif there != identity:

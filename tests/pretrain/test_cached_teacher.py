@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megabyte_distill.data.dataset import ByteTokenDataset
-from megabyte_distill.training.target_cache import TargetCache
+from megabyte_distill.data.formats import partial_path
+from megabyte_distill.training.target_cache import IDENTITY_FILE, TargetCache
 from tests.data.preprocessing import preprocess
 from tests.pretrain.job import ROOT, WORDS, Job, metrics, run_command, torchrun, weights, write_data, write_teacher
 from tools.cache_teacher import main
@@ -109,6 +110,14 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_files(job: Job
     done = run_command([sys.executable, "-m", "tests.pretrain.cache_killer", str(folder), "4", "2", *flags])
     assert done.returncode == 0, done.stderr
     assert files_of(folder) == files_of(wanted)
+
+
+def test_killed_before_its_identity_is_published_the_same_command_goes_on(
+    job: Job, whole: str, make: Callable[[int], Path], tmp_path: Path
+) -> None:
+    partial_path(tmp_path / IDENTITY_FILE).write_text("{")
+    assert main(cache_flags(job, whole, tmp_path)) == 0
+    assert files_of(tmp_path) == files_of(make(32))
 
 
 def test_two_ranks_share_the_work_and_write_the_same_files(job: Job, whole: str, tmp_path: Path) -> None:
