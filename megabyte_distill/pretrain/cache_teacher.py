@@ -203,14 +203,14 @@ class CacheReport:
     cache_bytes: int
     shards: int
     shards_made: int
-    """By this run; the others were there."""
+    """By all ranks of this run; the others were there."""
     entries_per_target: float
     replaced: float
     """Share of targets that are the text's own byte and bit."""
     excluded: float
     """Mean mass of the teacher on ids that cannot be text."""
     text_bytes_per_second: float
-    """Of this run."""
+    """Of this run's ranks together, until the slowest one was ready."""
 
     @property
     def cache_bytes_per_text_byte(self) -> float:
@@ -268,7 +268,7 @@ def _make(
     on_main_rank(world, lambda: _begin(folder, identity))
     sizes = [dataset.sizes() for dataset in datasets]
     shards = plan_shards(sizes, [dataset.documents.start for dataset in datasets], identity.shard_bytes)
-    started, made_bytes, made = time.monotonic(), 0, 0
+    started, made_bytes = time.monotonic(), 0
     mine = [shard for shard in shards if shard.number % world.size == world.rank]
     left = [shard for shard in mine if shard.load(folder) is None]
     if len(left) < len(mine):
@@ -276,15 +276,16 @@ def _make(
     for count, shard in enumerate(left, start=1):
         content, document_sizes, targets = maker.shard(datasets[shard.dataset], shard)
         write_shard(folder, content, document_sizes, targets)
-        made, made_bytes = made + 1, made_bytes + sum(document_sizes) - len(document_sizes)
+        made_bytes += sum(document_sizes) - len(document_sizes)
         seconds = time.monotonic() - started
         size = (folder / f"{shard.name}.bin").stat().st_size / max(1, content.targets)
         say(
             f"{shard.name}: {content.targets:,} targets, {size:.1f} bytes each | {made_bytes / seconds:.0f} bytes/s | "
             f"ETA {duration((len(left) - count) * seconds / count)}"
         )
+    of_all = torch.tensor([len(left), made_bytes])
+    dist.all_reduce(of_all)  # ends when the slowest rank has made its share
     seconds = max(time.monotonic() - started, 1e-9)
-    dist.barrier()
     on_main_rank(world, lambda: _end(folder, shards))
     cache = TargetCache(folder)
     found = cache.shards
@@ -294,11 +295,11 @@ def _make(
         text_bytes=int(sum(int(lengths.sum()) for lengths in sizes)),
         cache_bytes=cache.size,
         shards=len(found),
-        shards_made=made,
+        shards_made=int(of_all[0]),
         entries_per_target=sum(shard.entries for shard in found) / targets_made,
         replaced=sum(shard.replaced for shard in found) / targets_made,
         excluded=sum(shard.excluded for shard in found) / tokens,
-        text_bytes_per_second=made_bytes / seconds,
+        text_bytes_per_second=int(of_all[1]) / seconds,
     )
 
 

@@ -126,7 +126,8 @@ def test_two_ranks_share_the_work_and_write_the_same_files(job: Job, whole: str,
     command = [str(ROOT / "tools" / "cache_teacher.py"), *cache_flags(job, whole, two, "--json")]
     done = run_command(torchrun(*command, processes=2))
     assert done.returncode == 0, done.stderr
-    assert 0 < json.loads(done.stdout.splitlines()[-1])["shards_made"] < len(list(two.glob("*.bin")))
+    assert json.loads(done.stdout.splitlines()[-1])["shards_made"] == len(list(two.glob("*.bin")))
+    assert "[0] shard_000000: " in done.stderr and "[1] shard_000001: " in done.stderr
     assert files_of(one) == files_of(two)
 
 
