@@ -49,7 +49,7 @@ class CacheSettings:
     top_k: int = 32
     context_tokens: int = 2048
     overlap_tokens: int = 512
-    shard_bytes: int = 1 << 20
+    shard_bytes: int = 8 << 20
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:

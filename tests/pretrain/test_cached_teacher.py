@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.formats import partial_path
+from megabyte_distill.training import target_cache
 from megabyte_distill.training.target_cache import IDENTITY_FILE, TargetCache
 from tests.data.preprocessing import preprocess
 from tests.pretrain.job import ROOT, WORDS, Job, metrics, run_command, torchrun, weights, write_data, write_teacher
@@ -156,6 +158,30 @@ def test_contexts_go_on_from_window_to_window(job: Job, whole: str, tmp_path: Pa
         assert middle.counts.equal(other.counts[17:61])
         entries = slice(int(other.counts[:17].sum()), int(other.counts[:61].sum()))
         assert middle.probabilities.equal(other.probabilities[entries]) and middle.tail.equal(other.tail[17:61])
+
+
+def mapped(folder: Path) -> int:
+    """Shards of a cache that this process has mapped, as often as it has."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/shard_")
+
+
+def test_few_shards_are_open_at_once_and_each_is_hashed_once(
+    whole: str, make: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, whole_cache = ByteTokenDataset(whole), TargetCache(make(32))
+    wanted = [whole_cache.of_bytes(dataset.digest, document, 0, 200) for document in range(len(dataset))]
+    monkeypatch.setattr(target_cache, "_OPEN_SHARDS", 2)
+    cache = TargetCache(make(32))
+    hashed: list[str] = []
+    monkeypatch.setattr(cache, "_check", hashed.append)
+    assert len(cache.shards) > 3
+    gc.collect()  # of caches that other tests opened
+    before = mapped(cache.folder)
+    for document, other in [*enumerate(wanted)] * 2:
+        one = cache.of_bytes(dataset.digest, document, 0, 200)
+        assert one.counts.equal(other.counts) and one.probabilities.equal(other.probabilities)
+        assert mapped(cache.folder) <= before + 2
+    assert hashed == [f"{shard.name}.bin" for shard in cache.shards]
 
 
 @pytest.fixture
