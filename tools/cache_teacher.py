@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--logits-save-top-k", type=int, default=32, metavar="K", help="pairs stored a byte, 512 keeps all (32)")
     add("--context-tokens", type=int, default=2048, help="tokens of a document that the teacher reads at once (2048)")
     add("--overlap-tokens", type=int, help="of them, those repeated from before as context (a quarter)")
-    add("--shard-bytes", type=int, default=1 << 20, help="text of a shard, about (1048576)")
+    add("--shard-bytes", type=int, default=8 << 20, help="text of a shard, about (8388608)")
     add("--micro-batch-tokens", type=int, default=8192, help="tokens side by side in the teacher, about (8192)")
     add("--bf16", action="store_true", help="run the teacher in bfloat16 (default: as it is stored)")
     add("--json", action="store_true", help="print one JSON object at the end")

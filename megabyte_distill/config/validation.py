@@ -16,6 +16,10 @@ from megabyte_distill.config.training import ParallelConfig, Settings
 
 WITH_BACKBONE = ("1b", "2a", "2b")
 """Stages in which the backbone runs."""
+_CACHE_WITHOUT_MASK = (
+    "the cached targets are of each document alone; without --document-mask a teacher beside the student would read "
+    "the row's earlier documents as well; give --document-mask, or leave the cache out"
+)
 
 
 def problems_of(settings: Settings, *, world_size: int = 1) -> list[str]:
@@ -281,6 +285,9 @@ def _stages(settings: Settings, world_size: int) -> Iterator[str]:
     for stage, config in settings.stages.items():
         batch[stage] = _batch_problem(config, settings.parallel, world_size)
         yield from _stage_contradictions(stage, config)
+    cached = [stage for stage, config in settings.stages.items() if config.logits_load_dir is not None]
+    if not settings.model.document_mask:
+        yield from _by_stage("logits-load-dir", dict.fromkeys(cached, _CACHE_WITHOUT_MASK))
     found = {problem for problem in batch.values() if problem}
     if len(found) == 1 and all(batch.values()):
         yield next(iter(found))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megabyte_distill.alphabet import JOINT_CLASSES
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.file_lock import only_process
+from megabyte_distill.data.formats import partial_path
 from megabyte_distill.data.packing import Segment, pack_row
 from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -27,7 +28,15 @@ from megabyte_distill.objectives.truncated_targets import truncated
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.training.logging import duration
 from megabyte_distill.training.manifest import MANIFEST_FILE
-from megabyte_distill.training.target_cache import CacheIdentity, Shard, TargetCache, finish, plan_shards, write_shard
+from megabyte_distill.training.target_cache import (
+    IDENTITY_FILE,
+    CacheIdentity,
+    Shard,
+    TargetCache,
+    finish,
+    plan_shards,
+    write_shard,
+)
 
 _CHUNK_BUCKET = 64
 LOCK_FILE = ".lock"
@@ -40,7 +49,7 @@ class CacheSettings:
     top_k: int = 32
     context_tokens: int = 2048
     overlap_tokens: int = 512
-    shard_bytes: int = 1 << 20
+    shard_bytes: int = 8 << 20
     batch_tokens: int = 8192
 
     def __post_init__(self) -> None:
@@ -194,14 +203,14 @@ class CacheReport:
     cache_bytes: int
     shards: int
     shards_made: int
-    """By this run; the others were there."""
+    """By all ranks of this run; the others were there."""
     entries_per_target: float
     replaced: float
     """Share of targets that are the text's own byte and bit."""
     excluded: float
     """Mean mass of the teacher on ids that cannot be text."""
     text_bytes_per_second: float
-    """Of this run."""
+    """Of this run's ranks together, until the slowest one was ready."""
 
     @property
     def cache_bytes_per_text_byte(self) -> float:
@@ -259,7 +268,7 @@ def _make(
     on_main_rank(world, lambda: _begin(folder, identity))
     sizes = [dataset.sizes() for dataset in datasets]
     shards = plan_shards(sizes, [dataset.documents.start for dataset in datasets], identity.shard_bytes)
-    started, made_bytes, made = time.monotonic(), 0, 0
+    started, made_bytes = time.monotonic(), 0
     mine = [shard for shard in shards if shard.number % world.size == world.rank]
     left = [shard for shard in mine if shard.load(folder) is None]
     if len(left) < len(mine):
@@ -267,15 +276,16 @@ def _make(
     for count, shard in enumerate(left, start=1):
         content, document_sizes, targets = maker.shard(datasets[shard.dataset], shard)
         write_shard(folder, content, document_sizes, targets)
-        made, made_bytes = made + 1, made_bytes + sum(document_sizes) - len(document_sizes)
+        made_bytes += sum(document_sizes) - len(document_sizes)
         seconds = time.monotonic() - started
         size = (folder / f"{shard.name}.bin").stat().st_size / max(1, content.targets)
         say(
             f"{shard.name}: {content.targets:,} targets, {size:.1f} bytes each | {made_bytes / seconds:.0f} bytes/s | "
             f"ETA {duration((len(left) - count) * seconds / count)}"
         )
+    of_all = torch.tensor([len(left), made_bytes])
+    dist.all_reduce(of_all)  # ends when the slowest rank has made its share
     seconds = max(time.monotonic() - started, 1e-9)
-    dist.barrier()
     on_main_rank(world, lambda: _end(folder, shards))
     cache = TargetCache(folder)
     found = cache.shards
@@ -285,18 +295,20 @@ def _make(
         text_bytes=int(sum(int(lengths.sum()) for lengths in sizes)),
         cache_bytes=cache.size,
         shards=len(found),
-        shards_made=made,
+        shards_made=int(of_all[0]),
         entries_per_target=sum(shard.entries for shard in found) / targets_made,
         replaced=sum(shard.replaced for shard in found) / targets_made,
         excluded=sum(shard.excluded for shard in found) / tokens,
-        text_bytes_per_second=made_bytes / seconds,
+        text_bytes_per_second=int(of_all[1]) / seconds,
     )
 
 
 def _begin(folder: Path, identity: CacheIdentity) -> None:
     there = CacheIdentity.load(folder)
     if there is None:
-        if any(path.name != LOCK_FILE for path in folder.iterdir()):
+        # a run that was killed here has left the partial file, which is written anew
+        own = (LOCK_FILE, partial_path(folder / IDENTITY_FILE).name)
+        if any(path.name not in own for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no target cache; give --logits-save-dir another folder")
         identity.save(folder)
     elif there != identity:

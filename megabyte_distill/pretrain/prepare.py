@@ -223,13 +223,14 @@ def data_sets(settings: Settings, prepared: Prepared) -> tuple[WeightedSets, Wei
 
 
 def stored_targets(
-    settings: Settings, config: StageConfig, prepared: Prepared, rows: RowStream
+    settings: Settings, config: StageConfig, prepared: Prepared, rows: RowStream, *, has_losses: bool
 ) -> Callable[[RowPlan], StoredTargets] | None:
     """What gives the exact targets of a stage's planned rows from ``--logits-load-dir``; None where it is not given.
 
+    ``has_losses``: this rank is at the pipeline's end; None on the others, which read no targets.
     ValueError where the cache is incomplete, damaged, or of another teacher, tokenizer or text.
     """
-    if config.logits_load_dir is None:
+    if config.logits_load_dir is None or not has_losses:
         return None
     cache = TargetCache(Path(config.logits_load_dir), verify=settings.checkpoint.verify_checkpoint)
     teacher = teacher_hash(find_checkpoint(prepared.teacher))

@@ -137,7 +137,8 @@ class StageRunner:
     def _loop(self, stage: Stage, config: StageConfig, student: nn.Module, teacher: nn.Module | None) -> Loop:
         settings, world = self.settings, self.world
         train, valid = row_streams(settings, config, self.prepared, stage.name)
-        stored = stored_targets(settings, config, self.prepared, train)
+        has_losses = any(part.post_process for part in virtual_stages(student))
+        stored = stored_targets(settings, config, self.prepared, train, has_losses=has_losses)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
         objective = stage.objective(config, teacher, self.prepared.token_bytes)
         return Loop(

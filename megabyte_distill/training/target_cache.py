@@ -15,7 +15,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ IDENTITY_FILE = "cache.json"
 _SCHEMA = 1
 _STRIDE = 1024
 """Targets between two of which the index says where their entries begin."""
+_OPEN_SHARDS = 64
+"""Shards mapped at once: the kernel limits how many maps a process has."""
 _AGAIN = "make the cache again with tools/cache_teacher.py"
 
 
@@ -218,7 +220,8 @@ class TargetCache:
         names = sorted(name.removesuffix(".bin") for name in records if name.endswith(".bin"))
         self._check(IDENTITY_FILE, *(f"{name}.json" for name in names))
         self.shards = [Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))) for name in names]
-        self._open: dict[int, Mapping[str, NDArray[Any]]] = {}
+        self._verified: set[int] = set()
+        self._open = lru_cache(_OPEN_SHARDS)(self._mapped)
 
     @property
     def size(self) -> int:
@@ -282,7 +285,7 @@ class TargetCache:
         if place < 0 or document >= shards[place].stop:
             raise ValueError(f"{self.folder} has no targets of document {document}; {_AGAIN}")
         shard = shards[place]
-        content = self._content(shard)
+        content = self._open(shard)
         begin, end = (int(content["document_first"][document - shard.first + i]) for i in (0, 1))
         if begin + last >= end:
             raise ValueError(
@@ -308,17 +311,17 @@ class TargetCache:
         used = sum(part.counts.shape[0] for part in parts)
         return StoredTargets.joined([*parts, StoredTargets.nothing(row_bytes - used)])
 
-    def _content(self, shard: Shard) -> Mapping[str, NDArray[Any]]:
-        if shard.number not in self._open:
+    def _mapped(self, shard: Shard) -> Mapping[str, NDArray[Any]]:
+        if shard.number not in self._verified:
             self._check(f"{shard.name}.bin")
-            raw = np.memmap(self.folder / f"{shard.name}.bin", dtype=np.uint8, mode="r")
-            sections = _sections(shard)
-            edges = np.cumsum([0, *(np.dtype(dtype).itemsize * length for _, dtype, length in sections)]).tolist()
-            self._open[shard.number] = {
-                name: raw[low:high].view(dtype)
-                for (name, dtype, _), (low, high) in zip(sections, pairwise(edges), strict=True)
-            }
-        return self._open[shard.number]
+            self._verified.add(shard.number)
+        raw = np.memmap(self.folder / f"{shard.name}.bin", dtype=np.uint8, mode="r")
+        sections = _sections(shard)
+        edges = np.cumsum([0, *(np.dtype(dtype).itemsize * length for _, dtype, length in sections)]).tolist()
+        return {
+            name: raw[low:high].view(dtype)
+            for (name, dtype, _), (low, high) in zip(sections, pairwise(edges), strict=True)
+        }
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -44,6 +44,14 @@ MOCK = "--mock-data "
         ),
         (MOCK + "--virtual-pipeline-model-parallel-size 2", "give --num-virtual-stages-per-pipeline-rank"),
         (MOCK + "--context-parallel-size 2", "each segment's chunks would have to divide by 2 × 2"),
+        (
+            MOCK + "--byte-targets exact --no-document-mask --logits-load-dir c",
+            "--logits-load-dir: the cached targets are of each document alone",
+        ),
+        (
+            MOCK + "--byte-targets exact --no-document-mask --2b.logits-load-dir c",
+            "--2b.logits-load-dir: the cached targets are of each document alone",
+        ),
         (MOCK + "--recompute-method block", "is about --recompute-granularity full; give that"),
         (MOCK + "--recompute-granularity selective --recompute-num-layers 2", "full, got selective; give that"),
         (MOCK + "--2b.recompute-modules mlp", "stage 2b: --recompute-modules is about --recompute-granularity"),

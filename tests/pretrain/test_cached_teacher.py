@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from megabyte_distill.data.dataset import ByteTokenDataset
-from megabyte_distill.training.target_cache import TargetCache
+from megabyte_distill.data.formats import partial_path
+from megabyte_distill.training import target_cache
+from megabyte_distill.training.target_cache import IDENTITY_FILE, TargetCache
 from tests.data.preprocessing import preprocess
 from tests.pretrain.job import ROOT, WORDS, Job, metrics, run_command, torchrun, weights, write_data, write_teacher
 from tools.cache_teacher import main
@@ -111,13 +114,22 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_files(job: Job
     assert files_of(folder) == files_of(wanted)
 
 
+def test_killed_before_its_identity_is_published_the_same_command_goes_on(
+    job: Job, whole: str, make: Callable[[int], Path], tmp_path: Path
+) -> None:
+    partial_path(tmp_path / IDENTITY_FILE).write_text("{")
+    assert main(cache_flags(job, whole, tmp_path)) == 0
+    assert files_of(tmp_path) == files_of(make(32))
+
+
 def test_two_ranks_share_the_work_and_write_the_same_files(job: Job, whole: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(cache_flags(job, whole, one)) == 0
     command = [str(ROOT / "tools" / "cache_teacher.py"), *cache_flags(job, whole, two, "--json")]
     done = run_command(torchrun(*command, processes=2))
     assert done.returncode == 0, done.stderr
-    assert 0 < json.loads(done.stdout.splitlines()[-1])["shards_made"] < len(list(two.glob("*.bin")))
+    assert json.loads(done.stdout.splitlines()[-1])["shards_made"] == len(list(two.glob("*.bin")))
+    assert "[0] shard_000000: " in done.stderr and "[1] shard_000001: " in done.stderr
     assert files_of(one) == files_of(two)
 
 
@@ -146,6 +158,30 @@ def test_contexts_go_on_from_window_to_window(job: Job, whole: str, tmp_path: Pa
         assert middle.counts.equal(other.counts[17:61])
         entries = slice(int(other.counts[:17].sum()), int(other.counts[:61].sum()))
         assert middle.probabilities.equal(other.probabilities[entries]) and middle.tail.equal(other.tail[17:61])
+
+
+def mapped(folder: Path) -> int:
+    """Shards of a cache that this process has mapped, as often as it has."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/shard_")
+
+
+def test_few_shards_are_open_at_once_and_each_is_hashed_once(
+    whole: str, make: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, whole_cache = ByteTokenDataset(whole), TargetCache(make(32))
+    wanted = [whole_cache.of_bytes(dataset.digest, document, 0, 200) for document in range(len(dataset))]
+    monkeypatch.setattr(target_cache, "_OPEN_SHARDS", 2)
+    cache = TargetCache(make(32))
+    hashed: list[str] = []
+    monkeypatch.setattr(cache, "_check", hashed.append)
+    assert len(cache.shards) > 3
+    gc.collect()  # of caches that other tests opened
+    before = mapped(cache.folder)
+    for document, other in [*enumerate(wanted)] * 2:
+        one = cache.of_bytes(dataset.digest, document, 0, 200)
+        assert one.counts.equal(other.counts) and one.probabilities.equal(other.probabilities)
+        assert mapped(cache.folder) <= before + 2
+    assert hashed == [f"{shard.name}.bin" for shard in cache.shards]
 
 
 @pytest.fixture
