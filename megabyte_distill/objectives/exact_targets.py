@@ -43,8 +43,9 @@ class ExactTargets(NamedTuple):
     replaced: Tensor
     """Number of bytes whose hard label stands instead."""
     excluded: Tensor
-    """Sum over chunks of the teacher's mass on ids that are neither allowed nor the end of text, fp64."""
-    chunks: int
+    """Sum over the chunks that wanted bytes read of the teacher's mass on ids that are neither allowed nor the end of
+    text, fp64."""
+    chunks: Tensor
     """Number of those chunks."""
 
 
@@ -212,6 +213,9 @@ def exact_targets(
     distribution = torch.zeros(byte_ids.shape[0], JOINT_CLASSES, dtype=torch.float32, device=place.device)
     excluded = torch.zeros((), dtype=torch.float64, device=place.device)
     chunks = int(chunk[-1]) + 1 if chunk.shape[0] else 0
+    # padding between rows that are packed together is nobody's
+    is_read = torch.zeros(chunks, dtype=torch.bool, device=place.device)
+    is_read[chunk] = True
     entries = _CPU_BLOCK_ENTRIES if states.device.type == "cpu" else _BLOCK_ENTRIES
     rows = max(1, entries // tree.vocab_size)  # on every rank alike: blocks are collective
     starts = list(range(0, chunks, rows))
@@ -220,7 +224,7 @@ def exact_targets(
         here = slice(low, high)
         part = states[first : min(first + rows, chunks)]
         mass = TokenMass.of(tree, part if head is None else head(part))
-        excluded += mass.excluded.sum()
+        excluded += mass.excluded[is_read[first : first + rows]].sum()
         pairs = pair_mass(mass, chunk[here] - first, node[here].clamp(min=0))
         at = place[here]
         distribution[at[pairs.owner], pairs.joint] = pairs.mass.float()
@@ -231,4 +235,4 @@ def exact_targets(
     distribution *= scale[:, None]
     vanishing = scale[place] == 0
     distribution[place, labels[place]] += vanishing.float()
-    return ExactTargets(distribution, vanishing.sum(), tree.columns.total(excluded), chunks)
+    return ExactTargets(distribution, vanishing.sum(), tree.columns.total(excluded), is_read.sum())

@@ -191,7 +191,7 @@ class Maker:
         parts.targets.append(truncated(found.distribution[wanted], self._settings.top_k).to("cpu"))
         parts.replaced += int(found.replaced)
         parts.excluded += float(found.excluded)
-        parts.tokens += found.chunks
+        parts.tokens += int(found.chunks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,10 +139,10 @@ def test_mass_of_tokens_that_cannot_be_text_is_left_out_and_reported() -> None:
     row = row_of(TEXT)
     logits = some_logits(row, 3.0)
     found = targets_of(row, logits)
-    logits[: found.chunks, [10, 11, 12]] += 2.0
+    logits[: int(found.chunks), [10, 11, 12]] += 2.0
     more = targets_of(row, logits)
     torch.testing.assert_close(more.distribution, found.distribution)
-    excluded = logits.double().softmax(-1)[: found.chunks, [10, 11, 12]].sum()
+    excluded = logits.double().softmax(-1)[: int(found.chunks), [10, 11, 12]].sum()
     assert float(more.excluded) == pytest.approx(float(excluded), rel=1e-6) and more.excluded > 2 * found.excluded
 
 
