@@ -26,7 +26,10 @@ from megabyte_distill.model.student import Student
 from megabyte_distill.objectives.alignment import table_variance
 from megabyte_distill.objectives.byte_tree import ByteTree
 
-_OPTIONAL = ("unigram_bits_per_byte", "teacher_next_byte_accuracy", "official_bits_per_byte", "official_retention")
+_OPTIONAL = (
+    *("unigram_bits_per_byte", "teacher_next_byte_accuracy", "teacher_exact_bits_per_byte"),
+    *("official_bits_per_byte", "official_retention"),
+)
 """Figures that are None where what they need was not given."""
 NO_TEXT = "the rows hold not one byte of text; evaluate on documents that are not empty"
 
@@ -70,6 +73,9 @@ class Evaluation:
     """What ``student_bits_per_byte``, ``retention``, ``gap_bits_per_byte`` and ``next_byte_accuracy`` are under."""
     teacher_bits_per_byte: float
     """Of the teacher's canonical tokens."""
+    teacher_exact_bits_per_byte: float | None
+    """Of the same tokens under its exact distribution over (byte, bit) pairs, which leaves out ids that cannot be text;
+    None where no token table was given."""
     student_bits_per_byte: float
     """Joint, bits as input and label. Under gold bits the same quantity as the teacher's."""
     retention: float
@@ -325,6 +331,8 @@ def _figures(sums: Counts, *, bits: Bits, variance: float) -> dict[str, NDArray[
     if "official_bits" in sums:
         found["official_bits_per_byte"] = _over(sums["official_bits"], size)
         found["official_retention"] = _over(teacher, sums["official_bits"])
+    if "teacher_exact_bits" in sums:
+        found["teacher_exact_bits_per_byte"] = _over(sums["teacher_exact_bits"], size)
     if "teacher_byte_hits" in sums:
         found["teacher_next_byte_accuracy"] = _over(sums["teacher_byte_hits"], size)
     return found

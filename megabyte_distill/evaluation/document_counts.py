@@ -16,6 +16,7 @@ from megabyte_distill.data.text_mask import document_end_positions, text_positio
 from megabyte_distill.evaluation.anchors import score_constant_embedding, score_unigram
 from megabyte_distill.inference.bit_paths import device_of
 from megabyte_distill.inference.scoring import joint_nll, joint_row_score, score_official, token_nll, token_row_score
+from megabyte_distill.inference.teacher_bytes import score_teacher_bytes
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Gold, Parts, RouterDecides, Student
@@ -128,6 +129,7 @@ def _of_teacher(judged: Judged, row: PackedRow) -> dict[str, Tensor]:
     if judged.unigram is not None:
         found["unigram_bits"] = score_unigram(judged.unigram, row).bits
     if judged.tree is not None:
+        found["teacher_exact_bits"] = score_teacher_bytes(teacher, judged.tree, row).bits
         # where it has no opinion the label given here stands: PAD, which is never right
         nothing = torch.full_like(row.labels, PAD_BYTE)
         targets = exact_targets(

@@ -79,6 +79,8 @@ def _main_lines(total: Evaluation) -> list[str]:
         f"retention {total.stage1_retention:.4f}",
         f"  anchor, teacher reading nothing   {total.constant_embedding_bits_per_byte:7.4f}",
     ]
+    if total.teacher_exact_bits_per_byte is not None:
+        lines.insert(1, f"  teacher, exact byte distribution  {total.teacher_exact_bits_per_byte:7.4f}")
     if total.official_bits_per_byte is not None:
         lines.append(
             f"  student, official score           {total.official_bits_per_byte:7.4f}   "

@@ -39,6 +39,8 @@ def test_sets_have_rows_runs_stand_side_by_side_and_pictures_are_drawn(
         assert main(["--load", str(finished), str(other), *command]) == 0
     assert list(figures["sets"]) == ["first", "second"] and figures["documents"] == 4
     assert figures["bits"] == "router" and figures["student_bits_per_byte"] == figures["router_bits_per_byte"]
+    exact = figures["teacher_exact_bits_per_byte"]  # ids that cannot be text are left out
+    assert 0.5 * figures["teacher_bits_per_byte"] < exact < figures["teacher_bits_per_byte"]
     assert figures["official_bits_per_byte"] > 0 and 0 <= figures["teacher_next_byte_accuracy"] <= 1
     low, high = figures["sets"]["first"]["intervals"]["retention"]
     assert low <= figures["sets"]["first"]["retention"] <= high
