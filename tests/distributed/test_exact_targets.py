@@ -64,7 +64,7 @@ def compare(ranks: World) -> dict[str, Any]:
 
     dist.all_reduce = counted
     dist.all_gather = dist.all_gather_into_tensor = dist._all_gather_base = refused
-    answer: dict[str, Any] = {"bytes": int(row.loss_mask.sum()), "chunks": whole.chunks}
+    answer: dict[str, Any] = {"bytes": int(row.loss_mask.sum()), "chunks": int(whole.chunks)}
     for name, edges in SHARES.items():
         sent = 0
         first, last = edges[ranks.rank], edges[ranks.rank + 1]
