@@ -20,7 +20,7 @@ from megabyte_distill.conversion.teacher_folder import load_teacher
 from megabyte_distill.parallel.process_groups import World
 from tests.conversion.conftest import write_tokenizer
 from tests.conversion.family_cases import CASES, LENGTHS, SHAPE, their_answers, theirs, tokens
-from tests.pretrain.job import run_command, torchrun
+from tests.pretrain.job import run_as_ranks
 
 WORKER = Path(__file__).with_name("parallel_backbones.py")
 TOLERANCE = 1e-5
@@ -48,7 +48,7 @@ def measured(cases: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         found = output / f"{tensor}-{pipeline}.json"
         if not found.exists():
             words = [str(WORKER), str(cases), str(tensor), str(pipeline), str(found)]
-            done = run_command(torchrun(*words, processes=tensor * pipeline), timeout=280)
+            done = run_as_ranks(*words, processes=tensor * pipeline, timeout=280)
             assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(found.read_text())
 

@@ -14,7 +14,7 @@ from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.conversion.hf_export import export_teacher
 from megabyte_distill.conversion.hf_import import import_teacher
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
-from tests.pretrain.job import run_command, torchrun
+from tests.pretrain.job import run_as_ranks
 
 PROGRAM = Path(__file__).with_name("resave.py")
 
@@ -27,7 +27,7 @@ def test_import_resaved_at_other_sizes_exports_the_same_bits(
     folder = make_llama(dtype=torch.bfloat16, tie_word_embeddings=tied)
     one, other = tmp_path / "one", tmp_path / "other"
     import_teacher(folder, one, tensor_parallel=tensor, pipeline_parallel=pipeline)
-    done = run_command(torchrun(str(PROGRAM), str(one), str(other), str(tensor), str(pipeline), processes=2))
+    done = run_as_ranks(str(PROGRAM), str(one), str(other), str(tensor), str(pipeline), processes=2)
     assert done.returncode == 0, done.stderr
     export_teacher(other, tmp_path / "hf")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "hf"))

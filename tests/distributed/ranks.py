@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megabyte_distill.parallel.process_groups import world
-from tests.pretrain.job import run_command, torchrun
+from tests.pretrain.job import run_as_ranks
 
 
 def run_ranks(
@@ -28,7 +28,7 @@ def run_ranks(
                     "CUDA_VISIBLE_DEVICES= to run them over gloo")  # fmt: skip
     out = folder / f"{function}.json"
     words = ("-m", "tests.distributed.ranks", module, function, str(out), str(tensor_parallel), str(pipeline_parallel))
-    done = run_command(torchrun(*words, processes=count), timeout=120)
+    done = run_as_ranks(*words, processes=count, timeout=120)
     assert done.returncode == 0, done.stderr
     answers: list[Any] = json.loads(out.read_text())
     return answers

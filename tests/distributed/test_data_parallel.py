@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.job import SCRIPT, STAGES, Job, assert_same_run, metrics, run_command, torchrun, weights
+from tests.pretrain.job import SCRIPT, STAGES, Job, assert_same_run, metrics, run_as_ranks, weights
 
 TOLERANCE = 1e-5
 FLAGS = ("--global-batch-size", "4")
@@ -46,7 +46,7 @@ GATHERED_LATE = (*DISTRIBUTED, "--overlap-param-gather", "--ddp-bucket-size", "1
 @pytest.mark.parametrize("optimizer", [(), DISTRIBUTED, GATHERED_LATE])
 def test_two_ranks_give_the_losses_of_one(job: Job, alone: Path, tmp_path: Path, optimizer: tuple[str, ...]) -> None:
     run = tmp_path / "run"
-    done = run_command(torchrun(str(SCRIPT), *job.flags(run, *FLAGS, *optimizer), processes=2))
+    done = run_as_ranks(str(SCRIPT), *job.flags(run, *FLAGS, *optimizer), processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(run, alone)
 
@@ -61,12 +61,12 @@ def test_the_distributed_optimizer_resumes_to_the_last_digit(job: Job, tmp_path:
     """megatron alone would not: see training/distributed_adam.py."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     flags = (*FLAGS, *flags, "--use-distributed-optimizer")
-    done = run_command(torchrun(str(SCRIPT), *job.flags(straight, *flags), processes=2))
+    done = run_as_ranks(str(SCRIPT), *job.flags(straight, *flags), processes=2)
     assert done.returncode == 0, done.stderr
-    done = run_command(torchrun(str(SCRIPT), *job.flags(stopped, *flags, "--exit-interval", "2"), processes=2))
+    done = run_as_ranks(str(SCRIPT), *job.flags(stopped, *flags, "--exit-interval", "2"), processes=2)
     assert done.returncode == 0, done.stderr
     assert "stopped (interval)" in done.stdout
-    done = run_command(torchrun(str(SCRIPT), *job.flags(stopped, *flags), processes=2))
+    done = run_as_ranks(str(SCRIPT), *job.flags(stopped, *flags), processes=2)
     assert done.returncode == 0, done.stderr
     assert_same_run(stopped, straight, [flags[3]])
 
@@ -75,7 +75,7 @@ def test_the_distributed_optimizer_goes_on_with_fewer_ranks(job: Job, tmp_path: 
     straight, changed = tmp_path / "straight", tmp_path / "changed"
     flags = (*FLAGS, "--stages", "1b", "--use-distributed-optimizer")
     assert job.run(straight, *flags) == 0
-    done = run_command(torchrun(str(SCRIPT), *job.flags(changed, *flags, "--exit-interval", "2"), processes=2))
+    done = run_as_ranks(str(SCRIPT), *job.flags(changed, *flags, "--exit-interval", "2"), processes=2)
     assert done.returncode == 0, done.stderr
     assert job.run(changed, *flags) == 0
     assert_close(changed, straight, ["1b"])
@@ -97,7 +97,7 @@ def test_two_ranks_end_with_the_summary_of_one(job: Job, tmp_path: Path) -> None
     summaries = []
     for name, processes in (("two", 2), ("one", 1)):
         flags = job.flags(tmp_path / name, *FLAGS, "--summary-bytes", "1500", "--stages", "2a")
-        done = run_command(torchrun(str(SCRIPT), *flags, processes=processes), timeout=120)
+        done = run_as_ranks(str(SCRIPT), *flags, processes=processes, timeout=120)
         assert done.returncode == 0, done.stderr
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
     assert summaries[0]["student_bits_per_byte"] == pytest.approx(summaries[1]["student_bits_per_byte"], abs=1e-4)
@@ -106,7 +106,7 @@ def test_two_ranks_end_with_the_summary_of_one(job: Job, tmp_path: Path) -> None
 def test_two_ranks_make_the_embedded_example_ready_and_train(tmp_path: Path) -> None:
     """A converted teacher is a checkpoint, which all ranks of a job would write together; one process makes it."""
     flags = ("--smoke", "--stages", "1a", "--train-iters", "2", "--eval-iters", "0", "--save", str(tmp_path / "run"))
-    done = run_command(torchrun(str(SCRIPT), *flags, processes=2), timeout=280)
+    done = run_as_ranks(str(SCRIPT), *flags, processes=2, timeout=280)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "teacher" / "model_config.json").exists()
     assert (tmp_path / "run" / "1a" / "iter_0000002").exists()

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_data_parallel import FLAGS, assert_close
-from tests.pretrain.job import SCRIPT, Job, assert_same_run, environment, run_command, torchrun, write_teacher
+from tests.pretrain.job import (
+    SCRIPT,
+    Job,
+    assert_same_run,
+    environment,
+    run_as_ranks,
+    torchrun,
+    write_teacher,
+)
 
 PIPELINE = ("--pipeline-model-parallel-size", "2")
 VIRTUAL = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", "1")
@@ -23,7 +31,7 @@ LAST_STAGE = ("--stages", "2b", *FLAGS)
 
 
 def run_on(job: Job, run: Path, ranks: int, *flags: str) -> None:
-    done = run_command(torchrun(str(SCRIPT), *job.flags(run, *flags), processes=ranks), timeout=280)
+    done = run_as_ranks(str(SCRIPT), *job.flags(run, *flags), processes=ranks, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -135,16 +143,15 @@ def test_the_distributed_optimizer_goes_on_where_a_pipeline_stage_trains_nothing
 def test_weights_that_are_not_finite_on_the_last_stage_are_named_by_the_first(job: Job, tmp_path: Path) -> None:
     overflow = ("--2a.lr", "3e37", "--2a.weight-decay", "11")  # a product with 3.3e38, the largest that fp32 holds
     flags = job.flags(tmp_path / "run", "--stages", "2a", *PIPELINE, "--save-interval", "1", *overflow)
-    done = run_command(torchrun(str(SCRIPT), *flags, processes=2))
+    done = run_as_ranks(str(SCRIPT), *flags, processes=2)
     assert done.returncode != 0
-    # the first stage's own line: torchrun repeats the last one's, indented
+    # the first stage's own line
     assert re.search(r"(?m)^error: stage 2a: \d+ weights are NaN .*\(byte_decoder\.", done.stderr), done.stderr
 
 
 def test_stages_that_do_not_divide_the_layers_are_refused(job: Job, tmp_path: Path) -> None:
-    done = run_command(
-        torchrun(str(SCRIPT), *job.flags(tmp_path / "run", "--pipeline-model-parallel-size", "3"), processes=3)
-    )
+    flags = job.flags(tmp_path / "run", "--pipeline-model-parallel-size", "3")
+    done = run_as_ranks(str(SCRIPT), *flags, processes=3)
     assert done.returncode != 0
     assert "layers 2 is not divisible by --pipeline-model-parallel-size 3" in done.stderr
 

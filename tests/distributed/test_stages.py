@@ -23,7 +23,7 @@ from tests.distributed.stage_cases import (
     write_starts,
     write_trained,
 )
-from tests.pretrain.job import run_command, torchrun
+from tests.pretrain.job import run_as_ranks
 
 TOLERANCE = 1e-5
 CUT = {**LAYOUTS[2], **LAYOUTS[4]}
@@ -50,7 +50,7 @@ def alone(start: Path) -> dict[str, Any]:
 def of_ranks(start: Path, ranks: int, output: Path) -> dict[str, Any]:
     """Ranks are started once a world size and run everything."""
     program = Path(__file__).with_name("stage_cases.py")
-    done = run_command(torchrun(str(program), str(start), str(output), processes=ranks), timeout=600)
+    done = run_as_ranks(str(program), str(start), str(output), processes=ranks, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     results: dict[str, Any] = json.loads(output.read_text())
     return results

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_data_parallel import FLAGS, assert_close
-from tests.pretrain.job import SCRIPT, Job, run_command, torchrun
+from tests.pretrain.job import SCRIPT, Job, run_as_ranks
 
 TENSOR = ("--tensor-model-parallel-size", "2")
 SIZES = ("--micro-batch-size", "2")
@@ -26,7 +26,7 @@ SIZES = ("--micro-batch-size", "2")
 def test_two_ranks_that_share_layers_give_the_losses_of_one(job: Job, tmp_path: Path, flags: tuple[str, ...]) -> None:
     alone, run = tmp_path / "alone", tmp_path / "run"
     assert job.run(alone, *FLAGS, *SIZES, *(flag for flag in flags if flag != "--sequence-parallel")) == 0
-    done = run_command(torchrun(str(SCRIPT), *job.flags(run, *FLAGS, *SIZES, *flags, *TENSOR), processes=2))
+    done = run_as_ranks(str(SCRIPT), *job.flags(run, *FLAGS, *SIZES, *flags, *TENSOR), processes=2)
     assert done.returncode == 0, done.stderr
     assert_close(run, alone)
 
@@ -36,7 +36,7 @@ def test_two_copies_of_two_ranks_give_the_losses_of_one_process(job: Job, tmp_pa
     stages = ("--stages", "1b,2b", "--summary-bytes", "1500")
     assert job.run(alone, *FLAGS, *SIZES, *stages) == 0
     flags = job.flags(run, *FLAGS, *SIZES, *stages, *TENSOR, "--use-distributed-optimizer")
-    done = run_command(torchrun(str(SCRIPT), *flags, processes=4), timeout=280)
+    done = run_as_ranks(str(SCRIPT), *flags, processes=4, timeout=280)
     assert done.returncode == 0, done.stderr
     assert_close(run, alone, ["1b", "2b"])
     both = [json.loads((path / "summary.json").read_text())["student_bits_per_byte"] for path in (run, alone)]
@@ -47,7 +47,7 @@ def test_the_summary_is_that_of_one_process(job: Job, tmp_path: Path) -> None:
     summaries = []
     for name, words, processes in (("two", TENSOR, 2), ("one", (), 1)):
         flags = job.flags(tmp_path / name, *FLAGS, *words, "--summary-bytes", "1500", "--stages", "2a")
-        done = run_command(torchrun(str(SCRIPT), *flags, processes=processes), timeout=120)
+        done = run_as_ranks(str(SCRIPT), *flags, processes=processes, timeout=120)
         assert done.returncode == 0, done.stderr
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
     two, one = ({k: v for k, v in s.items() if isinstance(v, float) and k != "seconds"} for s in summaries)
@@ -61,7 +61,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(job: Job, tmp_path: Path) ->
     stage = ("--stages", "2b", *FLAGS, *SIZES)
     assert job.run(straight, *stage) == 0
     first = job.flags(changed, *stage, "--exit-interval", "2", *TENSOR)
-    done = run_command(torchrun(str(SCRIPT), *first, processes=2))
+    done = run_as_ranks(str(SCRIPT), *first, processes=2)
     assert done.returncode == 0, done.stderr
     assert job.run(changed, *stage) == 0
     assert_close(changed, straight, ["2b"])
@@ -69,7 +69,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(job: Job, tmp_path: Path) ->
 
 def test_sizes_that_do_not_divide_are_refused(job: Job, tmp_path: Path) -> None:
     flags = job.flags(tmp_path / "run", "--encoder-ffn-hidden-size", "33", *TENSOR)
-    done = run_command(torchrun(str(SCRIPT), *flags, processes=2))
+    done = run_as_ranks(str(SCRIPT), *flags, processes=2)
     assert done.returncode != 0
     assert "a width of 33 in the byte side cannot be split over --tensor-model-parallel-size 2" in done.stderr
 

@@ -21,7 +21,7 @@ from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.parallel.process_groups import world
 from tests.memory.real_rank import BACKBONE, BYTES_PER_CHUNK, SMALL, VIRTUAL, real_models, real_sizes
 from tests.model.test_recompute import bytes_kept
-from tests.pretrain.job import run_command, torchrun
+from tests.pretrain.job import run_as_ranks
 
 BYTES_OF_BF16_ADAM = 12
 """Master and two moments of a parameter."""
@@ -91,7 +91,7 @@ def test_four_ranks_hold_what_was_reckoned_for_them(layout: str, virtual: tuple[
         for memory in reckoned(f"{flags} --num-virtual-stages-per-pipeline-rank {number}", world_size=4)[1]
     }
     script = Path(__file__).with_name("real_rank.py")
-    done = run_command(torchrun(str(script), ",".join(STAGE_ORDER), *flags.split(), processes=4))
+    done = run_as_ranks(str(script), ",".join(STAGE_ORDER), *flags.split(), processes=4)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = [json.loads(line) for line in re.findall(r"sizes (\{.*\})", done.stdout)]
     assert len(found) == 4 * len(STAGE_ORDER) * len(virtual)

@@ -22,6 +22,7 @@ from megabyte_distill.conversion.tokenizer_files import token_table
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.pretrain.main import main
+from tests import warm_ranks
 from tests.data.preprocessing import preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,11 @@ def torchrun(*words: str, processes: int | None = None) -> list[str]:
     """The command line of ``torchrun [--nproc-per-node N] words``."""
     form = ["--nproc-per-node", str(processes)] if processes else []
     return [str(Path(sys.executable).parent / "torchrun"), *form, *words]
+
+
+def run_as_ranks(*words: str, processes: int = 2, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """What ``torchrun --nproc-per-node processes words`` does, started faster."""
+    return warm_ranks.run_ranks_of(*words, processes=processes, timeout=timeout, environment=environment())
 
 
 def run_command(command: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from megabyte_distill.data.formats import partial_path
 from megabyte_distill.training import target_cache
 from megabyte_distill.training.target_cache import IDENTITY_FILE, TargetCache
 from tests.data.preprocessing import preprocess
-from tests.pretrain.job import ROOT, WORDS, Job, metrics, run_command, torchrun, weights, write_data, write_teacher
+from tests.pretrain.job import ROOT, WORDS, Job, metrics, run_as_ranks, run_command, weights, write_data, write_teacher
 from tools.cache_teacher import main
 
 ROW_BYTES = 256
@@ -126,7 +126,7 @@ def test_two_ranks_share_the_work_and_write_the_same_files(job: Job, whole: str,
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(cache_flags(job, whole, one)) == 0
     command = [str(ROOT / "tools" / "cache_teacher.py"), *cache_flags(job, whole, two, "--json")]
-    done = run_command(torchrun(*command, processes=2))
+    done = run_as_ranks(*command, processes=2)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["shards_made"] == len(list(two.glob("*.bin")))
     assert "[0] shard_000000: " in done.stderr and "[1] shard_000001: " in done.stderr

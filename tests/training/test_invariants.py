@@ -15,7 +15,7 @@ from megabyte_distill.training.failures import TrainingFailure
 from megabyte_distill.training.fingerprints import fingerprint
 from megabyte_distill.training.invariants import Invariants
 from tests.distributed.ranks import run_ranks
-from tests.pretrain.job import SCRIPT, Job, run_command, torchrun
+from tests.pretrain.job import SCRIPT, Job, run_as_ranks
 
 HERE = "tests.training.test_invariants"
 
@@ -153,5 +153,5 @@ def test_blocks_of_a_large_tensor_have_their_order(monkeypatch: pytest.MonkeyPat
 )
 def test_real_stages_on_two_ranks_break_none(job: Job, tmp_path: Path, flags: tuple[str, ...]) -> None:
     more = (*flags, "--global-batch-size", "2", "--check-invariants", "1", "--stages", "1b,2a,2b", "--train-iters", "2")
-    done = run_command(torchrun(str(SCRIPT), *job.flags(tmp_path / "run", *more), processes=2))
+    done = run_as_ranks(str(SCRIPT), *job.flags(tmp_path / "run", *more), processes=2)
     assert done.returncode == 0, done.stderr
