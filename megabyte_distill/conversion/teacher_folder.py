@@ -143,13 +143,19 @@ def load_teacher_stages(
     dtype: torch.dtype | None = None,
     overrides: Mapping[str, object] | None = None,
     verify: bool = True,
+    first_layers: int | None = None,
 ) -> nn.Module:
-    """The backbone of :func:`load_teacher`, under virtual stages one for each of them."""
+    """The backbone of :func:`load_teacher`, under virtual stages one for each of them.
+
+    ``first_layers``: nothing but the embedding table and so many of the first layers (``Backbone.first_layers``).
+    """
     checkpoint, config, _, _ = find_teacher(folder)
     # every parameter is overwritten, and a missing one is an error
     fields = {"perform_initialization": False, **(overrides or {})}
     transformer: TransformerConfig = transformer_config(config, **fields)
     holders = built_in_stages(lambda number: TeacherHolder(Backbone(config, transformer, vp_stage=number)))
+    for holder in virtual_stages(holders) if first_layers is not None else ():
+        holder.backbone.drop_behind(first_layers)
     holders.to(dtype or stored_dtype(checkpoint))
     load_checkpoint(checkpoint, holders, prefix=BACKBONE_PREFIX, verify=verify)
     return joined([holder.backbone for holder in virtual_stages(holders)]).to(current_world().device)
