@@ -196,10 +196,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
 
         What is left is for :meth:`first_layers`.
         """
-        self.decoder = leading_block(self.decoder, count if self.pre_process else 0)
-        self.output_layer = None
-        if not self.pre_process:
-            self.embedding = None
+        is_first = self.pre_process
+        self.decoder = leading_block(self.decoder, count if is_first else 0)
+        self.embedding, self.output_layer = self.embedding if is_first else None, None
 
     def _through(self, block: TransformerBlock, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """megatron's [M, 1, E] behind a block; under sequence parallelism this rank's part of the M."""

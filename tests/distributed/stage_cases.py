@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT)]
 from megabyte_distill.config.model import ByteMixer, DechunkMode  # noqa: E402 - after the path is set
 from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig  # noqa: E402
 from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
-from megabyte_distill.conversion.teacher_folder import TeacherHolder  # noqa: E402
+from megabyte_distill.conversion.teacher_folder import TeacherHolder, load_first_layers  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
 from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
 from megabyte_distill.data.mock import MockDataset  # noqa: E402
@@ -157,9 +157,11 @@ def _teacher(case: Case, student: nn.Module, overrides: dict[str, Any], start: P
     config = model_config(case).backbone
     fields = transformer_config(config, **overrides)
     holders = built_in_stages(lambda number: TeacherHolder(Backbone(config, fields, vp_stage=number)))
-    for holder in virtual_stages(holders) if layers else ():
-        holder.backbone.drop_behind(layers)
-    load_checkpoint(start_folder(start, case) / "iter_0000001", holders, prefix="backbone.")
+    folder = start_folder(start, case) / "iter_0000001"
+    if layers:
+        load_first_layers(folder, holders, layers, dtype=torch.float32)
+    else:
+        load_checkpoint(folder, holders, prefix="backbone.")
     with torch.no_grad():
         for parameter in holders.parameters():
             parameter.mul_(1.25)
