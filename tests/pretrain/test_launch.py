@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megabyte_distill.conversion.teacher_folder import load_teacher_stages
 from megabyte_distill.pretrain import stage_runner
@@ -79,6 +80,8 @@ def test_1a_on_a_run_reads_no_more_of_the_teacher_than_it_compares_with(
 
     def load(*arguments: Any, **options: Any) -> Any:
         teacher = load_teacher_stages(*arguments, **options)
+        whole = dict(load_teacher_stages(*arguments, **{**options, "first_layers": None}).named_parameters())
+        assert all(torch.equal(parameter, whole[name]) for name, parameter in teacher.named_parameters())
         read.append({name for name, _ in teacher.named_parameters()})
         return teacher
 
