@@ -40,12 +40,13 @@ class ByteTargets(str, Enum):
 
 
 class AlignLossScale(str, Enum):
-    """What the squared error of stage 1a is divided by."""
+    """What the squared errors of stage 1a are divided by."""
 
     MEAN = "mean"
     """Nothing beyond the mean over gold ends and E (the paper)."""
     TABLE_VARIANCE = "table_variance"
-    """The variance of the teacher's embedding table as well, so that clipping means the same for every teacher."""
+    """The variance of the teacher's embedding table as well, behind --align-layers each teacher state's mean square, so
+    that clipping means the same for every teacher."""
 
 
 class RecomputeGranularity(str, Enum):
@@ -125,13 +126,30 @@ class StageConfig:
         high=1,
         stages=("2a", "2b"),
     )
+    kd_temperature: float = option(
+        1.0,
+        "temperature T at which student and teacher are compared in --byte-targets exact and mixed; the text's part of "
+        "mixed stays at 1",
+        above=0,
+        stages=("2a", "2b"),
+    )
     logits_load_dir: str | None = option(
         None,
         "folder of tools/cache_teacher.py from which the exact targets are read, instead of running the teacher",
         stages=("2a", "2b"),
     )
     align_loss_scale: AlignLossScale = option(
-        AlignLossScale.TABLE_VARIANCE, "what the alignment error is divided by", stages=("1a",)
+        AlignLossScale.TABLE_VARIANCE, "what the alignment errors are divided by", stages=("1a",)
+    )
+    align_layers: int = option(
+        0,
+        "the encoder's states are compared with the teacher's behind so many of its first layers as well; 0: not",
+        unit="layers",
+        low=0,
+        stages=("1a",),
+    )
+    align_layers_loss_weight: float = option(
+        1.0, "weight of the error behind --align-layers beside that of the embeddings", low=0, stages=("1a",)
     )
     router_loss_weight: float = option(
         1.0, "weight of the router's BCE beside the byte cross-entropy", low=0, stages=("2b",)
@@ -140,17 +158,22 @@ class StageConfig:
 
     recompute_granularity: RecomputeGranularity | None = option(
         None,
-        "what the backbone computes again in the backward pass instead of keeping it: whole layers, or parts of them",
-        stages=("1b", "2b"),
+        "what the backbone (in 1a: its --align-layers) computes again in the backward pass instead of keeping it: "
+        "whole layers, or parts of them",
+        stages=("1a", "1b", "2b"),
     )
     recompute_method: RecomputeMethod | None = option(
-        None, "which layers --recompute-granularity full is about; none means uniform", stages=("1b", "2b")
+        None, "which layers --recompute-granularity full is about; none means uniform", stages=("1a", "1b", "2b")
     )
     recompute_num_layers: int | None = option(
-        None, "layers of a group (uniform) or in all (block); none means 1", unit="layers", low=1, stages=("1b", "2b")
+        None,
+        "layers of a group (uniform) or in all (block); none means 1",
+        unit="layers",
+        low=1,
+        stages=("1a", "1b", "2b"),
     )
     recompute_modules: tuple[RecomputeModule, ...] = option(
-        (), "parts that --recompute-granularity selective is about; none means core_attn", stages=("1b", "2b")
+        (), "parts that --recompute-granularity selective is about; none means core_attn", stages=("1a", "1b", "2b")
     )
 
     recompute_byte_mixers: bool = option(

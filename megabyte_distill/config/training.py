@@ -239,3 +239,8 @@ class Settings:
     engine: EngineConfig = field(default_factory=EngineConfig)
     run: RunConfig = field(default_factory=RunConfig)
     stages: Mapping[str, StageConfig] = field(default_factory=dict)
+
+    @property
+    def align_layers(self) -> int:
+        """Layers that the backbone's first pipeline stage must have for 1a."""
+        return self.stages["1a"].align_layers if "1a" in self.stages else 0

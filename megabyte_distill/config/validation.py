@@ -15,7 +15,7 @@ from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, RecomputeGra
 from megabyte_distill.config.training import ParallelConfig, Settings
 
 WITH_BACKBONE = ("1b", "2a", "2b")
-"""Stages in which the backbone runs."""
+"""Stages in which the backbone runs; with --align-layers the first of its layers run in 1a as well."""
 _CACHE_WITHOUT_MASK = (
     "the cached targets are of each document alone; without --document-mask a teacher beside the student would read "
     "the row's earlier documents as well; give --document-mask, or leave the cache out"
@@ -271,7 +271,11 @@ def _fp8(settings: Settings, uses_engine: bool) -> Iterator[str]:
     multiple = engine.chunk_multiple * max(1, ranks)
     because = f"--fp8-recipe {engine.fp8_recipe.value} multiplies rows by {engine.chunk_multiple}s"
     because += f" on each of {ranks} ranks" if ranks > 1 else ""
-    buckets = {stage: settings.stages[stage].chunk_bucket for stage in WITH_BACKBONE if stage in settings.stages}
+    buckets = {
+        stage: config.chunk_bucket
+        for stage, config in settings.stages.items()
+        if stage in WITH_BACKBONE or (stage == "1a" and config.align_layers)
+    }
     found: dict[str, str | None] = dict.fromkeys(buckets)
     for stage, bucket in buckets.items():
         if bucket > 0 and bucket % multiple:
@@ -330,13 +334,29 @@ def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
             f"stage {stage}: --lr-warmup-iters {config.lr_warmup_iters} is more than --train-iters "
             f"{config.train_iters}: the learning rate would never arrive"
         )
-    if config.kd_loss_alpha != StageConfig().kd_loss_alpha and config.byte_targets is not ByteTargets.MIXED:
-        yield f"stage {stage}: --kd-loss-alpha weighs --byte-targets mixed, which is {config.byte_targets.value} here"
-    if config.logits_load_dir is not None and config.byte_targets is ByteTargets.HARD:
-        yield f"stage {stage}: --logits-load-dir holds the targets of --byte-targets exact or mixed, which is hard here"
     yield from (f"stage {stage}: {problem}" for problem in _recompute_problems(config))
     if config.freeze_backbone and config.backbone_lr is not None:
         yield f"stage {stage}: --freeze-backbone and --backbone-lr contradict each other; leave one out"
+    yield from (f"stage {stage}: {problem}" for problem in _unused_loss_settings(stage, config))
+
+
+def _unused_loss_settings(stage: str, config: StageConfig) -> Iterator[str]:
+    """Settings of a loss that is another one here; given for all stages, they mean those that they act in."""
+    default, targets = StageConfig(), config.byte_targets
+    if (
+        stage == "1a"
+        and config.align_layers_loss_weight != default.align_layers_loss_weight
+        and not config.align_layers
+    ):
+        yield "--align-layers-loss-weight weighs the error behind --align-layers, which is 0 here"
+    if stage not in ("2a", "2b"):
+        return
+    if config.kd_loss_alpha != default.kd_loss_alpha and targets is not ByteTargets.MIXED:
+        yield f"--kd-loss-alpha weighs --byte-targets mixed, which is {targets.value} here"
+    if config.kd_temperature != default.kd_temperature and targets is ByteTargets.HARD:
+        yield "--kd-temperature is about --byte-targets exact or mixed, which is hard here"
+    if config.logits_load_dir is not None and targets is ByteTargets.HARD:
+        yield "--logits-load-dir holds the targets of --byte-targets exact or mixed, which is hard here"
 
 
 def _recompute_problems(config: StageConfig) -> Iterator[str]:

@@ -13,11 +13,13 @@ def check_parallel_sizes(
     flags: tuple[str, str] = ("--tp", "--pp"),
     virtual_stages: int | None = None,
     layers_per_virtual_stage: int | None = None,
+    align_layers: int = 0,
 ) -> None:
     """ValueError that names everything that T = ``tensor_parallel`` ranks cannot share, or P stages not divide.
 
     A checkpoint itself knows no sizes: this is about the model that will load it. ``flags``: their names in messages.
-    ``virtual_stages`` or ``layers_per_virtual_stage``: how a stage's layers are cut further.
+    ``virtual_stages`` or ``layers_per_virtual_stage``: how a stage's layers are cut further; ``align_layers``: how many
+    the first of all stages must have.
     """
     tp, pp = flags
     for name, size in ((tp, tensor_parallel), (pp, pipeline_parallel)):
@@ -44,6 +46,10 @@ def check_parallel_sizes(
         ):
             if number and layers % number:
                 problems.append(f"layers {layers} of a pipeline rank is not divisible by {flag} {number}")
+        first = layers_per_virtual_stage or layers // (virtual_stages or 1)
+        if align_layers > first:
+            where = "" if first == config.num_layers else " of the first pipeline stage, on which alone 1a works"
+            problems.append(f"--align-layers {align_layers} is more than the {first} layers{where}")
     if problems:
         raise ValueError(f"this {config.family} cannot be cut so: {'; '.join(problems)}; choose other sizes")
 

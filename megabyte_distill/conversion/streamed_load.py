@@ -34,10 +34,14 @@ from megabyte_distill.training.checkpoint_writer import stored_chunk
 class StoredParameters:
     """The parameters of a complete checkpoint by the names they have in a module, whatever sizes it was saved at."""
 
-    def __init__(self, checkpoint: Path, module: nn.Module, *, prefix: str = "") -> None:
+    def __init__(
+        self, checkpoint: Path, module: nn.Module, *, prefix: str = "", is_part: bool = False, verify: bool = True
+    ) -> None:
         """``module``: gives names, shapes and dtypes; it may be on the meta device. Only parameters whose names start
         with ``prefix`` are there. CheckpointError names all of them that the checkpoint has not, or in another shape,
-        and tensors with that prefix which the module has not.
+        and tensors with that prefix which the module has not, unless it ``is_part`` of what is stored.
+
+        ``verify``: as in ``load_checkpoint``. Collective.
         """
         self._checkpoint = checkpoint
         self._entries: dict[str, ShardedTensor | ShardedTensorFactory] = {
@@ -45,7 +49,7 @@ class StoredParameters:
             for name, entry in sharded_state_dict(module).items()
             if name.startswith(prefix) and isinstance(entry, ShardedTensor | ShardedTensorFactory)
         }
-        verify_checkpoint(checkpoint)
+        verify_checkpoint(checkpoint, hashes=verify)
         check_shapes(self._parts(), checkpoint, padded=False)
         with readable(checkpoint):
             self._reader = FileSystemReader(checkpoint)
@@ -58,7 +62,7 @@ class StoredParameters:
             for key, stored in self._stored.items()
             if isinstance(stored, TensorStorageMetadata) and key.startswith(prefix) and key not in wanted
         ]
-        if surplus:
+        if surplus and not is_part:
             raise CheckpointError(f"{checkpoint} does not fit the model, which has no {', '.join(surplus[:8])}")
 
     def read(self, name: str) -> Tensor:

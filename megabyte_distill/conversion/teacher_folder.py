@@ -27,6 +27,7 @@ from megabyte_distill.conversion.model_config import (
     read_model_config,
     write_model_config,
 )
+from megabyte_distill.conversion.streamed_load import StoredParameters
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER, copy_files, token_table
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone, transformer_config
@@ -143,16 +144,36 @@ def load_teacher_stages(
     dtype: torch.dtype | None = None,
     overrides: Mapping[str, object] | None = None,
     verify: bool = True,
+    first_layers: int | None = None,
 ) -> nn.Module:
-    """The backbone of :func:`load_teacher`, under virtual stages one for each of them."""
+    """The backbone of :func:`load_teacher`, under virtual stages one for each of them.
+
+    ``first_layers``: nothing but the embedding table and so many of the first layers (``Backbone.first_layers``).
+    """
     checkpoint, config, _, _ = find_teacher(folder)
     # every parameter is overwritten, and a missing one is an error
     fields = {"perform_initialization": False, **(overrides or {})}
     transformer: TransformerConfig = transformer_config(config, **fields)
     holders = built_in_stages(lambda number: TeacherHolder(Backbone(config, transformer, vp_stage=number)))
-    holders.to(dtype or stored_dtype(checkpoint))
-    load_checkpoint(checkpoint, holders, prefix=BACKBONE_PREFIX, verify=verify)
+    dtype = dtype or stored_dtype(checkpoint)
+    if first_layers is None:
+        load_checkpoint(checkpoint, holders.to(dtype), prefix=BACKBONE_PREFIX, verify=verify)
+    else:
+        load_first_layers(checkpoint, holders, first_layers, dtype=dtype, verify=verify)
     return joined([holder.backbone for holder in virtual_stages(holders)]).to(current_world().device)
+
+
+def load_first_layers(
+    checkpoint: Path, holders: nn.Module, count: int, *, dtype: torch.dtype, verify: bool = True
+) -> None:
+    """Reduces the backbones of holders to the embedding table and the first layers, and reads no more than these."""
+    for holder in virtual_stages(holders):
+        holder.backbone.drop_behind(count)
+        holder.to(dtype)
+        stored = StoredParameters(checkpoint, holder, prefix=BACKBONE_PREFIX, is_part=True, verify=verify)
+        for name, parameter in holder.named_parameters():
+            parameter.data.copy_(stored.read(name))
+        verify = False  # once is enough
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:

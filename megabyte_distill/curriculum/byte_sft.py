@@ -56,7 +56,7 @@ class ByteSft:
         self._boundaries: Boundaries = Gold() if gold else RouterDecides()
         self._measures: Sums = {}
         alphas = {ByteTargets.HARD: 0.0, ByteTargets.EXACT: 1.0, ByteTargets.MIXED: config.kd_loss_alpha}
-        self._alpha = alphas[config.byte_targets]
+        self._alpha, self._temperature = alphas[config.byte_targets], config.kd_temperature
         self._exact: _TeacherTargets | _CachedTargets | None = None
         if config.byte_targets is not ByteTargets.HARD:
             assert table is not None
@@ -101,7 +101,12 @@ class ByteSft:
             return hard[row.loss_mask].sum()
         only_soft = self._alpha == 1.0
         hard, soft = joint_nlls(
-            logits, row, targets.distribution, hard_has_gradient=not only_soft, overwrite_logits=True
+            logits,
+            row,
+            targets.distribution,
+            temperature=self._temperature,
+            hard_has_gradient=not only_soft,
+            overwrite_logits=True,
         )
         self._measures = {MEASURE: joint_bits_pair(hard, row), **targets.measures}
         mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard

@@ -18,7 +18,7 @@ class TeacherNeed(Enum):
     """What a stage needs of the teacher beside the student's own weights."""
 
     NONE = "none"
-    EMBEDDING = "its embedding table"
+    BEGINNING = "its embedding table, and as many of its first layers as --align-layers says"
     FROZEN = "a frozen copy, or the student's backbone itself where that is frozen"
 
 
@@ -42,4 +42,4 @@ class Stage:
     def keeps_backbone(self, config: StageConfig) -> bool:
         """Whether the backbone is still the teacher's behind this stage, if it was so before: one copy may serve."""
         is_frozen = self.name == "1b" and config.freeze_backbone
-        return self.teacher(config) is TeacherNeed.EMBEDDING or is_frozen
+        return self.teacher(config) is TeacherNeed.BEGINNING or is_frozen

@@ -36,6 +36,7 @@ __all__ = [
     "rms_norm",
     "routing_probabilities",
     "segment_conv",
+    "soften",
     "ssm_scan",
     "straight_through_confidence",
     "swiglu",
@@ -328,13 +329,23 @@ def joint_cross_entropies(
     labels: Tensor,
     distribution: Tensor,
     *,
+    temperature: float = 1.0,
     hard_has_gradient: bool = True,
     overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`joint_cross_entropy` against labels [P] and against a distribution [P, 512], each [P], in one pass.
 
+    ``temperature`` T is of the second alone, which is Hinton's loss then (arXiv 1503.02531): T² times the cross-entropy
+    of softmax(logits / T) against the distribution to the power of 1 / T, normalised again. Gradients keep their size.
     Without ``hard_has_gradient`` the first is a measure only.
     """
+    if temperature != 1.0:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and hard_has_gradient):
+            hard = joint_cross_entropy(logits, labels, overwrite_logits=overwrite_logits)
+        # a copy in the precision in which losses accumulate: nobody else has it, and bf16 logits are not rounded again
+        scaled = logits.to(accumulation_dtype(logits.dtype), copy=True).div_(temperature)
+        softened = soften(distribution, temperature)
+        return hard, temperature**2 * joint_cross_entropy(scaled, softened, overwrite_logits=True)
     run = fused("joint_cross_entropies", logits, labels, distribution)
     if run is not None:
         hard, soft = run(logits, labels, distribution, overwrite_logits)
@@ -342,3 +353,12 @@ def joint_cross_entropies(
     with torch.set_grad_enabled(torch.is_grad_enabled() and hard_has_gradient):
         hard = joint_cross_entropy(logits, labels)
     return hard, joint_cross_entropy(logits, distribution)
+
+
+def soften(distribution: Tensor, temperature: float) -> Tensor:
+    """Rows of a distribution [P, C] to the power of 1 / temperature, normalised again; a row of zeros stays one."""
+    largest = distribution.amax(-1, keepdim=True)
+    # over the largest first, or a power of a small temperature would leave nothing
+    powers = (distribution / largest.masked_fill(largest == 0, 1.0)).pow_(1.0 / temperature)
+    total = powers.sum(-1, keepdim=True)
+    return powers.div_(total.masked_fill_(total == 0, 1.0))

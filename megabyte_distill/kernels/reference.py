@@ -145,3 +145,13 @@ def joint_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if not targets.numel():
         return logs.sum(-1)
     return -torch.stack([row[int(target)] for row, target in zip(logs, targets, strict=True)])
+
+
+def softened_cross_entropy(logits: Tensor, distribution: Tensor, temperature: float) -> Tensor:
+    """T² times the cross-entropy of softmax(logits / T) against distribution^(1/T), row by row normalised; [P]."""
+    rows = []
+    for p in distribution:
+        powers = torch.where(p > 0, p, 1.0).pow(1 / temperature) * (p > 0)
+        rows.append(powers / powers.sum() if bool(p.any()) else powers)
+    targets = torch.stack(rows) if rows else distribution
+    return temperature**2 * joint_cross_entropy(logits / temperature, targets)

@@ -97,6 +97,7 @@ def estimate(
         pipeline_parallel=settings.parallel.pipeline_model_parallel_size,
         virtual_stages=settings.parallel.num_virtual_stages_per_pipeline_rank,
         layers_per_virtual_stage=settings.parallel.num_layers_per_virtual_pipeline_stage,
+        align_layers=settings.align_layers,
     )
     for name, config in settings.stages.items():
         yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)

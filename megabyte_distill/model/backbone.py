@@ -19,6 +19,7 @@ from megabyte_distill.model.attention import CachedRows, PackedSegments
 from megabyte_distill.model.backbone_layers import (
     LayerParts,
     block_spec,
+    leading_block,
     local_parts,
     mark_parallel_parameters,
     step_layer,
@@ -179,6 +180,28 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         [M, 1, E]. Under sequence parallelism M must be a multiple of the tensor-parallel ranks, and between stages each
         has its own part of the M.
         """
+        hidden = self._through(self.decoder, x, cu_seqlens)
+        return self._whole(hidden) if self.post_process else hidden
+
+    def first_layers(self, x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
+        """States [M, E] behind the first ``count`` layers, before any final norm; x and cu_seqlens as :meth:`forward`.
+
+        On the first pipeline stage alone, which must have so many layers.
+        """
+        assert self.pre_process, "only the first pipeline stage has the first layers"
+        return self._whole(self._through(leading_block(self.decoder, count), x, cu_seqlens))
+
+    def drop_behind(self, count: int) -> None:
+        """Give up everything but the embedding table and the first ``count`` layers; where there are none, everything.
+
+        What is left is for :meth:`first_layers`.
+        """
+        is_first = self.pre_process
+        self.decoder = leading_block(self.decoder, count if is_first else 0)
+        self.embedding, self.output_layer = self.embedding if is_first else None, None
+
+    def _through(self, block: TransformerBlock, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """megatron's [M, 1, E] behind a block; under sequence parallelism this rank's part of the M."""
         cuts = self.config.sequence_parallel
         parts = self.config.tensor_model_parallel_size if cuts and not self.pre_process else 1
         size = x.shape[0] * parts
@@ -194,11 +217,14 @@ class Backbone(MegatronModule):  # type: ignore[misc]
             if cuts:
                 x = tensor_parallel.scatter_to_sequence_parallel_region(x)
         else:
-            self.decoder.set_input_tensor(x)
-        hidden: Tensor = self.decoder(x, None, packed_seq_params=segments)
-        if not self.post_process:
-            return hidden
-        if cuts:  # every rank goes on with all chunks alike, so that each has the whole gradient of its own part
+            block.set_input_tensor(x)
+        hidden: Tensor = block(x, None, packed_seq_params=segments)
+        return hidden
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """[M, E] of what :meth:`_through` returns."""
+        if self.config.sequence_parallel:
+            # every rank goes on with all chunks alike, so that each has the whole gradient of its own part
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden[:, 0]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,11 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec_for_backend
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -201,6 +207,23 @@ def block_spec(
         attention.q_layernorm, attention.k_layernorm = FullQueryNorm, FullKeyNorm
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
+
+
+def leading_block(block: TransformerBlock, count: int) -> TransformerBlock:
+    """A block of the first ``count`` layers of another, which are the same modules, without a final norm.
+
+    ValueError where it has fewer.
+    """
+    if count > len(block.layers):
+        raise ValueError(f"the first {count} layers were asked for, this pipeline stage has {len(block.layers)}")
+    part = copy.copy(block)
+    part._modules = {**block._modules, "layers": block.layers[:count], "final_layernorm": None}
+    part.num_layers_per_pipeline_rank = count
+    if part.config.recompute_method == "uniform":
+        # megatron would look for the rest of a group; results do not depend on how layers are grouped
+        part.config = copy.copy(part.config)
+        part.config.recompute_num_layers = math.gcd(count, part.config.recompute_num_layers)
+    return part
 
 
 def step_layer(layer: Any, config: BackboneConfig) -> StepLayer:

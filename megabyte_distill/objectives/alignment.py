@@ -1,4 +1,4 @@
-"""Stage 1a's loss: the encoder's states at gold ends against the teacher's embeddings."""
+"""Stage 1a's losses: the encoder's states at gold ends against the teacher's embeddings, as such and behind layers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from megabyte_distill.parallel.vocabulary import VocabularyColumns
 def alignment_squared_error(r: Tensor, target: Tensor) -> Tensor:
     """Mean over E of the squared difference, fp32 [N]; r and target [N, E]."""
     return (r.float() - target.float()).square().mean(-1)
+
+
+@torch.no_grad()
+def mean_square(states: Tensor) -> Tensor:
+    """Mean over E of the squares, fp32 [N], of states [N, E], not below 1e-8.
+
+    A pre-norm layer reads a state divided by its square root: an error over it is in the units of what layers read.
+    """
+    return states.float().square().mean(-1).clamp_(min=1e-8)
 
 
 @torch.no_grad()

@@ -20,11 +20,25 @@ def joint_nll(logits: Tensor, row: PackedRow, *, overwrite_logits: bool = False)
 
 
 def joint_nlls(
-    logits: Tensor, row: PackedRow, distribution: Tensor, *, hard_has_gradient: bool, overwrite_logits: bool = False
+    logits: Tensor,
+    row: PackedRow,
+    distribution: Tensor,
+    *,
+    temperature: float,
+    hard_has_gradient: bool,
+    overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(:func:`joint_nll`, the cross-entropy against a distribution [P, 512] over the joint classes), each [P]."""
+    """(:func:`joint_nll`, the cross-entropy against a distribution [P, 512] over the joint classes), each [P].
+
+    ``temperature``: of the second, as in ``ops.joint_cross_entropies``.
+    """
     return joint_cross_entropies(
-        logits, row.labels, distribution, hard_has_gradient=hard_has_gradient, overwrite_logits=overwrite_logits
+        logits,
+        row.labels,
+        distribution,
+        temperature=temperature,
+        hard_has_gradient=hard_has_gradient,
+        overwrite_logits=overwrite_logits,
     )
 
 

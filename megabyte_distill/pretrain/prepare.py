@@ -89,6 +89,7 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
         flags=("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
         virtual_stages=parallel.num_virtual_stages_per_pipeline_rank,
         layers_per_virtual_stage=parallel.num_layers_per_virtual_pipeline_stage,
+        align_layers=settings.align_layers,
     )
     check_engine_limits(settings, backbone, world.device)
     table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)

@@ -130,8 +130,12 @@ class StageRunner:
             # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
             teacher = joined([part.backbone for part in parts])
         elif need is not TeacherNeed.NONE:
-            teacher = load_teacher_stages(self.prepared.teacher, dtype=dtype, overrides=overrides, verify=verify)
-            teacher.requires_grad_(False).eval()
+            first_layers = config.align_layers if need is TeacherNeed.BEGINNING else None
+            teacher = load_teacher_stages(
+                self.prepared.teacher, dtype=dtype, overrides=overrides, verify=verify, first_layers=first_layers
+            )
+            # layers through which a gradient passes may have to be computed again, which megatron's do in training mode
+            teacher.requires_grad_(False).train(first_layers is not None)
         return student, teacher
 
     def _loop(self, stage: Stage, config: StageConfig, student: nn.Module, teacher: nn.Module | None) -> Loop:

@@ -52,6 +52,18 @@ MOCK = "--mock-data "
             MOCK + "--byte-targets exact --no-document-mask --2b.logits-load-dir c",
             "--2b.logits-load-dir: the cached targets are of each document alone",
         ),
+        (MOCK + "--kd-temperature 0 --byte-targets exact", "--kd-temperature: got 0.0, expected more than 0"),
+        (MOCK + "--2b.kd-temperature -1", "--2b.kd-temperature: got -1.0, expected more than 0"),
+        (MOCK + "--kd-temperature inf", "--kd-temperature: got 'inf', expected a finite number"),
+        (
+            MOCK + "--2a.kd-temperature 2 --2a.byte-targets hard",
+            "stage 2a: --kd-temperature is about --byte-targets exact or mixed, which is hard here",
+        ),
+        (MOCK + "--2a.kd-loss-alpha 0.3", "stage 2a: --kd-loss-alpha weighs --byte-targets mixed, which is exact here"),
+        (MOCK + "--align-layers -1", "--align-layers: got -1, expected at least 0"),
+        (MOCK + "--2a.align-layers 1", "--align-layers acts only in 1a"),
+        (MOCK + "--align-layers-loss-weight -1", "--align-layers-loss-weight: got -1.0, expected at least 0"),
+        (MOCK + "--align-layers-loss-weight 2", "stage 1a: --align-layers-loss-weight weighs the error behind"),
         (MOCK + "--recompute-method block", "is about --recompute-granularity full; give that"),
         (MOCK + "--recompute-granularity selective --recompute-num-layers 2", "full, got selective; give that"),
         (MOCK + "--2b.recompute-modules mlp", "stage 2b: --recompute-modules is about --recompute-granularity"),
@@ -68,6 +80,10 @@ MOCK = "--mock-data "
         (
             MOCK + "--fp8-format hybrid --fp8-recipe mxfp8 --1b.chunk-bucket 48",
             "--1b.chunk-bucket: got 48, expected a multiple of 32",
+        ),
+        (
+            MOCK + "--fp8-format hybrid --align-layers 2 --1a.chunk-bucket 24",
+            "--1a.chunk-bucket: got 24, expected a multiple of 16",
         ),
         (MOCK + "--fp8-format fp9", "expected one of e4m3, hybrid"),
         (MOCK + "--fp8-recipe custom", "expected one of delayed, tensorwise, mxfp8, blockwise"),
@@ -109,6 +125,19 @@ def test_a_mistake_shared_by_all_stages_is_told_once(line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments(line.split())
     assert len(caught.value.problems) == 1, caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--kd-temperature 2",  # of the tiny preset's 2a and 2b, not of 1a
+        "--2a.byte-targets mixed --2a.kd-loss-alpha 0.3",
+        "--align-layers-loss-weight 2 --1a.align-layers 2",
+        "--2b.logits-load-dir c",
+    ],
+)
+def test_settings_of_a_loss_are_judged_where_they_act(line: str) -> None:
+    assert parse_arguments([*MOCK.split(), *line.split()])
 
 
 def test_the_global_batch_is_divided_over_the_ranks() -> None:

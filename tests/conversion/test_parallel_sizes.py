@@ -51,6 +51,8 @@ def config(**fields: Any) -> BackboneConfig:
         (2, 1, {"qk_norm": QkNorm.FULL}),
         (1, 2, {"virtual": {"virtual_stages": 3}}),
         (1, 2, {"virtual": {"layers_per_virtual_stage": 1}}),
+        (1, 2, {"virtual": {"align_layers": 3}}),
+        (1, 2, {"virtual": {"align_layers": 1, "virtual_stages": 3}}),
     ],
 )
 def test_sizes_that_fit_are_accepted(tensor: int, pipeline: int, fields: dict[str, Any]) -> None:
@@ -77,6 +79,21 @@ def test_sizes_that_fit_are_accepted(tensor: int, pipeline: int, fields: dict[st
             2,
             {"virtual": {"layers_per_virtual_stage": 2}},
             ["layers 3", "by --num-layers-per-virtual-pipeline-stage 2"],
+        ),
+        (1, 1, {"virtual": {"align_layers": 7}}, ["so: --align-layers 7 is more than the 6 layers; choose"]),
+        (
+            *(3, 2, {"virtual": {"align_layers": 4}}),
+            [
+                "attention heads 8 is",
+                "--align-layers 4 is more than the 3 layers of the first pipeline stage, on which",
+            ],
+        ),
+        (1, 2, {"virtual": {"align_layers": 2, "virtual_stages": 3}}, ["more than the 1 layers of the first"]),
+        (
+            1,
+            2,
+            {"virtual": {"align_layers": 2, "layers_per_virtual_stage": 1}},
+            ["more than the 1 layers of the first"],
         ),
         (4, 1, {"qk_norm": QkNorm.FULL}, ["query groups 2 is not divisible by --tp 4"]),
         (0, 1, {}, ["--tp is 0"]),

@@ -21,9 +21,11 @@ pytestmark = pytest.mark.usefixtures("world")
 TABLE = MockDataset(VOCAB_SIZE, seed=0).table
 
 
-def objective(targets: ByteTargets, *, alpha: float = 0.5, trains_router: bool = False) -> ByteSft:
+def objective(
+    targets: ByteTargets, *, alpha: float = 0.5, temperature: float = 1.0, trains_router: bool = False
+) -> ByteSft:
     torch.manual_seed(3)
-    config = replace(StageConfig(), byte_targets=targets, kd_loss_alpha=alpha)
+    config = replace(StageConfig(), byte_targets=targets, kd_loss_alpha=alpha, kd_temperature=temperature)
     return ByteSft(config, tiny_backbone().requires_grad_(False), TABLE, trains_router=trains_router)
 
 
@@ -38,8 +40,11 @@ def row() -> PackedRow:
     return padded_row()
 
 
-def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(student: Student, row: PackedRow) -> None:
-    exact = objective(ByteTargets.EXACT)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 4.0])
+def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
+    student: Student, row: PackedRow, temperature: float
+) -> None:
+    exact = objective(ByteTargets.EXACT, temperature=temperature)
     loss = exact.losses(student, row)[BYTE_LOSS]
     torch.manual_seed(3)
     teacher = tiny_backbone()
@@ -53,8 +58,10 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(stud
             labels=row.labels,
             wanted=row.loss_mask,
         )
-        log_p = student(row).logits.log_softmax(-1)
-    expected = -(target.distribution * log_p)[row.loss_mask].sum()
+        log_p = (student(row).logits / temperature).log_softmax(-1)
+        # by way of logits, as Hinton writes it
+        wanted = (target.distribution[row.loss_mask].double().log() / temperature).softmax(-1)
+    expected = -(temperature**2) * (wanted * log_p[row.loss_mask]).sum().float()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
     assert exact.measures()[REPLACED][0] == target.replaced
     assert exact.measures()[EXCLUDED] == (target.excluded, int(row.token_mask.sum()))
@@ -65,14 +72,21 @@ def test_a_mixture_weighs_both(student: Student, row: PackedRow) -> None:
     mixed = float(objective(ByteTargets.MIXED, alpha=0.25).losses(student, row)[BYTE_LOSS])
     assert abs(hard - exact) > 1.0
     assert mixed == pytest.approx(0.25 * exact + 0.75 * hard, rel=1e-5)
+    warm, mild = (
+        float(objective(targets, alpha=0.25, temperature=2.0).losses(student, row)[BYTE_LOSS])
+        for targets in (ByteTargets.EXACT, ByteTargets.MIXED)
+    )
+    assert mild == pytest.approx(0.25 * warm + 0.75 * hard, rel=1e-5), "the text's part stays at temperature 1"
 
 
 @pytest.mark.parametrize("targets", ByteTargets)
-@pytest.mark.parametrize("trains_router", [False, True])
+@pytest.mark.parametrize(("trains_router", "temperature"), [(False, 1.0), (True, 1.0), (True, 3.0)])
 def test_held_out_rows_and_the_measure_are_about_the_text(
-    student: Student, row: PackedRow, targets: ByteTargets, trains_router: bool
+    student: Student, row: PackedRow, targets: ByteTargets, trains_router: bool, temperature: float
 ) -> None:
-    plain, other = (objective(t, trains_router=trains_router) for t in (ByteTargets.HARD, targets))
+    plain, other = (
+        objective(t, temperature=temperature, trains_router=trains_router) for t in (ByteTargets.HARD, targets)
+    )
     for model in (student.train(), student.eval()):
         expected, found = plain.losses(model, row), other.losses(model, row)
         assert torch.equal(plain.measures()[MEASURE][0], other.measures()[MEASURE][0])

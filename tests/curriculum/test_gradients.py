@@ -22,7 +22,7 @@ BYTE_SIDE = {"byte_encoder", "router", "byte_decoder"}
 CONFIG = StageConfig()
 CASES = [(name, False) for name in STAGES] + [("1b", True), ("2b", True)]
 """(stage, freeze_backbone): the setting exists in 1b and 2b."""
-OFFICIAL = replace(CONFIG, boundary_source=BoundarySource.ROUTER)
+OFFICIAL = replace(CONFIG, boundary_source=BoundarySource.ROUTER, align_layers=1)
 
 
 def teacher_for(name: str, config: StageConfig, student: Student) -> Backbone | None:
@@ -30,7 +30,7 @@ def teacher_for(name: str, config: StageConfig, student: Student) -> Backbone | 
     need = STAGES[name].teacher(config)
     if need is TeacherNeed.NONE:
         return None
-    if need is TeacherNeed.EMBEDDING or config.freeze_backbone:
+    if need is TeacherNeed.BEGINNING or config.freeze_backbone:
         return student.backbone  # type: ignore[return-value]
     teacher = tiny_backbone(tied_embeddings=student.backbone.backbone_config.tied_embeddings)
     return teacher.requires_grad_(False)

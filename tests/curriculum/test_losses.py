@@ -17,7 +17,7 @@ from megabyte_distill.data.micro_batch import concatenate_rows
 from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.data.text_mask import text_positions
 from megabyte_distill.model.backbone import Backbone
-from megabyte_distill.model.student import Given, Student
+from megabyte_distill.model.student import Given, Student, set_trainable
 from megabyte_distill.objectives.objective import Objective
 from tests.tiny_student import (
     assert_same,
@@ -63,7 +63,7 @@ def test_counts_are_the_number_of_summed_terms(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(boundary_learning, "boundary_bce", ones)
     monkeypatch.setattr(byte_sft, "boundary_bce", ones)
     monkeypatch.setattr(byte_sft, "joint_nll", ones)
-    config = replace(CONFIG, align_loss_scale=AlignLossScale.MEAN)
+    config = replace(CONFIG, align_loss_scale=AlignLossScale.MEAN, align_layers=1)
     objective = objective_of(name, config, tiny_backbone())
     for row in [*random_rows(5), concatenate_rows(random_rows(3, seed=1))]:
         losses, counts = objective.losses(tiny_student(), row), objective.counts(row)
@@ -77,13 +77,14 @@ def test_counts_by_hand() -> None:
     used, documents = int(row.loss_mask.sum()), len(row.documents)
     ends = int((row.bits & row.loss_mask).sum())
     expected = {
-        "1a": {"alignment mse": ends},
+        "1a": {"alignment mse": ends, "layers mse": ends},
         "1b": {"reverse kl": ends},
         "1c": {"router bce": used - documents},
         "2a": {"byte ce": used},
         "2b": {"byte ce": used, "router bce": used - documents},
     }
-    assert {name: objective_of(name).counts(row) for name in STAGES} == expected
+    assert {name: objective_of(name, replace(CONFIG, align_layers=2)).counts(row) for name in STAGES} == expected
+    assert objective_of("1a").counts(row) == {"alignment mse": ends}
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
@@ -92,7 +93,7 @@ def test_rows_together_documents_apart_and_other_padding_have_one_loss_and_gradi
     name: str, source: BoundarySource, mode: DechunkMode
 ) -> None:
     student = tiny_student(mode=mode).double()
-    objective = objective_of(name, replace(CONFIG, boundary_source=source))
+    objective = objective_of(name, replace(CONFIG, boundary_source=source, align_layers=2))
     rows = [padded_row(), *random_rows(2, seed=4)]
     ways = {
         "rows": rows,
@@ -137,8 +138,11 @@ def test_a_perfect_encoder_has_no_loss_in_1a_and_1b(document_mask: bool, tied: b
     row = padded_row() if document_mask else without_document_mask(padded_row())
     student.byte_encoder = Oracle(teacher, row)  # type: ignore[assignment]
     with torch.no_grad():
-        aligned = objective_of("1a", teacher=teacher)
-        assert float(aligned.losses(student, row)["alignment mse"]) == 0
+        aligned = objective_of("1a", replace(CONFIG, align_layers=2), teacher)
+        assert {name: float(loss) for name, loss in aligned.losses(student, row).items()} == {
+            "alignment mse": 0.0,
+            "layers mse": pytest.approx(0.0, abs=1e-8),
+        }
         distilled = objective_of("1b", teacher=teacher)
         loss = float(distilled.losses(student, row)["reverse kl"])
     assert abs(loss) < 1e-4 * distilled.counts(row)["reverse kl"]
@@ -183,6 +187,44 @@ def test_alignment_scale_and_measure() -> None:
             assert float(objective.losses(student, row)["alignment mse"]) == pytest.approx(expected, rel=1e-5)
             relative, count = objective.measures()["alignment mse relative"]
             assert float(relative) == pytest.approx(mse / variance, rel=1e-5) and count == r.shape[0]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_behind_layers_the_encoders_states_are_compared_with_the_teachers(layers: int) -> None:
+    """Against what the teacher's own forward has at that place, each document by itself, and autograd through it."""
+    student, teacher, row = tiny_student().double(), tiny_backbone().double().requires_grad_(False), padded_row()
+    seen: list[Tensor] = []
+    teacher.decoder.layers[layers - 1].register_forward_hook(lambda module, arguments, out: seen.append(out[0][:, 0]))
+
+    def states(x: Tensor) -> Tensor:
+        teacher(x, torch.tensor([0, x.shape[0]], dtype=torch.int32))
+        return seen.pop()
+
+    def brute_force() -> tuple[Tensor, Tensor]:
+        mse, relative = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for document in segments_alone(row):
+            r = student.byte_encoder(document.byte_ids, document.cu_seqlens)[document.bits]
+            got, wanted = states(r), states(teacher.embed(document.tokens))
+            errors = (got - wanted).square().mean(-1)
+            mse, relative = mse + errors.sum(), relative + (errors / wanted.square().mean(-1)).sum()
+        return mse, relative
+
+    set_trainable(student, ("byte_encoder.",))
+    mse, relative = (value.detach() for value in brute_force())
+    for scale, place in ((AlignLossScale.MEAN, 0), (AlignLossScale.TABLE_VARIANCE, 1)):
+        config = replace(CONFIG, align_loss_scale=scale, align_layers=layers, align_layers_loss_weight=0.25)
+        objective = objective_of("1a", config, teacher)
+        assert objective.weights == {"alignment mse": 1.0, "layers mse": 0.25}
+        found = gradients(student, lambda o=objective: o.losses(student, row)["layers mse"])
+        assert_same(found, gradients(student, lambda p=place: brute_force()[p]), rtol=1e-4, atol=1e-5)
+        assert any(value.abs().max() > 1e-2 for value in found.values())
+        loss = objective.losses(student, row)["layers mse"]
+        assert float(loss) == pytest.approx(float((mse, relative)[place]), rel=1e-5)
+        measured, count = objective.measures()["layers mse relative"]
+        assert float(measured) == pytest.approx(float(relative), rel=1e-5) and count == int(row.token_mask.sum())
+        plain = objective_of("1a", replace(config, align_layers=0, align_layers_loss_weight=1.0), teacher)
+        assert torch.equal(objective.losses(student, row)["alignment mse"], plain.losses(student, row)["alignment mse"])
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize("name", ["2a", "2b"])

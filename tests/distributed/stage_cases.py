@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT)]
 from megabyte_distill.config.model import ByteMixer, DechunkMode  # noqa: E402 - after the path is set
 from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig  # noqa: E402
 from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
-from megabyte_distill.conversion.teacher_folder import TeacherHolder  # noqa: E402
+from megabyte_distill.conversion.teacher_folder import TeacherHolder, load_first_layers  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
 from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
 from megabyte_distill.data.mock import MockDataset  # noqa: E402
@@ -111,12 +111,14 @@ class Case:
 _ROUTER = {"boundary_source": BoundarySource.ROUTER}
 CASES = {
     "1a": Case("1a", {}),
+    "1a, a layer": Case("1a", {"align_layers": 1, "align_layers_loss_weight": 0.5}),
     "1b": Case("1b", {}),
     "1b tied": Case("1b", {}, tied=True),
     "1b frozen": Case("1b", {"freeze_backbone": True}, ByteMixer.MAMBA2),
     "1c": Case("1c", {}),
     "2a": Case("2a", {}, ByteMixer.MAMBA2),
     "2a router, causal, exact": Case("2a", {**_ROUTER, "byte_targets": ByteTargets.EXACT}, mode=DechunkMode.CAUSAL),
+    "2a mixed, warm": Case("2a", {"byte_targets": ByteTargets.MIXED, "kd_temperature": 2.0}),
     "2b": Case("2b", {}),
     "2b router, causal": Case("2b", _ROUTER, mode=DechunkMode.CAUSAL),
     "2b router, official": Case("2b", _ROUTER, mode=DechunkMode.OFFICIAL),
@@ -148,13 +150,18 @@ def write_starts(start: Path) -> None:
 
 
 def _teacher(case: Case, student: nn.Module, overrides: dict[str, Any], start: Path) -> nn.Module:
-    """The backbone itself where it is frozen from the start; else a copy with other weights."""
-    if case.stage == "1a" or case.fields.get("freeze_backbone"):
+    """The backbone itself where it is frozen from the start; else a copy with other weights, of 1a the beginning."""
+    layers = case.fields.get("align_layers")
+    if (case.stage == "1a" and not layers) or case.fields.get("freeze_backbone"):
         return joined([part.backbone for part in virtual_stages(student)])
     config = model_config(case).backbone
     fields = transformer_config(config, **overrides)
     holders = built_in_stages(lambda number: TeacherHolder(Backbone(config, fields, vp_stage=number)))
-    load_checkpoint(start_folder(start, case) / "iter_0000001", holders, prefix="backbone.")
+    folder = start_folder(start, case) / "iter_0000001"
+    if layers:
+        load_first_layers(folder, holders, layers, dtype=torch.float32)
+    else:
+        load_checkpoint(folder, holders, prefix="backbone.")
     with torch.no_grad():
         for parameter in holders.parameters():
             parameter.mul_(1.25)

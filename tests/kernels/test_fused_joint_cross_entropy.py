@@ -73,6 +73,43 @@ def test_both_targets_in_one_pass_add_their_gradients(fused: Library, overwrite:
     assert calls["joint_cross_entropy_forward"] == before + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "temperature"), [(1, 2.0), (63, 0.5), (1000, 3.0)])
+@pytest.mark.parametrize("is_mixed", [True, False])
+def test_a_temperature_equals_the_definition_in_two_passes(
+    fused: Library, rows: int, temperature: float, dtype: torch.dtype, is_mixed: bool
+) -> None:
+    labels, distribution, on_soft = some_labels(rows), some_distribution(rows), some_upstream(rows)
+
+    def loss(logits: Tensor) -> Tensor:
+        hard, soft = ops.joint_cross_entropies(
+            logits * 1.0,
+            labels,
+            distribution,
+            temperature=temperature,
+            hard_has_gradient=is_mixed,
+            overwrite_logits=True,
+        )
+        return on_soft * soft + hard * is_mixed
+
+    def definition(logits: Tensor) -> Tensor:
+        soft = reference.softened_cross_entropy(logits, distribution.to(logits.dtype), temperature)
+        return on_soft * soft + (reference.joint_cross_entropy(logits, labels) if is_mixed else 0.0)
+
+    before = {name: calls[f"joint_cross_entropy_{name}"] for name in ("forward", "backward")}
+    assert_agrees(loss, definition, [some_logits(rows, dtype)], torch.ones(rows))
+    now = {name: calls[f"joint_cross_entropy_{name}"] - number for name, number in before.items()}
+    assert now == {"forward": 2, "backward": 1 + is_mixed}
+
+
+def test_at_temperature_one_there_is_one_pass(fused: Library) -> None:
+    logits, labels, distribution = some_logits(63, torch.float32), some_labels(63), some_distribution(63)
+    before = calls["joint_cross_entropy_forward"]
+    found = ops.joint_cross_entropies(logits, labels, distribution, temperature=1.0)
+    assert calls["joint_cross_entropy_forward"] == before + 1
+    assert all(map(torch.equal, found, ops.joint_cross_entropies(logits, labels, distribution)))
+
+
 def test_large_logits_neither_overflow_nor_lose_the_loss(fused: Library) -> None:
     logits = some_logits(20, torch.float32, scale=30.0) + 1e4
     labels, distribution = logits.argmax(-1), some_distribution(20)

@@ -105,3 +105,51 @@ def test_joint_cross_entropy_of_hard_and_soft_targets(dtype: torch.dtype) -> Non
         torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=1e-5)
     one_hot = F.one_hot(hard, 512).double()
     torch.testing.assert_close(ops.joint_cross_entropy(logits, one_hot), ops.joint_cross_entropy(logits, hard))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_gradients_at_a_temperature_are_those_of_small_differences(temperature: float, alpha: float) -> None:
+    logits = (torch.randn(3, 512, dtype=torch.float64) * 2).requires_grad_()
+    labels, distribution = torch.randint(0, 512, (3,)), (torch.randn(3, 512, dtype=torch.float64) * 3).softmax(-1)
+    distribution[1] = 0.0
+
+    def mixed(logits: torch.Tensor) -> torch.Tensor:
+        hard, soft = ops.joint_cross_entropies(
+            logits, labels, distribution, temperature=temperature, hard_has_gradient=alpha < 1
+        )
+        return (alpha * soft + (1 - alpha) * hard if alpha < 1 else soft).sum()
+
+    assert torch.autograd.gradcheck(mixed, (logits,), fast_mode=True)
+    weights = torch.autograd.grad(mixed(logits), logits)[0]
+    # Hinton: the gradient is T (softmax(z / T) - q), of one size whatever T
+    soft = temperature * ((logits.detach() / temperature).softmax(-1) - ops.soften(distribution, temperature))
+    soft[1] = 0.0
+    hard = logits.detach().softmax(-1) - F.one_hot(labels, 512)
+    torch.testing.assert_close(weights, alpha * soft + (1 - alpha) * hard)
+
+
+def test_the_temperature_changes_neither_the_hard_loss_nor_anything_at_one() -> None:
+    logits, labels, distribution = torch.randn(9, 512) * 3, torch.randint(0, 512, (9,)), torch.rand(9, 512).softmax(-1)
+    hard, soft = ops.joint_cross_entropies(logits, labels, distribution)
+    at_one = ops.joint_cross_entropies(logits, labels, distribution, temperature=1.0)
+    at_two = ops.joint_cross_entropies(logits, labels, distribution, temperature=2.0)
+    assert torch.equal(hard, at_one[0]) and torch.equal(soft, at_one[1])
+    assert torch.equal(hard, at_two[0]) and not torch.equal(soft, at_two[1])
+    near = ops.joint_cross_entropies(logits, labels, distribution, temperature=1.0 + 1e-6)[1]
+    torch.testing.assert_close(near, soft, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.5, 2.0, 100.0])
+def test_softened_rows_sum_to_one_at_any_temperature(temperature: float) -> None:
+    rows = torch.zeros(4, 512)
+    rows[0, 7] = 1.0
+    rows[1] = torch.full((512,), 1 / 512)
+    rows[2, :3] = torch.tensor([0.7, 0.3 - 1e-20, 1e-20])
+    softened = ops.soften(rows, temperature)
+    torch.testing.assert_close(softened.sum(-1), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert torch.equal(softened[0], rows[0]), "one pair stays one pair"
+    torch.testing.assert_close(softened[1], rows[1])
+    wanted = (rows[2, :2].double().log() / temperature).diff()
+    torch.testing.assert_close(softened[2, 1].double() / softened[2, 0], wanted.exp()[0], rtol=1e-4, atol=1e-30)
+    assert not softened[2, 3:].any()

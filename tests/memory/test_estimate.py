@@ -126,19 +126,39 @@ def test_activations_are_those_of_a_real_run(stage: str, flags: str) -> None:
         assert memory.kept == pytest.approx(total[0], rel=0.05)
 
 
-@pytest.mark.parametrize("flags", ["--byte-targets exact", "--byte-targets exact --logits-load-dir somewhere"])
-def test_exact_targets_are_counted_beside_a_teacher_or_from_a_cache(flags: str) -> None:
-    settings, (rank,) = reckoned(f"--stages 2a {flags}")
+@pytest.mark.parametrize(
+    ("stage", "flags", "has_teacher"),
+    [
+        ("2a", "--byte-targets exact", True),
+        ("2a", "--byte-targets mixed --kd-temperature 2", True),
+        ("2a", "--byte-targets exact --logits-load-dir somewhere", False),
+        ("1a", "--align-layers 3", False),  # the student's own backbone serves
+    ],
+)
+def test_what_a_loss_adds_is_counted(stage: str, flags: str, has_teacher: bool) -> None:
+    settings, (rank,) = reckoned(f"--stages {stage} {flags}")
+    _, (plain,) = reckoned(f"--stages {stage} --byte-targets hard")
     (memory,) = rank.virtual_stages
-    is_cached = "logits-load-dir" in flags
-    assert (rank.teacher == 0) == is_cached
-    config = settings.stages["2a"]
+    assert (rank.teacher > 0) == has_teacher
+    assert memory.peak > plain.virtual_stages[0].peak
+    config = settings.stages[stage]
     with world():
-        student, teacher, _ = real_models(settings, STAGES["2a"])
-        objective = STAGES["2a"].objective(config, teacher, even_tokens(BACKBONE.vocab_size))
+        student, teacher, _ = real_models(settings, STAGES[stage])
+        objective = STAGES[stage].objective(config, teacher, even_tokens(BACKBONE.vocab_size))
         real = measured(student.train(), objective, even_row(config, BYTES_PER_CHUNK))
     assert memory.kept == pytest.approx(real.kept, rel=0.01)
     assert memory.peak == pytest.approx(real.peak, rel=0.01)
+
+
+def test_alignment_layers_are_recomputed_where_that_is_asked_for() -> None:
+    kept = {
+        flags: reckoned(f"--stages 1a {flags}")[1][0].virtual_stages[0].kept
+        for flags in ("", "--align-layers 3", "--align-layers 3 --recompute-granularity full")
+    }
+    none, all_kept, inputs_kept = kept.values()
+    assert none < inputs_kept < all_kept
+    with pytest.raises(ValueError, match="--align-layers 5 is more than the 4 layers"):
+        reckoned("--stages 1a --align-layers 5")
 
 
 def test_in_a_pipeline_the_first_stage_has_the_most_micro_batches_in_flight() -> None:

@@ -40,6 +40,27 @@ def test_packed_segments_equal_single_ones(groups: int, scaling: dict[str, float
     assert not any(name.startswith(("embedding", "output_layer")) for name in packed)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_first_layers_are_what_forward_passes_on_its_way(count: int) -> None:
+    backbone, x = tiny_backbone(), torch.randn(sum(LENGTHS), 32)
+    passed = [x]
+    for layer in backbone.decoder.layers:
+        layer.register_forward_hook(lambda module, arguments, out: passed.append(out[0][:, 0].detach()))
+    backbone(x, offsets(LENGTHS))
+    assert len(passed) == 3
+    assert torch.equal(backbone.first_layers(x, offsets(LENGTHS), count), passed[count])
+    names = {name for name, _ in backbone.named_parameters()}
+    backbone.drop_behind(count)
+    assert torch.equal(backbone.first_layers(x, offsets(LENGTHS), count), passed[count])
+    left = {name for name, _ in backbone.named_parameters()}
+    layers = tuple(f"decoder.layers.{number}." for number in range(count))
+    assert left == {name for name in names if name.startswith(("embedding.", *layers))}
+    with pytest.raises(
+        ValueError, match=f"the first {count + 1} layers were asked for, this pipeline stage has {count}"
+    ):
+        backbone.first_layers(x, offsets(LENGTHS), count + 1)
+
+
 def test_a_later_vector_moves_no_earlier_state() -> None:
     backbone = tiny_backbone()
     x = torch.randn(12, 32)

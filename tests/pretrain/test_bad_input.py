@@ -103,6 +103,10 @@ def test_another_width_than_the_checkpoint(refused, begun: Path) -> None:  # typ
     refused("--byte-width", "48", says=("byte_width: 32 there, 48 now", "--fresh"))
 
 
+def test_more_alignment_layers_than_the_teacher_has(refused) -> None:  # type: ignore[no-untyped-def]
+    refused("--align-layers", "3", says=("cannot be cut so: --align-layers 3 is more than the 2 layers",))
+
+
 def test_another_teacher_width_and_vocabulary_than_the_checkpoint(  # type: ignore[no-untyped-def]
     refused, begun: Path, job: Job, tmp_path: Path
 ) -> None:

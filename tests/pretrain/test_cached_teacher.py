@@ -66,7 +66,9 @@ def train(job: Job, stem: str, run: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize(("top_k", "tolerance"), [(512, 2e-4), (32, 1e-2)])
-@pytest.mark.parametrize("targets", [(), ("--byte-targets", "mixed", "--kd-loss-alpha", "0.3")])
+@pytest.mark.parametrize(
+    "targets", [(), ("--byte-targets", "mixed", "--kd-loss-alpha", "0.3", "--kd-temperature", "2")]
+)
 def test_losses_are_those_of_online_training(
     job: Job, whole: str, make: Callable[[int], Path], tmp_path: Path, top_k: int, tolerance: float,
     targets: tuple[str, ...],

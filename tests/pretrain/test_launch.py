@@ -7,9 +7,13 @@ import json
 import runpy
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from megabyte_distill.conversion.teacher_folder import load_teacher_stages
+from megabyte_distill.pretrain import stage_runner
 from megabyte_distill.pretrain.main import main
 from tests.pretrain.job import SCRIPT, Job, assert_same_run, environment, metrics, run_command, torchrun
 
@@ -66,6 +70,30 @@ def test_flags_of_all_stages_and_of_one(job: Job, tmp_path: Path) -> None:
     assert rates == {"1a": 3e-3, "1b": 3e-3, "1c": 3e-3, "2a": 5e-3, "2b": 3e-3}
     stored = json.loads((run / "2a" / "iter_0000001" / "run_config.yaml").read_text())
     assert "0.005" in json.dumps(stored)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_1a_on_a_run_reads_no_more_of_the_teacher_than_it_compares_with(
+    job: Job, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    read: list[set[str]] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        teacher = load_teacher_stages(*arguments, **options)
+        whole = dict(load_teacher_stages(*arguments, **{**options, "first_layers": None}).named_parameters())
+        assert all(torch.equal(parameter, whole[name]) for name, parameter in teacher.named_parameters())
+        read.append({name for name, _ in teacher.named_parameters()})
+        return teacher
+
+    monkeypatch.setattr(stage_runner, "load_teacher_stages", load)
+    run, flags = tmp_path / "run", ("--load", str(finished), "--align-layers", str(layers))
+    assert job.run(run, *SHORT, *flags) == 0
+    (names,) = read
+    assert {".".join(name.split(".")[:3]) for name in names} == {
+        "embedding.weight",
+        *(f"decoder.layers.{n}" for n in range(layers)),
+    }
+    assert (("1a", 2, "layers mse relative") in metrics(run)) == (layers > 0)
 
 
 def test_help_is_printed_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:

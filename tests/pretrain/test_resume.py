@@ -49,8 +49,9 @@ def test_averages_over_a_log_interval_survive_a_stop_inside_it(job: Job, run: Pa
     assert metrics(run) == metrics(tmp_path / "whole")
 
 
-def test_mamba_and_bf16_resume_exactly(job: Job, run: Path, tmp_path: Path) -> None:
-    flags = ("--byte-mixer", "mamba2", "--bf16")
+def test_mamba_bf16_and_losses_off_by_default_resume_exactly(job: Job, run: Path, tmp_path: Path) -> None:
+    losses = ("--align-layers", "2", "--byte-targets", "mixed", "--kd-temperature", "2")
+    flags = ("--byte-mixer", "mamba2", "--bf16", *losses)
     assert job.run(tmp_path / "whole", *flags) == 0
     while any(not (run / stage / "iter_0000004").exists() for stage in STAGES):
         assert job.run(run, *flags, "--exit-interval", "3") == 0
