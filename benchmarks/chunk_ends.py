@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megabyte_distill.alphabet import BOS_BYTE  # noqa: E402 - after the path is set
-from megabyte_distill.data import tokenizers  # noqa: E402
-from megabyte_distill.data.chunk_merging import STEPS, merged_bits  # noqa: E402
+from megabyte_distill.data import tokenizers  # noqa: E402 - after the path is set
+from megabyte_distill.data.chunk_merging import ChunkSizes, merged_bits  # noqa: E402
+from megabyte_distill.data.packing import Segment, pack_row  # noqa: E402
 
 TINY = ROOT / "examples" / "tiny"
 CONTEXT = 4
@@ -58,14 +58,26 @@ def measure(size: int, length: int) -> dict[str, float]:
         text = "".join(json.loads(line)["text"] for line in lines).encode()[:size].decode(errors="ignore")
     tokenizer = tokenizers.load(TINY / "teacher")
     tokens = tokenizer.encode_batch([text])[0]
-    byte_ids = np.concatenate(([BOS_BYTE], np.frombuffer(text.encode(), dtype=np.uint8))).astype(np.int64)
-    ends = np.concatenate(([0], np.cumsum(tokenizer.token_bytes.lengths[tokens])))
-    token_bits, counted = np.zeros((2, byte_ids.size), dtype=np.bool_)
-    token_bits[ends] = True
-    counted[counting(ends, length)] = True
-    rules = (merged_bits(byte_ids, token_bits, step / STEPS) for step in range(STEPS, 8 * STEPS))
-    ruled = min(rules, key=lambda bits: abs(int(bits.sum()) - int(counted.sum())))
-    found = {"tokens": token_bits, "rule": ruled, "counting": counted}
+    lengths = tokenizer.token_bytes.lengths[tokens]
+    segment = Segment(
+        document=0,
+        byte_ids=np.frombuffer(text.encode(), dtype=np.uint8),
+        tokens=tokens,
+        token_lengths=lengths,
+        next_byte=None,
+        next_token=None,
+        next_token_length=None,
+    )
+    row = pack_row([segment], row_bytes=segment.byte_ids.size + 1, chunk_bucket=1, start_id=0, end_of_text_id=0)
+    byte_ids, token_bits = row.byte_ids.numpy(), row.bits.numpy()
+    counted = np.zeros_like(token_bits)
+    counted[counting(np.concatenate(([0], np.cumsum(lengths))), length)] = True
+    limit = ChunkSizes([row]).limit_for(segment.byte_ids.size / (int(counted.sum()) - 1))
+    found = {
+        "tokens": token_bits,
+        "rule": token_bits if limit is None else merged_bits(byte_ids, token_bits, limit),
+        "counting": counted,
+    }
     return {
         **{f"{name}_bytes_per_chunk": byte_ids.size / int(bits.sum()) for name, bits in found.items()},
         **{f"{name}_bits_per_byte": cost(byte_ids, bits) for name, bits in found.items()},
