@@ -30,6 +30,7 @@ from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.pipeline import built_in_stages
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
+from megabyte_distill.training.rows import CHUNK_LIMIT
 
 GENERATES_FROM = ("2a", "2b")
 """Stages after which the decoder speaks."""
@@ -74,6 +75,12 @@ def stage_progress(root: Path, stage: str) -> StageProgress | None:
         iteration=int(state["progress"]["iteration"]),
         train_iters=int(state["train_iters"]),
     )
+
+
+def chunk_limit(checkpoint: Path) -> float | None:
+    """What a stage merged tokens with at a checkpoint (``chunk_merging.merge_row``); None where it did not."""
+    limit = read_loop_state(checkpoint)["rows"].get(CHUNK_LIMIT)
+    return None if limit is None else float(limit)
 
 
 def split_stage(folder: Path) -> tuple[Path, str | None]:

@@ -54,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     export = command("export", "student or teacher to Hugging Face folder", hf_model=False, megatron_path=True)
     export.add_argument("--teacher", action="store_true", help="write the backbone alone, as a token model")
     export.add_argument("--paths", type=int, metavar="K", help="bit histories of the exported byte model (4)")
+    export.add_argument(
+        "--boundary-threshold",
+        type=float,
+        metavar="T",
+        help="in generate_bytes of the export a byte ends a chunk where the model gives that more than this "
+        "(default: bits are drawn with their bytes)",
+    )
     export.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
     writes(export, _EXPORTED_DTYPES)
     compare = command("compare", "largest logit difference against transformers", hf_model=True, megatron_path=True)
@@ -117,8 +124,9 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
     from megabyte_distill.runs import load_student, require_speaking, split_stage
 
     if arguments.teacher:
-        if arguments.paths is not None:
-            raise ValueError("--paths belongs to a student's byte model; leave it out or leave out --teacher")
+        for flag, value in (("--paths", arguments.paths), ("--boundary-threshold", arguments.boundary_threshold)):
+            if value is not None:
+                raise ValueError(f"{flag} belongs to a student's byte model; leave it out or leave out --teacher")
         export_teacher(
             arguments.megatron_path,
             arguments.hf_path,
@@ -138,6 +146,7 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
         arguments.hf_path,
         dtype=dtype or stored_dtype(loaded.checkpoint),
         paths=4 if arguments.paths is None else arguments.paths,
+        boundary_threshold=arguments.boundary_threshold,
         overwrite=arguments.overwrite,
     )
     print(f"wrote {arguments.hf_path}: the student after stage {loaded.stage}")

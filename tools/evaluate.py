@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from megabyte_distill.tool import run_tool
 if TYPE_CHECKING:
     from megabyte_distill.data.dataset import ByteTokenDataset
     from megabyte_distill.data.token_bytes import TokenBytes
-    from megabyte_distill.evaluation.bits_per_byte import Comparison
+    from megabyte_distill.evaluation.bits_per_byte import Comparison, Measures
     from megabyte_distill.evaluation.bootstrap import Bootstrap
     from megabyte_distill.evaluation.robustness import Budget, Section
 
@@ -60,6 +60,10 @@ def _add_held_out(add: Any) -> None:
     add("--max-bytes", type=int, metavar="N", help="text at most, whole rows, shared evenly by the sets (default: all)")
     add("--bits", choices=("gold", "router"), default="gold",
         help="boundary bits of the student's headline figures, as input and label (gold)")  # fmt: skip
+    add("--boundary-threshold", type=float, default=0.5, metavar="T",
+        help="the router ends a chunk where its p is above this, in all figures under its bits (0.5)")  # fmt: skip
+    add("--boundary-thresholds", metavar="T,T,...",
+        help="a table of quality and backbone steps per byte along these thresholds, as 0.3,0.5,0.7")  # fmt: skip
     add("--scoring", choices=("joint", "official"), default="joint",
         help="official adds the paper's score, which is no bound (joint)")  # fmt: skip
     add("--tokenizations", type=int, default=0, metavar="K",
@@ -79,6 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if not 0 < arguments.boundary_threshold < 1:
+        raise ValueError(f"--boundary-threshold {arguments.boundary_threshold}: expected a number between 0 and 1")
     # megatron takes seconds to import, which --help should not
     from megabyte_distill.parallel.process_groups import world
 
@@ -168,22 +174,32 @@ def bootstrap_of(arguments: argparse.Namespace) -> Bootstrap:
     return Bootstrap(resamples=arguments.resamples, confidence=arguments.confidence, seed=arguments.seed)
 
 
+def measures_of(arguments: argparse.Namespace) -> Measures:
+    """What is to be measured; ValueError for settings out of range."""
+    from megabyte_distill.evaluation.bits_per_byte import Bits, Measures
+    from megabyte_distill.evaluation.thresholds import parse_thresholds
+
+    return Measures(
+        bits=Bits(arguments.bits),
+        official=arguments.scoring == "official",
+        paths=arguments.paths,
+        path_bytes=arguments.path_bytes,
+        tokenizations=arguments.tokenizations,
+        threshold=arguments.boundary_threshold,
+        thresholds=parse_thresholds(arguments.boundary_thresholds or ""),
+        bootstrap=bootstrap_of(arguments),
+    )
+
+
 def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
     """Loads a run and compares its student with its teacher; needs process groups."""
     from megabyte_distill.data.dataset import open_blend
     from megabyte_distill.evaluation import bits_per_byte
     from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
     from megabyte_distill.evaluation.held_out import held_out_rows
-    from megabyte_distill.runs import load_run_teacher, load_students, require_speaking
+    from megabyte_distill.runs import chunk_limit, load_run_teacher, load_students, require_speaking
 
-    measures = bits_per_byte.Measures(
-        bits=bits_per_byte.Bits(arguments.bits),
-        official=arguments.scoring == "official",
-        paths=arguments.paths,
-        path_bytes=arguments.path_bytes,
-        tokenizations=arguments.tokenizations,
-        bootstrap=bootstrap_of(arguments),
-    )
+    measures = measures_of(arguments)
     students = load_students(root, arguments.stage)
     loaded = students.last
     require_speaking(loaded)
@@ -207,7 +223,7 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         loaded.student,
         teacher.backbone,
         rows_of_set,
-        measures,
+        replace(measures, merge_limit=chunk_limit(loaded.checkpoint)),
         stage1_student=students.distilled,
         aligned_student=students.aligned,
         unigram=unigram,
@@ -220,7 +236,10 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
 
         folder = plot_folder(arguments, root)
         plot_sets(found, folder / "sets.png")
-        plot_boundaries(mark_sentence(loaded.student, next(iter(rows_of_set.values()))[0]), folder / "boundaries.png")
+        marked = mark_sentence(
+            loaded.student, next(iter(rows_of_set.values()))[0], threshold=arguments.boundary_threshold
+        )
+        plot_boundaries(marked, folder / "boundaries.png")
     return found
 
 
@@ -253,6 +272,8 @@ def as_json(arguments: argparse.Namespace, name: str, found: Comparison) -> dict
         "run": name,
         **found.total.as_dict(),
         "sets": {set_name: part.as_dict() for set_name, part in found.sets.items()},
+        "boundary_threshold": arguments.boundary_threshold,
+        "thresholds": [asdict(one) for one in found.thresholds],
         "bootstrap": asdict(bootstrap_of(arguments)),
         "notes": notes(found) + missing,
     }  # fmt: skip

@@ -48,6 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="keep the fewest pairs that reach this probability (1: all)")
     add("--top-k", type=int, default=0, help="keep so many of the likeliest pairs (0: all)")
     add("--min-p", type=float, default=0.0, help="keep pairs of at least this share of the likeliest's (0: all)")
+    add(
+        "--boundary-threshold",
+        type=float,
+        metavar="T",
+        help="a byte ends a chunk where the model gives that more than this; under --scoring official also where the "
+        "router's p for a prompt's byte is above it (default: bits are drawn with their bytes, the router's above 0.5)",
+    )
     add("--seed", type=int, default=0, help="of the random draws; prompt i draws with the seed + i (0)")
     add("--max-new-bytes", type=int, default=256, help="bytes at most; the end of the document stops earlier (256)")
     add("--stop", action="append", metavar="TEXT", help="end in front of this text, which is not shown; repeatable")
@@ -102,7 +109,11 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size is {arguments.batch_size}; expected at least 1")
     sampling = Sampling(
-        temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k, min_p=arguments.min_p
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        boundary_threshold=arguments.boundary_threshold,
     )
     return GenerationSettings(
         max_new_bytes=arguments.max_new_bytes,

@@ -11,6 +11,10 @@ STAGE_ORDER = ("1a", "1b", "1c", "2a", "2b")
 """The order that chains: 1c freezes the encoder that 1b still changes (RECIPE section 3)."""
 
 
+MERGES_IN = ("1c", "2a", "2b")
+"""Stages in which a chunk may be several teacher tokens: 1a and 1b compare chunks with tokens, one to one."""
+
+
 class BoundarySource(str, Enum):
     """Which boundary bits a stage feeds to chunking and dechunking."""
 
@@ -113,6 +117,29 @@ class StageConfig:
 
     boundary_source: BoundarySource = option(
         BoundarySource.GOLD, "where the boundary bits come from", stages=("2a", "2b")
+    )
+    target_bytes_per_chunk: float | None = option(
+        None,
+        "mean length of chunks, reached by merging adjacent teacher tokens; none means the tokens themselves",
+        unit="bytes",
+        above=1,
+        high=64,
+        stages=MERGES_IN,
+    )
+    target_bytes_per_chunk_start: float | None = option(
+        None,
+        "mean length from which --target-bytes-per-chunk-iters begins; none means the teacher's tokens'",
+        unit="bytes",
+        above=1,
+        high=64,
+        stages=MERGES_IN,
+    )
+    target_bytes_per_chunk_iters: int = option(
+        0,
+        "updates over which the length goes linearly to --target-bytes-per-chunk; 0 means it is that from the start",
+        unit="updates",
+        low=0,
+        stages=MERGES_IN,
     )
     byte_targets: ByteTargets = option(
         ByteTargets.HARD,

@@ -11,7 +11,7 @@ from megabyte_distill.config.engine import EngineConfig, Fp8Recipe, TransformerI
 from megabyte_distill.config.layers import SECTIONS
 from megabyte_distill.config.model import MAX_NGRAM, ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
-from megabyte_distill.config.stage import STAGE_ORDER, ByteTargets, RecomputeGranularity, StageConfig
+from megabyte_distill.config.stage import MERGES_IN, STAGE_ORDER, ByteTargets, RecomputeGranularity, StageConfig
 from megabyte_distill.config.training import ParallelConfig, Settings
 
 WITH_BACKBONE = ("1b", "2a", "2b")
@@ -335,6 +335,7 @@ def _stage_contradictions(stage: str, config: StageConfig) -> Iterator[str]:
             f"{config.train_iters}: the learning rate would never arrive"
         )
     yield from (f"stage {stage}: {problem}" for problem in _recompute_problems(config))
+    yield from (f"stage {stage}: {problem}" for problem in _chunk_size_problems(stage, config))
     if config.freeze_backbone and config.backbone_lr is not None:
         yield f"stage {stage}: --freeze-backbone and --backbone-lr contradict each other; leave one out"
     yield from (f"stage {stage}: {problem}" for problem in _unused_loss_settings(stage, config))
@@ -357,6 +358,31 @@ def _unused_loss_settings(stage: str, config: StageConfig) -> Iterator[str]:
         yield "--kd-temperature is about --byte-targets exact or mixed, which is hard here"
     if config.logits_load_dir is not None and targets is ByteTargets.HARD:
         yield "--logits-load-dir holds the targets of --byte-targets exact or mixed, which is hard here"
+    if config.kd_temperature != default.kd_temperature and config.target_bytes_per_chunk is not None:
+        yield (
+            "--kd-temperature compares pairs of byte and bit, of which --target-bytes-per-chunk leaves the teacher the "
+            "bytes alone; leave one out"
+        )
+
+
+def _chunk_size_problems(stage: str, config: StageConfig) -> Iterator[str]:
+    if stage not in MERGES_IN:
+        return
+    ramp, start = config.target_bytes_per_chunk_iters, config.target_bytes_per_chunk_start
+    if config.target_bytes_per_chunk is None:
+        for flag, is_given in (("start", start is not None), ("iters", ramp > 0)):
+            if is_given:
+                yield f"--target-bytes-per-chunk-{flag} is about --target-bytes-per-chunk; give that, or leave it out"
+    elif start is not None and not ramp:
+        yield (
+            "--target-bytes-per-chunk-start is where a change of length begins; give --target-bytes-per-chunk-iters as "
+            "well, or leave it out"
+        )
+    if ramp > config.train_iters:
+        yield (
+            f"--target-bytes-per-chunk-iters {ramp} is more than --train-iters {config.train_iters}: chunks would "
+            "never be as long as asked for"
+        )
 
 
 def _recompute_problems(config: StageConfig) -> Iterator[str]:

@@ -36,6 +36,7 @@ def export_student(
     *,
     dtype: torch.dtype,
     paths: int = 4,
+    boundary_threshold: float | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes ``hf_path``.
@@ -47,10 +48,12 @@ def export_student(
         hf_path: complete or absent.
         dtype: of all weights.
         paths: bit histories K of the causal byte filter that stock tools see.
+        boundary_threshold: of ``generate_bytes``, as ``Sampling.boundary_threshold``.
         overwrite: replace an earlier output.
 
     Raises:
-        ValueError: for a student in official dechunk mode, fewer than one path, an output that exists.
+        ValueError: for a student in official dechunk mode, fewer than one path, a threshold that no probability is
+            compared with, an output that exists.
     """
     check_replaceable(hf_path, overwrite=overwrite, marker=EXPORT_MARKER)
     if student.is_official:
@@ -60,6 +63,8 @@ def export_student(
         )
     if paths < 1:
         raise ValueError(f"--paths is {paths}; expected at least 1")
+    if boundary_threshold is not None and not 0 < boundary_threshold < 1:
+        raise ValueError(f"--boundary-threshold is {boundary_threshold}; expected a number between 0 and 1")
     backbone_config = hf_config_of(
         config.backbone, token_table(tokenizer, config.backbone.vocab_size), dtype, tokenizer
     )
@@ -69,7 +74,8 @@ def export_student(
             (folder / name).write_text(text, encoding="utf-8")
         copy_files(tokenizer, folder / BACKBONE_TOKENIZER)
         name = str(dtype).removeprefix("torch.")
-        write_json(folder / CONFIG_FILE, config_fields(config, backbone_config, name, paths))
+        fields = config_fields(config, backbone_config, name, paths=paths, boundary_threshold=boundary_threshold)
+        write_json(folder / CONFIG_FILE, fields)
         write_json(folder / GENERATION_FILE, generation_fields())
         write_json(folder / "tokenizer_config.json", tokenizer_fields(config))
         write_tensors(folder, {name: (shape, dtype) for name, shape in shapes.items()}, tensors)

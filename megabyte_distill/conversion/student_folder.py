@@ -25,7 +25,9 @@ SHORTEST_CONTEXT = 8192
 """Bytes that ``max_position_embeddings`` grants at least: harnesses cut longer prompts off."""
 
 
-def config_fields(config: ModelConfig, backbone_config: dict[str, Any], dtype: str, paths: int) -> dict[str, Any]:
+def config_fields(
+    config: ModelConfig, backbone_config: dict[str, Any], dtype: str, *, paths: int, boundary_threshold: float | None
+) -> dict[str, Any]:
     """config.json of a student; ``backbone_config`` is that of its backbone as a token model."""
     assert config.byte_side is not None
     return {
@@ -38,6 +40,7 @@ def config_fields(config: ModelConfig, backbone_config: dict[str, Any], dtype: s
         "vocab_size": BYTE_VOCAB,
         "max_position_embeddings": _context(config.backbone),
         "paths": paths,
+        "boundary_threshold": boundary_threshold,
         "byte_side": to_fields(config.byte_side),
         "backbone": to_fields(config.backbone),
         "backbone_config": backbone_config,

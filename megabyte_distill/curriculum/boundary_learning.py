@@ -10,7 +10,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Parts
-from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
+from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, chunk_lengths, f1_pair
 from megabyte_distill.objectives.objective import Sums
 
 LOSS = "router bce"
@@ -33,11 +33,12 @@ class BoundaryLearning:
     def losses(self, model: nn.Module, row: PackedRow, link: StageLink | None = None) -> dict[str, Tensor]:
         """Summed over those bytes, in nats."""
         p = model(row, parts=Parts.ENCODER | Parts.ROUTER).p
-        self._measures = {MEASURE: f1_pair(decide(p.detach(), row.byte_ids), row)}
+        predicted = decide(p.detach(), row.byte_ids)
+        self._measures = {MEASURE: f1_pair(predicted, row), **chunk_lengths(row, predicted)}
         return {LOSS: boundary_bce(p, row.bits)[boundary_positions(row)].sum()}
 
     def measures(self) -> Sums:
-        """F1 of the router's ends."""
+        """F1 of the router's ends; the bytes of merged chunks."""
         return self._measures
 
 

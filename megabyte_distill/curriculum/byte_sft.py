@@ -15,10 +15,11 @@ from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.stage_link import StageLink
 from megabyte_distill.model.student import Boundaries, Gold, Parts, RouterDecides
-from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, f1_pair
+from megabyte_distill.objectives.boundary import boundary_bce, boundary_positions, chunk_lengths, f1_pair
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import exact_targets
 from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_nlls
+from megabyte_distill.objectives.merged_ce import bytes_and_bit_nll
 from megabyte_distill.objectives.objective import Sums
 from megabyte_distill.objectives.truncated_targets import restored
 from megabyte_distill.parallel.pipeline import virtual_stages
@@ -39,7 +40,8 @@ def teacher_need(config: StageConfig) -> TeacherNeed:
 class ByteSft:
     """512-way cross-entropy on the next byte and its gold bit; with ``trains_router`` the router's BCE beside it.
 
-    The targets are the text, the teacher's exact distribution, or a mixture. Held-out rows are measured on the text.
+    The targets are the text, the teacher's exact distribution, or a mixture; of merged chunks the teacher tells the
+    bytes alone. Held-out rows are measured on the text.
     """
 
     on_first_stage = False
@@ -90,30 +92,35 @@ class ByteSft:
             assert outputs.p is not None
             mask = boundary_positions(row)
             losses[ROUTER_LOSS] = boundary_bce(outputs.p, row.bits)[mask].sum()
-            self._measures["boundary f1"] = f1_pair(decide(outputs.p.detach(), row.byte_ids), row)
+            predicted = decide(outputs.p.detach(), row.byte_ids)
+            self._measures.update({"boundary f1": f1_pair(predicted, row), **chunk_lengths(row, predicted)})
         return losses
 
     def _byte_loss(self, logits: Tensor, row: PackedRow, targets: _Targets | None, *, training: bool) -> Tensor:
         # in training the loss is the last to read the logits
         if targets is None:
             hard = joint_nll(logits, row, overwrite_logits=training)
-            self._measures = {MEASURE: joint_bits_pair(hard, row)}
+            self._measures = {MEASURE: joint_bits_pair(hard, row), **chunk_lengths(row)}
             return hard[row.loss_mask].sum()
         only_soft = self._alpha == 1.0
-        hard, soft = joint_nlls(
-            logits,
-            row,
-            targets.distribution,
-            temperature=self._temperature,
-            hard_has_gradient=not only_soft,
-            overwrite_logits=True,
-        )
-        self._measures = {MEASURE: joint_bits_pair(hard, row), **targets.measures}
+        if row.token_bits is None:
+            hard, soft = joint_nlls(
+                logits,
+                row,
+                targets.distribution,
+                temperature=self._temperature,
+                hard_has_gradient=not only_soft,
+                overwrite_logits=True,
+            )
+        else:
+            soft = bytes_and_bit_nll(logits, row.labels, targets.distribution)
+            hard = joint_nll(logits.detach() if only_soft else logits, row)
+        self._measures = {MEASURE: joint_bits_pair(hard, row), **targets.measures, **chunk_lengths(row)}
         mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard
         return mixed[row.loss_mask].sum()
 
     def measures(self) -> Sums:
-        """Joint bits per byte of text and the router's F1 where it trains.
+        """Joint bits per byte of text, the router's F1 where it trains, the bytes of merged chunks.
 
         Of a teacher that runs, the share of bytes whose hard label stands, and its mass on special ids and others that
         cannot be text.
@@ -158,7 +165,7 @@ class _TeacherTargets:
             states,
             head=self._head.own_logits,
             byte_ids=row.byte_ids,
-            bits=row.bits,
+            bits=row.token_ends,
             labels=row.labels,
             wanted=row.loss_mask,
         )

@@ -27,7 +27,7 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
         raise ValueError(f"expected rows of one chunk bucket, got {[row.chunk_bucket for row in rows]}")
     if len(rows) == 1:
         return rows[0]
-    counts = [int(row.bits.sum()) for row in rows]
+    counts = [int(row.token_ends.sum()) for row in rows]
     stored = [row.stored for row in rows if row.stored is not None]
     padding = -sum(counts) % rows[0].chunk_bucket
 
@@ -57,4 +57,5 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
         chunk_bucket=rows[0].chunk_bucket,
         documents=tuple(document for row in rows for document in row.documents),
         stored=StoredTargets.joined(stored) if len(stored) == len(rows) else None,
+        token_bits=join_bytes("token_ends") if any(row.token_bits is not None for row in rows) else None,
     )

@@ -26,7 +26,7 @@ class PackedRow:
     byte_ids: Tensor
     """[P] int64."""
     bits: Tensor
-    """[P] bool, gold: the byte ends a teacher token. True on BOS and on the first PAD byte."""
+    """[P] bool, gold: the byte ends a chunk, a teacher token or several. True on BOS and on the first PAD byte."""
     labels: Tensor
     """[P] int64 joint class of the next byte and its bit, also across a cut; 0 on PAD."""
     loss_mask: Tensor
@@ -49,6 +49,13 @@ class PackedRow:
     """Index in its data set of each real segment's document; -1 where unknown."""
     stored: StoredTargets | None = None
     """The bytes' exact targets, where they are read from a cache."""
+    token_bits: Tensor | None = None
+    """[P] bool ends of the teacher's tokens where ``bits`` are fewer (chunk_merging.py); None where they are these."""
+
+    @property
+    def token_ends(self) -> Tensor:
+        """[P] bool: the byte ends a teacher token, one for each of the M chunks of tokens that are no padding."""
+        return self.bits if self.token_bits is None else self.token_bits
 
     def to(self, device: torch.device | str) -> PackedRow:
         """The same row with every tensor on ``device``."""

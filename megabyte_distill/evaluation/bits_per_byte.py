@@ -18,6 +18,7 @@ from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.bootstrap import Bootstrap, Counts, Interval
 from megabyte_distill.evaluation.document_counts import Judged, count_rows
 from megabyte_distill.evaluation.held_out import openings
+from megabyte_distill.evaluation.thresholds import ThresholdFigures, sweep
 from megabyte_distill.inference.bit_paths import device_of
 from megabyte_distill.inference.scoring import score_paths, score_row, score_tokens, segment_texts
 from megabyte_distill.inference.tokenizations import score_tokenizations
@@ -127,6 +128,8 @@ class Comparison:
 
     total: Evaluation
     sets: Mapping[str, Evaluation]
+    thresholds: Sequence[ThresholdFigures] = ()
+    """Of all text; empty where not asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +146,12 @@ class Measures:
     """About how much text those are taken over, shared evenly by the sets: the openings of evenly spread rows."""
     tokenizations: int = 0
     """The teacher over so many tokenizations, on the same text; needs its token table. 0 leaves it out."""
+    threshold: float = 0.5
+    """Above which the router's p ends a chunk."""
+    thresholds: Sequence[float] = ()
+    """Several of them, for a table of quality against backbone steps."""
+    merge_limit: float | None = None
+    """What the student's stage merged tokens with at its end, for that table; None where it did not."""
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     """How the intervals are made."""
 
@@ -209,6 +218,7 @@ def compare(
         tree=None if token_bytes is None else ByteTree.of(token_bytes),
         router_bits=measures.bits is Bits.ROUTER,
         official=measures.official,
+        threshold=measures.threshold,
     )
     counts = {name: count_rows(judged, rows) for name, rows in rows_of_set.items()}
     tables = list(counts.values())
@@ -221,7 +231,17 @@ def compare(
     return Comparison(
         total=make(together, _all_paths(list(by_path.values()))),
         sets={name: make(table, by_path.get(name)) for name, table in counts.items()},
+        thresholds=_thresholds(student, rows_of_set, measures),
     )
+
+
+def _thresholds(
+    student: Student, rows_of_set: Mapping[str, Sequence[PackedRow]], measures: Measures
+) -> list[ThresholdFigures]:
+    if not measures.thresholds:
+        return []
+    rows = [row for of_set in rows_of_set.values() for row in of_set]
+    return sweep(student, rows, measures.thresholds, measures.merge_limit)
 
 
 def _path_figures(

@@ -46,6 +46,8 @@ class Judged:
     """Next bytes are told under the router's bits instead of the gold ones."""
     official: bool = False
     """The paper's score as well."""
+    threshold: float = 0.5
+    """Above which the router's p ends a chunk."""
 
     def on_its_device(self) -> Judged:
         """The same, with the tensors where the student is."""
@@ -90,15 +92,16 @@ def count_rows(judged: Judged, rows: Sequence[PackedRow]) -> dict[str, NDArray[n
 
 def _of_student(judged: Judged, row: PackedRow) -> dict[str, Tensor]:
     student = judged.student
-    under_gold, under_router = student(row, Gold(), Parts.ALL), student(row, RouterDecides(), Parts.ALL)
+    under_gold = student(row, Gold(), Parts.ALL)
+    under_router = student(row, RouterDecides(judged.threshold), Parts.ALL)
     nll = joint_nll(under_gold.logits, row.bits, row)
     router_nll = joint_nll(under_router.logits, under_router.bits, row)
     ends = document_end_positions(row)
     score = joint_row_score(nll, row)
-    predicted = decide(under_gold.p, row.byte_ids, official=student.is_official)
+    predicted = decide(under_gold.p, row.byte_ids, judged.threshold, official=student.is_official)
     mask = judged_positions(row)
     told = under_router.logits if judged.router_bits else under_gold.logits
-    official = {"official_bits": score_official(student, row).bits} if judged.official else {}
+    official = {"official_bits": score_official(student, row, judged.threshold).bits} if judged.official else {}
     return {
         **official,
         "text_bytes": score.bytes,

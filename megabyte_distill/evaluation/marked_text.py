@@ -26,7 +26,9 @@ class MarkedText:
 
 
 @torch.no_grad()
-def mark_sentence(student: Student, row: PackedRow, *, at_least: int = 100, at_most: int = 192) -> MarkedText:
+def mark_sentence(
+    student: Student, row: PackedRow, *, at_least: int = 100, at_most: int = 192, threshold: float = 0.5
+) -> MarkedText:
     """A sentence or two out of the middle of a row's longest segment, read in its context.
 
     ValueError where the row has no text.
@@ -34,7 +36,7 @@ def mark_sentence(student: Student, row: PackedRow, *, at_least: int = 100, at_m
     row = row.to(device_of(student))
     outputs = student(row, parts=Parts.ENCODER | Parts.ROUTER)
     assert outputs.p is not None
-    learned = decide(outputs.p, row.byte_ids, official=student.is_official)
+    learned = decide(outputs.p, row.byte_ids, threshold, official=student.is_official)
     edges = row.cu_seqlens.tolist()
     real = [pair for pair in pairwise(edges) if bool(row.loss_mask[pair[0]])]
     first, last = max(real, key=lambda pair: pair[1] - pair[0])

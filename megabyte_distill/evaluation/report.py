@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from megabyte_distill.evaluation.bits_per_byte import Bits, Comparison, Evaluation
 from megabyte_distill.evaluation.bootstrap import Interval
+from megabyte_distill.evaluation.thresholds import ThresholdFigures
 
 _WHOSE = {Bits.GOLD: "gold bits", Bits.ROUTER: "router's bits"}
 
@@ -62,6 +63,8 @@ def table(comparison: Comparison) -> str:
         lines.append(f"document ends: {ends[0]:.2f} bits each for the teacher, {ends[1]:.2f} for the student")
     if len(comparison.sets) > 1:
         lines += ["", _set_table(comparison)]
+    if comparison.thresholds:
+        lines += ["", threshold_table(comparison.thresholds)]
     return "\n".join([*lines, *(f"note: {note}" for note in notes(comparison))])
 
 
@@ -140,6 +143,23 @@ def _set_table(comparison: Comparison) -> str:
                 f"{teacher} / {part.next_byte_accuracy:.3f}",
             )
         )
+    return columns(header, rows)
+
+
+def threshold_table(figures: Sequence[ThresholdFigures]) -> str:
+    """Quality against backbone steps, a line for each choice of bits."""
+    header = ("boundary bits", "bits/byte", "bytes/chunk", "steps/byte", "F1 tokens", "F1 merged")
+    rows = [
+        (
+            one.bits if one.threshold is None else f"{one.bits}, p > {one.threshold:g}",
+            f"{one.bits_per_byte:.4f}",
+            f"{one.bytes_per_chunk:.2f}",
+            f"{one.backbone_steps_per_byte:.4f}",
+            f"{one.gold_f1:.4f}",
+            "–" if one.merged_f1 is None else f"{one.merged_f1:.4f}",
+        )
+        for one in figures
+    ]
     return columns(header, rows)
 
 

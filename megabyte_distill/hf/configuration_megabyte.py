@@ -28,6 +28,7 @@ class MegabyteConfig(PreTrainedConfig):  # type: ignore[misc]
         backbone: dict[str, Any] | None = None,
         backbone_config: dict[str, Any] | None = None,
         paths: int = 4,
+        boundary_threshold: float | None = None,
         max_position_embeddings: int = DEFAULT_CONTEXT,
         **kwargs: Any,
     ) -> None:
@@ -38,14 +39,18 @@ class MegabyteConfig(PreTrainedConfig):  # type: ignore[misc]
             backbone: fields of BackboneConfig.
             backbone_config: the teacher's own config.json; read where the backbone is taken out again, not here.
             paths: bit histories of the causal byte filter.
+            boundary_threshold: of ``generate_bytes`` where it is given none (``Sampling.boundary_threshold``).
             max_position_embeddings: bytes; a hint to tools, not a limit of the model.
             kwargs: transformers' own fields.
 
         Raises:
-            ValueError: for fewer than one path.
+            ValueError: for fewer than one path, and a threshold that no probability is compared with.
         """
         if paths < 1:
             raise ValueError(f"paths is {paths}; expected at least 1")
+        if boundary_threshold is not None and not 0 < boundary_threshold < 1:
+            raise ValueError(f"boundary_threshold is {boundary_threshold}; expected a number between 0 and 1, or null")
+        self.boundary_threshold = boundary_threshold
         self.byte_side, self.backbone, self.backbone_config = byte_side, backbone, backbone_config
         self.paths, self.max_position_embeddings = paths, max_position_embeddings
         for name, value in (

@@ -178,19 +178,24 @@ class MegabyteForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         min_p: float = 0.0,
         seed: int = 0,
         paths: int | None = None,
+        boundary_threshold: float | None = None,
         stop: str | bytes | Sequence[str | bytes] = (),
         utf8: str = "raw",
     ) -> list[Generated]:
         """Continuations drawn as (byte, bit) pairs; ``paths`` (default: the configuration's) read the prompts.
 
+        With ``boundary_threshold`` (default: the configuration's) a byte ends a chunk where the model gives that more.
         Temperature 0 is greedy. Row i draws with seed + i, and ends in front of a ``stop`` text. ``utf8="constrain"``
         never writes a byte that is no UTF-8. ValueError for settings out of range and for prompts with bytes 254 and
         255.
         """
         texts = [stop] if isinstance(stop, str | bytes) else stop
+        threshold = self.config.boundary_threshold if boundary_threshold is None else boundary_threshold
         settings = GenerationSettings(
             max_new_bytes=max_new_bytes,
-            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
+            sampling=Sampling(
+                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, boundary_threshold=threshold
+            ),
             paths=self.config.paths if paths is None else paths,
             seed=seed,
             stop=tuple(text.encode() if isinstance(text, str) else text for text in texts),

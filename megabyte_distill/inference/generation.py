@@ -71,6 +71,10 @@ class GenerationSettings:
             raise ValueError(f"stop is {self.stop!r}; expected a tuple of bytes, none of them empty")
         if self.reading is PromptReading.OFFICIAL and self.mode is GenerationMode.BYTES:
             raise ValueError("the paper's way reads a prompt along one path; it goes with joint generation only")
+        if self.sampling.boundary_threshold is not None and self.mode is GenerationMode.BYTES:
+            raise ValueError(
+                "a boundary threshold decides bits; mode bytes sums over them: leave one out, or generate pairs"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +193,8 @@ class Generation:
         self._rows = [WrittenRow() for _ in self.prompts]
 
     def _begin_official(self, student: Student) -> None:
-        reader = OfficialReader(student, self.prompts)
+        threshold = self._settings.sampling.boundary_threshold
+        reader = OfficialReader(student, self.prompts, threshold=0.5 if threshold is None else threshold)
         self.prompt_bits = [tuple(bits) for bits in reader.bits]
         self._cursor = _Pairs(reader.step, reader.state, reader.log_probabilities)
 

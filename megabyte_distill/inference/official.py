@@ -43,7 +43,8 @@ class OfficialReader:
     """
 
     @torch.no_grad()
-    def __init__(self, student: Student, prompts: Sequence[bytes]) -> None:
+    def __init__(self, student: Student, prompts: Sequence[bytes], *, threshold: float = 0.5) -> None:
+        """``threshold``: above which the router's p ends a chunk."""
         self._student = student
         device = student.byte_encoder.embedding.weight.device
         sizes = torch.tensor([1 + len(prompt) for prompt in prompts])
@@ -53,7 +54,8 @@ class OfficialReader:
         every = torch.ones_like(byte_ids, dtype=torch.bool)
         row = _Texts(byte_ids, every, every, offsets.to(device, torch.int32))
         p = student(row, RouterDecides(), Parts.ENCODER | Parts.ROUTER).p
-        bits = decide(p, byte_ids, official=student.is_official)  # a segment's last p is 1: the forced boundary
+        # a segment's last p is 1: the forced boundary
+        bits = decide(p, byte_ids, threshold, official=student.is_official)
         edges = offsets.tolist()
         limit = context_limit(student)
         if limit is not None:

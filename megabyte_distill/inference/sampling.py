@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megabyte_distill.alphabet import BYTE_VOCAB, PAD_BYTE
+from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, PAD_BYTE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,9 @@ class Sampling:
     """Only so many of the likeliest classes; 0 keeps all."""
     min_p: float = 0.0
     """Only classes with at least this share of the likeliest one's probability; 0 keeps all."""
+    boundary_threshold: float | None = None
+    """Of pairs, before all else: a byte ends a chunk where the model gives that, the byte being taken, more than this
+    probability, and nowhere else; bytes stay as likely as they are. None draws the bit with the byte."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -36,6 +39,8 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; expected a whole number of at least 0 (0 keeps everything)")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; expected a number from 0 (keeps everything) to 1")
+        if self.boundary_threshold is not None and not 0 < self.boundary_threshold < 1:
+            raise ValueError(f"boundary_threshold is {self.boundary_threshold}; expected a number between 0 and 1")
 
 
 def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -43,6 +48,8 @@ def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Te
 
     ``uniform`` [R] fp64 in [0, 1) decides: equal numbers give equal classes, whatever the other rows are.
     """
+    if sampling.boundary_threshold is not None:
+        log_probabilities = decide_bits(log_probabilities, sampling.boundary_threshold)
     if sampling.temperature == 0:
         return log_probabilities.argmax(-1)
     # the likeliest at 0, which no temperature, however small, takes to −inf
@@ -63,6 +70,19 @@ def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Te
     position = torch.searchsorted(cumulative, target, right=True)
     chosen: Tensor = order.indices.gather(1, position)[:, 0]
     return chosen
+
+
+def decide_bits(log_probabilities: Tensor, threshold: float) -> Tensor:
+    """Of pairs [R, 512] each byte's whole probability on one of its bits, −inf on the other.
+
+    The bit is 1 where its share is above the threshold, and on BOS, which is a chunk of its own.
+    """
+    pairs = log_probabilities.double().view(-1, 2, BYTE_VOCAB)
+    both = torch.logaddexp(pairs[:, 0], pairs[:, 1])
+    ends = pairs[:, 1] - both > math.log(threshold)  # NaN where a byte is impossible, which stays so
+    ends[:, BOS_BYTE] = True
+    decided = torch.stack((both.masked_fill(ends, -torch.inf), both.masked_fill(~ends, -torch.inf)), dim=1)
+    return decided.view_as(log_probabilities)
 
 
 def mask_padding(log_probabilities: Tensor) -> Tensor:

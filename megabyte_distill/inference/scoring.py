@@ -87,13 +87,13 @@ def score_row(student: Student, row: PackedRow, boundaries: Boundaries | None = 
 
 
 @torch.no_grad()
-def score_official(student: Student, row: PackedRow) -> RowScore:
+def score_official(student: Student, row: PackedRow, threshold: float = 0.5) -> RowScore:
     """The paper's score: the likelier of a byte's two bits, boundaries by the router from the whole string.
 
     No bound: a router's bit at t is decided with x_{t+1} in sight and tells about it, and a byte is credited with the
     label's bit that fits best although the other one is input. Kept for comparison with published figures.
     """
-    logits = student(row, RouterDecides()).logits
+    logits = student(row, RouterDecides(threshold)).logits
     pairs = logits.float().log_softmax(-1).view(-1, 2, BYTE_VOCAB)
     wanted = (row.labels % BYTE_VOCAB)[:, None, None].expand(-1, 2, 1)
     return joint_row_score(-pairs.gather(2, wanted)[..., 0].amax(1), row)

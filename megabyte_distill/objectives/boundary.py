@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.data.chunk_merging import bytes_and_chunks
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import not_last
+from megabyte_distill.objectives.objective import Sums
+
+BYTES_PER_CHUNK = "bytes per chunk"
+ROUTER_BYTES_PER_CHUNK = "router bytes per chunk"
 
 
 def boundary_bce(p: Tensor, bits: Tensor) -> Tensor:
@@ -44,3 +49,11 @@ def f1_pair(predicted: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
     """(2 · hits, predicted + gold): a (sum, count) whose ratio over any number of rows is F1."""
     counts = boundary_counts(predicted, row)
     return 2.0 * counts["hits"].to(torch.float64), counts["predicted"] + counts["gold"]
+
+
+def chunk_lengths(row: PackedRow, predicted: Tensor | None = None) -> Sums:
+    """(bytes, chunks) of a row of merged chunks, and under predicted ends [P]; nothing where no chunk is merged."""
+    if row.token_bits is None:
+        return {}
+    router = {} if predicted is None else {ROUTER_BYTES_PER_CHUNK: bytes_and_chunks(row, predicted)}
+    return {BYTES_PER_CHUNK: bytes_and_chunks(row, row.bits), **router}

@@ -48,7 +48,7 @@ def restored(tree: ByteTree, row: PackedRow) -> Tensor:
 
 def _spread_tail(tree: ByteTree, row: PackedRow, stored: StoredTargets, distribution: Tensor) -> None:
     cut = (stored.tail > 0).nonzero()[:, 0]
-    node = tree.nodes_along(row.byte_ids, row.bits)[cut]
+    node = tree.nodes_along(row.byte_ids, row.token_ends)[cut]
     cut, node = cut[node >= 0], node[node >= 0]
     first = tree.entry_first[node]
     count = tree.entry_first[node + 1] - first

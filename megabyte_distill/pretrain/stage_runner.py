@@ -12,9 +12,12 @@ from torch import nn
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
+from megabyte_distill.config.stage import MERGES_IN
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher_stages
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.data.chunk_merging import ChunkSchedule, ChunkSizes, sample_rows
+from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import set_trainable
 from megabyte_distill.objectives.objective import Objective
@@ -144,6 +147,7 @@ class StageRunner:
         has_losses = any(part.post_process for part in virtual_stages(student))
         stored = stored_targets(settings, config, self.prepared, train, has_losses=has_losses)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
+        sizes = self._chunk_sizes(stage.name, config, train)
         objective = stage.objective(config, teacher, self.prepared.token_bytes)
         return Loop(
             stage=stage.name,
@@ -159,7 +163,7 @@ class StageRunner:
                 position=self.position,
             ),
             objective=objective,
-            rows=MicroBatches(train, config, world, document_mask=mask, stored_targets=stored),
+            rows=MicroBatches(train, config, world, document_mask=mask, stored_targets=stored, chunk_sizes=sizes),
             config=config,
             run_config=settings.run,
             world=world,
@@ -175,9 +179,22 @@ class StageRunner:
             stop=self.stop,
             deadline=self.deadline,
             extra_state=self._identity(stage.name),
-            valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask),
+            valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask, chunk_sizes=sizes),
             invariants=self._invariants(student, objective) if settings.run.check_invariants else None,
         )
+
+    def _chunk_sizes(self, name: str, config: StageConfig, train: RowStream) -> ChunkSchedule | None:
+        """How chunks grow in a stage, from the beginning of its rows: a resumed run finds the same."""
+        if config.target_bytes_per_chunk is None or name not in MERGES_IN:
+            return None
+        schedule = ChunkSchedule(config, ChunkSizes(sample_rows(train)))
+        last = schedule.limit(config.train_iters)
+        reached = schedule.sizes.mean(1.0 if last is None else last)
+        self._say(
+            f" stage {name} merges tokens of {schedule.sizes.mean(1.0):.2f} bytes to chunks of {reached:.2f} "
+            f"(--target-bytes-per-chunk {config.target_bytes_per_chunk})"
+        )
+        return schedule
 
     def _invariants(self, student: nn.Module, objective: Objective) -> Invariants:
         # where the losses are complete on the first stage, the others see no rows

@@ -44,8 +44,8 @@ class StopReason(str, Enum):
 class RowSource(Protocol):
     """Where micro-batches come from; the same order whatever the number of ranks."""
 
-    def next_micro_batches(self) -> list[PackedRow]:
-        """This rank's micro-batches of the next update."""
+    def next_micro_batches(self, iteration: int) -> list[PackedRow]:
+        """This rank's micro-batches of the next update, behind ``iteration`` others of the stage."""
 
     def describe_last(self) -> str:
         """The documents of the last update, for messages."""
@@ -123,7 +123,8 @@ class Loop:
     """time.monotonic() at which --exit-duration-in-mins is over."""
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     """Written into each checkpoint's state: hashes of what it was made from."""
-    valid_rows: Callable[[], list[list[PackedRow]]] = list
+    valid_rows: Callable[[int], list[list[PackedRow]]] = lambda iteration: []
+    """Held-out batches behind so many updates."""
     invariants: Invariants | None = None
     """Checked every ``check_invariants`` updates."""
     progress: Progress = field(default_factory=Progress)
@@ -202,7 +203,7 @@ class Loop:
     def _update(self, window: _Window) -> StepReport:
         started = time.perf_counter()
         self.trained.position.begin(self.stage, self.progress.iteration + 1, "data")
-        micro_batches = self.rows.next_micro_batches()
+        micro_batches = self.rows.next_micro_batches(self.progress.iteration)
         report = self._step(micro_batches)
         progress = self.progress
         progress.iteration += 1
@@ -303,7 +304,7 @@ class Loop:
             return
         self.trained.gather_parameters()
         self.trained.position.at("evaluate")
-        means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(), self.world))
+        means = averages(evaluate(self.trained.module, self.objective, self.valid_rows(iteration), self.world))
         if means and self.world.is_main:
             shown = " | ".join(f"{name}: {value:.6E}" for name, value in means.items())
             say(f" validation at stage {self.stage} iteration {iteration} | {shown} |")

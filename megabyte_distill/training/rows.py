@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
 from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.data.chunk_merging import ChunkSchedule, merge_row
 from megabyte_distill.data.micro_batch import concatenate_rows
 from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.data.sampler import RowPlan
@@ -26,8 +27,9 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def _group(rows: Sequence[PackedRow], size: int, world: World) -> list[PackedRow]:
-    return [concatenate_rows(rows[i : i + size]).to(world.device) for i in range(0, len(rows), size)]
+CHUNK_LIMIT = "chunk_limit"
+"""Of a saved position: what the last update's tokens were merged with, None for not at all; where there is a schedule.
+"""
 
 
 class MicroBatches:
@@ -41,15 +43,21 @@ class MicroBatches:
         *,
         document_mask: bool = True,
         stored_targets: Callable[[RowPlan], StoredTargets] | None = None,
+        chunk_sizes: ChunkSchedule | None = None,
     ) -> None:
-        """``stored_targets``: gives the exact byte targets of a planned row, which then come with it."""
+        """``stored_targets``: gives the exact byte targets of a planned row, which then come with it.
+
+        ``chunk_sizes``: which chunks are merged at which update; None: none.
+        """
         config.micro_batches(world.data_parallel_size)  # refuses sizes that do not divide
         self._stream, self._config, self._world, self._document_mask = stream, config, world, document_mask
-        self._stored_targets = stored_targets
+        self._stored_targets, self._chunk_sizes = stored_targets, chunk_sizes
         self._last: list[Any] = []
+        self._limit: float | None = None
 
-    def next_micro_batches(self) -> list[PackedRow]:
-        """The next update's micro-batches of this rank."""
+    def next_micro_batches(self, iteration: int = 0) -> list[PackedRow]:
+        """The next update's micro-batches of this rank; ``iteration`` updates of the stage lie before it."""
+        self._limit = None if self._chunk_sizes is None else self._chunk_sizes.limit(iteration)
         self._last = self._stream.next_rows(self._config.global_batch_size)
         mine = self._last[self._world.data_parallel_rank :: self._world.data_parallel_size]
         rows = [self._stream.materialize(plan) for plan in mine]
@@ -57,7 +65,9 @@ class MicroBatches:
             rows = [replace(row, stored=self._stored_targets(plan)) for row, plan in zip(rows, mine, strict=True)]
         if not self._document_mask:
             rows = [without_document_mask(row) for row in rows]
-        return _group(rows, self._config.micro_batch_size, self._world)
+        size = self._config.micro_batch_size
+        joined = (concatenate_rows(rows[first : first + size]) for first in range(0, len(rows), size))
+        return [merge_row(row, self._limit).to(self._world.device) for row in joined]
 
     def describe_last(self) -> str:
         """Data set and document numbers of the last update."""
@@ -81,7 +91,8 @@ class MicroBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Position behind the last update."""
-        return self._stream.state_dict()
+        position = self._stream.state_dict()
+        return position if self._chunk_sizes is None else {**position, CHUNK_LIMIT: self._limit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position."""
@@ -91,12 +102,24 @@ class MicroBatches:
 class HeldOutRows:
     """The same held-out batches at every evaluation: the first rows of a second stream, read once and kept."""
 
-    def __init__(self, stream: Stream | None, config: StageConfig, world: World, *, document_mask: bool = True) -> None:
+    def __init__(
+        self,
+        stream: Stream | None,
+        config: StageConfig,
+        world: World,
+        *,
+        document_mask: bool = True,
+        chunk_sizes: ChunkSchedule | None = None,
+    ) -> None:
+        """``chunk_sizes``: as in training."""
+        self._chunk_sizes = chunk_sizes
         self._batches: list[list[PackedRow]] = []
         if stream is None:
             return
         source = MicroBatches(stream, config, world, document_mask=document_mask)
         self._batches = [source.next_micro_batches() for _ in range(config.eval_iters)]
 
-    def __call__(self) -> list[list[PackedRow]]:
-        return self._batches
+    def __call__(self, iteration: int = 0) -> list[list[PackedRow]]:
+        """The batches, their chunks as long as those of the update behind ``iteration`` others."""
+        limit = None if self._chunk_sizes is None else self._chunk_sizes.limit(iteration)
+        return [[merge_row(row, limit) for row in rows] for rows in self._batches]

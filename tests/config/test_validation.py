@@ -45,6 +45,20 @@ MOCK = "--mock-data "
         (MOCK + "--virtual-pipeline-model-parallel-size 2", "give --num-virtual-stages-per-pipeline-rank"),
         (MOCK + "--context-parallel-size 2", "each segment's chunks would have to divide by 2 × 2"),
         (
+            MOCK + "--2a.target-bytes-per-chunk-iters 5",
+            "stage 2a: --target-bytes-per-chunk-iters is about --target-bytes-per-chunk; give that",
+        ),
+        (
+            MOCK + "--target-bytes-per-chunk 8 --target-bytes-per-chunk-start 4",
+            "stage 1c: --target-bytes-per-chunk-start is where a change of length begins",
+        ),
+        (
+            MOCK + "--target-bytes-per-chunk 8 --train-iters 4 --2b.target-bytes-per-chunk-iters 5",
+            "stage 2b: --target-bytes-per-chunk-iters 5 is more than --train-iters 4",
+        ),
+        (MOCK + "--target-bytes-per-chunk 1", "--target-bytes-per-chunk: got 1.0, expected more than 1"),
+        (MOCK + "--1b.target-bytes-per-chunk 8", "--target-bytes-per-chunk acts only in 1c, 2a, 2b"),
+        (
             MOCK + "--byte-targets exact --no-document-mask --logits-load-dir c",
             "--logits-load-dir: the cached targets are of each document alone",
         ),
@@ -55,6 +69,10 @@ MOCK = "--mock-data "
         (MOCK + "--kd-temperature 0 --byte-targets exact", "--kd-temperature: got 0.0, expected more than 0"),
         (MOCK + "--2b.kd-temperature -1", "--2b.kd-temperature: got -1.0, expected more than 0"),
         (MOCK + "--kd-temperature inf", "--kd-temperature: got 'inf', expected a finite number"),
+        (
+            MOCK + "--kd-temperature 2 --target-bytes-per-chunk 6",
+            "stage 2b: --kd-temperature compares pairs of byte and bit, of which --target-bytes-per-chunk leaves",
+        ),
         (
             MOCK + "--2a.kd-temperature 2 --2a.byte-targets hard",
             "stage 2a: --kd-temperature is about --byte-targets exact or mixed, which is hard here",

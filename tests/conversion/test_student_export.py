@@ -44,11 +44,11 @@ def test_a_run_is_exported_and_its_backbone_imported(
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "out"
     command = ["export", "--megatron-path", str(finished), "--hf-path", str(out)]
-    assert main([*command, "--paths", "2"]) == 0
+    assert main([*command, "--paths", "2", "--boundary-threshold", "0.25"]) == 0
     assert "the student after stage 2b" in capsys.readouterr().out
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     student = load_student(finished, "2b").student
-    assert model.config.paths == 2
+    assert model.config.paths == 2 and model.config.boundary_threshold == 0.25
     torch.testing.assert_close(
         model(torch.tensor([list(b"the old")])).logits[0].double(),
         native_log_probabilities(student, b"the old", 2)[1:],
@@ -91,6 +91,7 @@ def test_a_stage_is_exported_by_its_folder_and_an_early_one_refused(
         (finished / "2c", [], "is not a run"),
         (finished, [], "give --overwrite"),
         (finished, ["--overwrite", "--paths", "0"], "--paths is 0"),
+        (finished, ["--overwrite", "--boundary-threshold", "1"], "--boundary-threshold is 1.0"),
         (job.teacher, ["--teacher", "--paths", "2", "--overwrite"], "--paths belongs to a student"),
     ):
         assert main(["export", "--megatron-path", str(path), "--hf-path", out, *more]) == 2

@@ -26,6 +26,7 @@ from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
 from megabyte_distill.conversion.teacher_folder import TeacherHolder, load_first_layers  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
 from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
+from megabyte_distill.data.chunk_merging import merge_row  # noqa: E402
 from megabyte_distill.data.mock import MockDataset  # noqa: E402
 from megabyte_distill.data.packing import PackedRow  # noqa: E402
 from megabyte_distill.model.backbone import Backbone, transformer_config  # noqa: E402
@@ -106,6 +107,8 @@ class Case:
     mixer: ByteMixer = ByteMixer.CONV
     mode: DechunkMode = DechunkMode.HARD
     tied: bool = False
+    merge_limit: float | None = None
+    """What the rows' tokens are merged with."""
 
 
 _ROUTER = {"boundary_source": BoundarySource.ROUTER}
@@ -122,6 +125,7 @@ CASES = {
     "2b": Case("2b", {}),
     "2b router, causal": Case("2b", _ROUTER, mode=DechunkMode.CAUSAL),
     "2b router, official": Case("2b", _ROUTER, mode=DechunkMode.OFFICIAL),
+    "2b merged, mixed": Case("2b", {"byte_targets": ByteTargets.MIXED}, mode=DechunkMode.CAUSAL, merge_limit=2.5),
     "2b frozen, mixed": Case("2b", {"freeze_backbone": True, "byte_targets": ByteTargets.MIXED}),
 }
 
@@ -209,6 +213,7 @@ def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, 
     student.train()
     frozen = {name: p.detach().clone() for name, p in student.named_parameters() if not p.requires_grad}
     rows = random_rows(ROWS * UPDATES, row_bytes=ROW_BYTES, bucket=BUCKET, seed=13)
+    rows = [merge_row(row, case.merge_limit) for row in rows]
     result: dict[str, Any] = {"losses": [], "grad_norms": [], "margin": 1.0}
     is_decided = here.size == 1 and case.fields.get("boundary_source") is BoundarySource.ROUTER
     for update in range(UPDATES):

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
+from megabyte_distill.inference.sampling import (
+    Sampling,
+    choose,
+    decide_bits,
+    mask_bytes,
+    mask_padding,
+    uniform_numbers,
+)
 
 LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 
@@ -74,13 +81,32 @@ def test_bytes_are_masked_with_either_bit(classes: int) -> None:
     assert torch.equal(possible, torch.cat([allowed] * (classes // 256), dim=1))
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_a_threshold_decides_bits_and_leaves_bytes_as_likely_as_they_are(threshold: float) -> None:
+    torch.manual_seed(0)
+    pairs = mask_padding((3 * torch.randn(5, 512)).log_softmax(-1))
+    decided = decide_bits(pairs, threshold).exp().view(5, 2, 256)
+    given = pairs.double().exp().view(5, 2, 256)
+    torch.testing.assert_close(decided.sum(1), given.sum(1))
+    ends = given[:, 1] > threshold * given.sum(1)
+    ends[:, 254] = True
+    assert not decided[:, 1][~ends].any() and not decided[:, 0][ends].any()
+    uniform = torch.rand(5, dtype=torch.float64)
+    drawn = choose(pairs, Sampling(boundary_threshold=threshold), uniform)
+    assert torch.equal(drawn, choose(decide_bits(pairs, threshold), Sampling(), uniform))
+    assert (ends.gather(1, drawn[:, None] % 256)[:, 0] == (drawn >= 256)).all()
+
+
 def test_a_rows_numbers_depend_on_its_seed_alone() -> None:
     assert torch.equal(uniform_numbers(4, 10, 7)[2], uniform_numbers(1, 10, 9)[0])
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 1.1}],
+    [
+        *({"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}),
+        *({"min_p": 1.1}, {"boundary_threshold": 0.0}, {"boundary_threshold": 1.0}),
+    ],
 )
 def test_settings_out_of_range_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):

@@ -24,12 +24,12 @@ def plant(kind: str) -> None:
     read = MicroBatches.next_micro_batches
     calls = 0
 
-    def next_micro_batches(self: MicroBatches) -> Any:
+    def next_micro_batches(self: MicroBatches, iteration: int) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             misbehave(kind)
-        return read(self)
+        return read(self, iteration)
 
     MicroBatches.next_micro_batches = next_micro_batches  # type: ignore[method-assign]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megabyte_distill.runs import chunk_limit
 from tests.pretrain.job import STAGES, Job, assert_same_run, metrics, write_data
 
 
@@ -56,6 +57,23 @@ def test_mamba_bf16_and_losses_off_by_default_resume_exactly(job: Job, run: Path
     while any(not (run / stage / "iter_0000004").exists() for stage in STAGES):
         assert job.run(run, *flags, "--exit-interval", "3") == 0
     assert_same_run(run, tmp_path / "whole")
+
+
+def test_growing_chunks_go_on_where_they_were(
+    job: Job, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--stages", "1c,2a", "--byte-targets", "exact", "--target-bytes-per-chunk", "9")
+    flags += ("--target-bytes-per-chunk-iters", "4")
+    assert job.run(tmp_path / "whole", *flags) == 0
+    assert "stage 2a merges tokens of " in capsys.readouterr().out
+    for _ in range(4):
+        assert job.run(run, *flags, "--exit-interval", "3") == 0
+    assert metrics(run) == metrics(tmp_path / "whole")
+    assert [chunk_limit(run / "2a" / f"iter_000000{n}") for n in (2, 4)] == [
+        chunk_limit(tmp_path / "whole" / "2a" / f"iter_000000{n}") for n in (2, 4)
+    ]
+    lengths = [metrics(run)["2a", update, "bytes per chunk"] for update in (2, 3, 4)]
+    assert lengths == sorted(lengths) and lengths[0] + 1 < lengths[-1]
 
 
 def test_a_stage_whose_base_was_trained_further_is_refused(

@@ -14,12 +14,17 @@ from tools.evaluate import main
 
 def test_all_figures_as_json_and_as_a_table(job: Job, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--load", str(finished), "--data-path", job.held_out, "--seq-length", "256", "--path-bytes", "100"]
+    along = ["--boundary-thresholds", "0.6,0.4", "--boundary-threshold", "0.4"]
     with world():
-        assert main([*command, "--json", "--train-data-path", job.train, "--paths", "2"]) == 0
+        assert main([*command, "--json", "--train-data-path", job.train, "--paths", "2", *along]) == 0
         figures = json.loads(capsys.readouterr().out)
         assert main([*command, "--paths", "0", "--max-bytes", "300"]) == 0
     assert figures["documents"] == 3 and figures["paths"]["paths"] == 2
     assert figures["retention"] == pytest.approx(figures["teacher_bits_per_byte"] / figures["student_bits_per_byte"])
+    assert [line["threshold"] for line in figures["thresholds"]] == [None, 0.4, 0.6]
+    gold, router, _ = figures["thresholds"]
+    assert gold["bits_per_byte"] == pytest.approx(figures["gold_bits_per_byte"])
+    assert router["bits_per_byte"] == pytest.approx(figures["router_bits_per_byte"])
     assert figures["unigram_bits_per_byte"] < figures["student_bits_per_byte"]
     table = capsys.readouterr().out
     assert "retention" in table and "paths" not in table and "unigram" not in table
@@ -77,6 +82,8 @@ def test_mistakes_are_one_error_line(
             ([*run, "--data-path", foreign], "made with another tokenizer"),
             ([*run, "--data-path", job.held_out, "--max-bytes", "0"], "max_bytes is 0"),
             ([*run, "--data-path", job.held_out, "--seq-length", "1"], "--seq-length 1"),
+            ([*run, "--data-path", job.held_out, "--boundary-threshold", "1"], "--boundary-threshold 1.0"),
+            ([*run, "--data-path", job.held_out, "--boundary-thresholds", "0.5,2"], "--boundary-thresholds: got 2"),
             ([*run, "--data-path", f"a={job.held_out}", f"a={job.train}"], "two data sets are called 'a'"),
             ([*run, "--data-path", job.held_out, "--confidence", "2"], "confidence is 2.0"),
             ([*run, "--data-path", job.held_out, "--suite", "robustness", "--paths", "0"], "--paths 0"),

@@ -60,6 +60,15 @@ def test_boundaries_are_shown(finished: Path, capsys: pytest.CaptureFixture[str]
         assert "bytes per chunk" in shown.err
 
 
+def test_a_threshold_says_how_long_chunks_become(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marks = []
+    for threshold, more in (("0.001", []), ("0.999", []), ("0.999", ["--speculate", "4"])):
+        command = ["--load", str(exported), "--prompt", "the", "--max-new-bytes", "30", "--show-boundaries", *more]
+        assert main([*command, "--boundary-threshold", threshold]) == 0
+        marks.append(capsys.readouterr().out.count("|"))
+    assert marks[0] > 25 and marks[1] < 5 and marks[2] == marks[1]
+
+
 def test_prompts_are_labelled_and_their_texts_do_not_depend_on_who_runs_beside_them(
     exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +136,11 @@ def test_mistakes_are_one_error_line(
             ([*run, "--prompt-file", str(tmp_path / "missing")], "missing"),
             ([*run, "--prompt", "ab\udcff"], "byte 255 (0xFF) at offset 2"),
             ([*run, "--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
+            ([*run, "--prompt", "a", "--boundary-threshold", "1"], "boundary_threshold is 1.0"),
+            (
+                [*run, "--prompt", "a", "--boundary-threshold", "0.5", "--generation", "bytes"],
+                "a boundary threshold decides bits",
+            ),
             ([*run, "--prompt", "a", "--top-p", "0"], "top_p is 0.0"),
             ([*run, "--prompt", "a", "--top-k", "-2"], "top_k is -2"),
             ([*run, "--prompt", "a", "--min-p", "2"], "min_p is 2.0"),
