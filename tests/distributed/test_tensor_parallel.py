@@ -19,6 +19,7 @@ SIZES = ("--micro-batch-size", "2")
     [
         (),
         ("--byte-mixer", "mamba2", "--mamba-head-dim", "16"),
+        ("--byte-mixer", "local_attention", "--byte-attention-head-dim", "16", "--router", "linear"),
         ("--2a.byte-targets", "exact", "--2b.boundary-source", "router", "--dechunk-mode", "causal"),
         ("--sequence-parallel", "--2b.boundary-source", "router"),
     ],

@@ -49,8 +49,9 @@ def test_averages_over_a_log_interval_survive_a_stop_inside_it(job: Job, run: Pa
     assert metrics(run) == metrics(tmp_path / "whole")
 
 
-def test_mamba_and_bf16_resume_exactly(job: Job, run: Path, tmp_path: Path) -> None:
-    flags = ("--byte-mixer", "mamba2", "--bf16")
+@pytest.mark.parametrize("parts", [("mamba2", "official"), ("local_attention", "linear")])
+def test_every_part_resumes_exactly_in_bf16(job: Job, run: Path, tmp_path: Path, parts: tuple[str, str]) -> None:
+    flags = ("--byte-mixer", parts[0], "--router", parts[1], "--bf16")
     assert job.run(tmp_path / "whole", *flags) == 0
     while any(not (run / stage / "iter_0000004").exists() for stage in STAGES):
         assert job.run(run, *flags, "--exit-interval", "3") == 0
