@@ -126,6 +126,8 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
+            if kwargs.get("attn_mask") is not None:  # torch makes numbers of it, and keeps them
+                kwargs["attn_mask"] = torch.empty_like(kwargs["attn_mask"], dtype=args[0].dtype, device=META)
             out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
             return out
         return func(*args, **kwargs)

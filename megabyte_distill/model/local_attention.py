@@ -108,7 +108,7 @@ class LocalAttentionBlock(ByteMixerBlock):
     def _projected(self, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [N, H, head_dim] of bytes [N, D], the first two rotated."""
         normed = self.norm(x)
-        query, key, value = (part(normed).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
+        query, key, value = (self._by_head(part(normed)) for part in (self.q, self.k, self.v))
         return rotate(query, rotations), rotate(key, rotations), value
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -116,9 +116,13 @@ class LocalAttentionBlock(ByteMixerBlock):
         own, other = (torch.arange(part.shape[1], device=query.device) for part in (query, keys))
         in_window = (other >= own[:, None]) & (other < own[:, None] + self.window)
         in_document = other >= self.window - 1 - position[:, None]
-        heads = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, keys, values))
-        out = F.scaled_dot_product_attention(*heads, attn_mask=(in_window & in_document[:, None])[:, None])
-        return out.transpose(1, 2).flatten(2)
+        query, keys, values = (self._by_head(part).transpose(1, 2) for part in (query, keys, values))
+        visible = (in_window & in_document[:, None])[:, None]
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible).transpose(1, 2).flatten(2)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[.., I] -> [.., H, head_dim]."""
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def _rotations(self, positions: Tensor) -> Tensor:
         """:func:`turns` [2, N, head_dim] of positions [N]."""
