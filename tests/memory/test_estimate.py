@@ -106,9 +106,10 @@ def test_four_ranks_hold_what_was_reckoned_for_them(layout: str, virtual: tuple[
 
 
 ATTENTION = "--byte-mixer local_attention --byte-attention-head-dim 12 --byte-attention-window 16 --router linear"
+RECOMPUTED = "--recompute-granularity full --recompute-byte-mixers"
 
 
-@pytest.mark.parametrize("flags", ["", "--bf16", "--recompute-granularity full --recompute-byte-mixers", ATTENTION])
+@pytest.mark.parametrize("flags", ["", "--bf16", RECOMPUTED, ATTENTION, f"{RECOMPUTED} {ATTENTION}"])
 @pytest.mark.parametrize("stage", STAGE_ORDER)
 def test_activations_are_those_of_a_real_run(stage: str, flags: str) -> None:
     """Live bytes as counted on the CPU within 1 %, and what autograd says it saves within 5 %."""
