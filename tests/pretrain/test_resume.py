@@ -49,13 +49,18 @@ def test_averages_over_a_log_interval_survive_a_stop_inside_it(job: Job, run: Pa
     assert metrics(run) == metrics(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("parts", [("mamba2", "official"), ("local_attention", "linear")])
-def test_every_part_resumes_exactly_in_bf16(job: Job, run: Path, tmp_path: Path, parts: tuple[str, str]) -> None:
-    flags = ("--byte-mixer", parts[0], "--router", parts[1], "--bf16")
+@pytest.mark.parametrize(
+    ("parts", "stages"),
+    [(("--byte-mixer", "mamba2"), STAGES), (("--byte-mixer", "local_attention", "--router", "linear"), ("1c", "2b"))],
+)
+def test_other_parts_and_bf16_resume_exactly(
+    job: Job, run: Path, tmp_path: Path, parts: tuple[str, ...], stages: tuple[str, ...]
+) -> None:
+    flags = (*parts, "--bf16", "--stages", ",".join(stages))
     assert job.run(tmp_path / "whole", *flags) == 0
-    while any(not (run / stage / "iter_0000004").exists() for stage in STAGES):
+    while any(not (run / stage / "iter_0000004").exists() for stage in stages):
         assert job.run(run, *flags, "--exit-interval", "3") == 0
-    assert_same_run(run, tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole", stages)
 
 
 def test_a_stage_whose_base_was_trained_further_is_refused(

@@ -1,8 +1,8 @@
 // The steps of an engine on a CPU in fp32, each a single call: encoder, decoder, backbone, over some of R slots.
 //
 // What they compute is model/'s: byte_encoder.py, byte_decoder.py, conv_mixer.py, mamba2.py, local_attention.py and the
-// teacher's layers; the weights are the modules' own memory. inference/engine_cpu.py writes the description that `Reader` reads, in the order in
-// which the constructors below take it.
+// teacher's layers; the weights are the modules' own memory. inference/engine_cpu.py writes the description that `Reader`
+// reads, in the order in which the constructors below take it.
 #include <omp.h>
 
 #include <algorithm>
@@ -79,7 +79,8 @@ inline void rotate(float* head, int64_t half, const float* by) {
   }
 }
 // One head of one position against `count` keys and values, each a row of `width` numbers.
-inline void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t width, float* out) {
+inline void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t width,
+                   float* out) {
   static thread_local Numbers scores;
   float *own = room(scores, count + kLanes), most = -INFINITY;
   const float scale = 1.0f / std::sqrt(float(width));
@@ -361,8 +362,10 @@ struct AttentionBlock : Block {
   }
   // Key and value of one head, which lie behind its query; what they replace is out of reach.
   void remember(const float* own, float* ring, int64_t head, int64_t read) const {
-    for (int64_t kind = 0; kind < 2; kind++)
-      std::copy_n(own + (1 + kind) * width, head_dim, ring + ((kind * heads + head) * window + read % window) * head_dim);
+    for (int64_t kind = 0; kind < 2; kind++) {
+      const int64_t line = (kind * heads + head) * window + read % window;
+      std::copy_n(own + (1 + kind) * width, head_dim, ring + line * head_dim);
+    }
   }
   void replay(int64_t row, int64_t length, int64_t slot, int64_t read, int64_t count) override {
     for (int64_t t = 0; t < count; t++)
