@@ -51,8 +51,8 @@ from megabyte_distill.data.packing import PackedRow, Segment, pack_row  # noqa: 
 from megabyte_distill.data.token_bytes import TokenBytes  # noqa: E402
 from megabyte_distill.memory.estimate import measured  # noqa: E402
 from megabyte_distill.memory.pretended import (  # noqa: E402
-    FusedAttention,
     WithoutValues,
+    fused_attention,
     pretended_world,
     weightless,
 )
@@ -202,7 +202,7 @@ def at_published_shape(
     with pretended_world():
         with weightless():
             student, teacher = build(settings, backbone, stage)
-        with WithoutValues(), FusedAttention():
+        with WithoutValues(), fused_attention():
             objective = STAGES[stage].objective(config, teacher, table)
             with parts.watching(teacher), Roofline(parts, *rates) as counted:
                 measured(student, objective, row)

@@ -59,6 +59,7 @@ EXPORTED = {
             "conv_mixer",
             "feed_forward",
             "linears",
+            "local_attention",
             "mamba2",
             "normalization",
             "packed_attention",

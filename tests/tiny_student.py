@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.alphabet import PAD_BYTE
-from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, ChunkPooling, DechunkMode
+from megabyte_distill.config.model import (
+    BackboneConfig,
+    ByteMixer,
+    ByteSideConfig,
+    ChunkPooling,
+    DechunkMode,
+    RouterKind,
+)
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import RowStream
@@ -34,6 +41,8 @@ BYTE_SIDE = ByteSideConfig(
     mamba_head_dim=6,
     mamba_scan_chunk=16,
     conv_ffn_hidden_size=10,
+    byte_attention_window=7,
+    byte_attention_head_dim=6,
 )
 BACKBONE = BackboneConfig(
     family="llama",
@@ -69,6 +78,7 @@ def tiny_student(
     tied: bool = False,
     pooling: ChunkPooling = ChunkPooling.LAST,
     ngrams: tuple[int, ...] = (),
+    router: RouterKind = RouterKind.OFFICIAL,
 ) -> Student:
     config = replace(
         BYTE_SIDE,
@@ -77,6 +87,7 @@ def tiny_student(
         chunk_pooling=pooling,
         byte_ngram_tables=ngrams,
         byte_ngram_rows=50,
+        router=router,
     )
     student = Student(config, tiny_backbone(tied_embeddings=tied))
     if student.byte_encoder.ngram_table is not None:

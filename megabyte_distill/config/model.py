@@ -17,6 +17,16 @@ class ByteMixer(str, Enum):
 
     MAMBA2 = "mamba2"
     CONV = "conv"
+    LOCAL_ATTENTION = "local_attention"
+
+
+class RouterKind(str, Enum):
+    """What the router makes of two neighbouring encoder states before it compares them."""
+
+    OFFICIAL = "official"
+    """A SwiGLU E → hidden → E each (the paper's way)."""
+    LINEAR = "linear"
+    """An E × E matrix each, without bias and at first the identity (H-Net, arXiv 2507.07955)."""
 
 
 class DechunkMode(str, Enum):
@@ -61,7 +71,13 @@ class ByteSideConfig:
     decoder_ffn_hidden_size: int = field(
         default=4096, metadata={"help": "hidden width of the SwiGLU E → D in front of the decoder"}
     )
-    router_hidden_size: int = field(default=8192, metadata={"help": "hidden width of the router's two SwiGLUs"})
+    router: RouterKind = field(
+        default=RouterKind.OFFICIAL,
+        metadata={"help": "what projects the states that the router compares: two SwiGLUs or two E × E matrices"},
+    )
+    router_hidden_size: int = field(
+        default=8192, metadata={"help": "hidden width of the two SwiGLUs of --router official"}
+    )
     mamba_state_dim: int = field(default=128, metadata={"help": "Mamba-2 state size"})
     mamba_head_dim: int = field(default=64, metadata={"help": "Mamba-2 head width"})
     mamba_expand: int = field(default=2, metadata={"help": "Mamba-2 inner width over D"})
@@ -72,6 +88,10 @@ class ByteSideConfig:
         default=(1, 2, 4, 8), metadata={"help": "dilation of conv block i, taken in turn"}
     )
     conv_ffn_hidden_size: int = field(default=4096, metadata={"help": "hidden width of the conv block's gated MLP"})
+    byte_attention_window: int = field(
+        default=128, metadata={"help": "bytes that a byte of a local_attention block attends to, itself included"}
+    )
+    byte_attention_head_dim: int = field(default=64, metadata={"help": "head width of local_attention blocks"})
     norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the byte side's RMSNorms"})
     chunk_pooling: ChunkPooling = field(
         default=ChunkPooling.LAST, metadata={"help": "what the backbone gets of the states of a chunk's bytes"}

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megabyte_distill.config.layers import Layer
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, DechunkMode, RouterKind
 from megabyte_distill.config.stage import AlignLossScale, BoundarySource, ByteTargets
 
 # RECIPE section 3: 131,072 × 16 = 8,192 × 256 = 2,097,152 bytes an update.
@@ -46,6 +46,7 @@ _PAPER_WIDTHS: Mapping[str, Any] = {
     "decoder_layers": 4,
     "encoder_ffn_hidden_size": 4096,
     "decoder_ffn_hidden_size": 4096,
+    "router": RouterKind.OFFICIAL,
     "router_hidden_size": 8192,
     "mamba_state_dim": 128,
     "mamba_head_dim": 64,
@@ -83,6 +84,7 @@ _TINY = Layer(
         "mamba_state_dim": 64,
         "mamba_head_dim": 32,
         "mamba_scan_chunk": 64,
+        "byte_attention_head_dim": 32,
         "seq_length": 2048,
         # small batches: at this size an update costs the same per byte, and quality is bought by updates
         "micro_batch_size": 2,

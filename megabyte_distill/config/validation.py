@@ -108,6 +108,12 @@ def _model(settings: Settings) -> Iterator[str]:
             f"--byte-width {side.byte_width} × --mamba-expand {side.mamba_expand} = {inner} is not a multiple of "
             f"--mamba-head-dim {side.mamba_head_dim}"
         )
+    if side.byte_mixer is ByteMixer.LOCAL_ATTENTION and side.byte_attention_head_dim > 0:
+        head_dim = side.byte_attention_head_dim
+        if head_dim % 2:
+            yield f"--byte-attention-head-dim: got {head_dim}, expected an even number: RoPE turns pairs of features"
+        if side.byte_width % head_dim:
+            yield f"--byte-width {side.byte_width} is not a multiple of --byte-attention-head-dim {head_dim}"
 
 
 def _data(settings: Settings) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,10 @@ from megabyte_distill.model.byte_stack import ByteMixerStack
 from megabyte_distill.model.chunking import PoolState, init_pool_state, pool_step, pool_steps
 from megabyte_distill.model.conv_mixer import ConvMixerBlock
 from megabyte_distill.model.feed_forward import SwiGLU
+from megabyte_distill.model.local_attention import ROPE_THETA, LocalAttentionBlock
 from megabyte_distill.model.mamba2 import Mamba2Block
 from megabyte_distill.model.packed_attention import LayerReach, RotaryTable
+from megabyte_distill.model.rotary import inverse_frequencies
 from megabyte_distill.model.row_state import RowState
 from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 from megabyte_distill.model.student import Student
@@ -35,7 +39,7 @@ def refusal(student: Student) -> str | None:
     if step_weights is None or step_weights() is None:
         return "got a backbone cut over ranks or of another's layers, expected a whole one of our own"
     blocks = (*student.byte_encoder.mixer.blocks, *student.byte_decoder.mixer.blocks)
-    if unknown := {type(block).__name__ for block in blocks if not isinstance(block, ConvMixerBlock | Mamba2Block)}:
+    if unknown := {type(block).__name__ for block in blocks if type(block) not in _BLOCKS}:
         return f"got byte mixers {', '.join(sorted(unknown))}, expected this package's own"
     if too_long := [n for n in student.byte_side_config.byte_ngram_tables if n > MAX_NGRAM]:
         return f"got n-grams of {too_long} bytes, expected at most {MAX_NGRAM}"
@@ -215,15 +219,12 @@ def _gated(out: Description, layer: SwiGLU) -> None:
 def _stack(out: Description, stack: ByteMixerStack) -> None:
     out.number(len(stack.blocks))
     for block in stack.blocks:
-        if isinstance(block, ConvMixerBlock):
-            _conv(out, block)
-        else:
-            assert isinstance(block, Mamba2Block)
-            _mamba(out, block)
+        number, write = _BLOCKS[type(block)]
+        out.number(number)
+        write(out, block)
 
 
 def _conv(out: Description, block: ConvMixerBlock) -> None:
-    out.number(0)
     out.norm(block.norm.weight, block.norm.eps)
     for part in (block.value, block.gate, block.out):
         _dense(out, part)
@@ -234,7 +235,6 @@ def _conv(out: Description, block: ConvMixerBlock) -> None:
 
 
 def _mamba(out: Description, block: Mamba2Block) -> None:
-    out.number(1)
     out.norm(block.norm.weight, block.norm.eps)
     for part in (block.z, block.x, block.b, block.c, block.dt, block.out):
         _dense(out, part)
@@ -245,6 +245,22 @@ def _mamba(out: Description, block: Mamba2Block) -> None:
     out.pointer(-block.a_log.detach().exp())
     out.pointer(block.d_skip)
     out.norm(block.gated_norm.weight, block.gated_norm.eps)
+
+
+def _attention(out: Description, block: LocalAttentionBlock) -> None:
+    out.norm(block.norm.weight, block.norm.eps)
+    for part in (block.q, block.k, block.v, block.out):
+        _dense(out, part)
+    out.number(block.head_dim, block.window)
+    out.pointer(inverse_frequencies(block.head_dim, ROPE_THETA))
+
+
+_BLOCKS: dict[type[nn.Module], tuple[int, Callable[[Description, Any], None]]] = {
+    ConvMixerBlock: (0, _conv),
+    Mamba2Block: (1, _mamba),
+    LocalAttentionBlock: (2, _attention),
+}
+"""Number of a block's kind in step.cpp, and what describes one."""
 
 
 def _backbone(out: Description, weights: StepBackbone) -> None:

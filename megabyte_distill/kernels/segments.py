@@ -5,7 +5,9 @@ Built once per forward call and handed to all blocks, so that a stack of blocks 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ class Segments:
         self._bounds: list[tuple[int, int]] | None = None
         self._reach: dict[int, Tensor] = {}
         self._blocks: dict[int, ScanBlocks] = {}
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def count(self) -> int:
@@ -43,6 +46,17 @@ class Segments:
             edges = self.cu_seqlens.tolist()
             self._bounds = list(pairwise(edges))
         return self._bounds
+
+    @property
+    def lengths(self) -> list[int]:
+        """Bytes of each segment as Python ints; the same copy to the host."""
+        return [last - first for first, last in self.bounds]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made at the first call with this key and handed to all blocks behind it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def reach(self, offset: int) -> Tensor:
         """[P] bool: the byte ``offset`` places earlier is in the same segment."""

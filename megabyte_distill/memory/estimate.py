@@ -25,7 +25,7 @@ from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.memory.in_flight import worst_moment
 from megabyte_distill.memory.live_bytes import LiveBytes
-from megabyte_distill.memory.pretended import FusedAttention, WithoutValues, pretended_world, weightless
+from megabyte_distill.memory.pretended import WithoutValues, fused_attention, pretended_world, weightless
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
@@ -241,7 +241,7 @@ def _run_micro_batch(
     row = even_row(config, bytes_per_chunk)
     needs_table = config.byte_targets is not ByteTargets.HARD and stage.name.startswith("2")
     table = even_tokens(part.backbone.backbone_config.vocab_size) if needs_table else None  # type: ignore[union-attr]
-    with WithoutValues(), FusedAttention():  # type: ignore[no-untyped-call]
+    with WithoutValues(), fused_attention():  # type: ignore[no-untyped-call]
         objective = stage.objective(config, built.teacher, table)
         with ExitStack() as stack:
             for wrapped in () if built.trained is None else built.trained.parts:

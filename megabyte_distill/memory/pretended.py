@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
@@ -120,15 +121,25 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-class FusedAttention(TorchFunctionMode):
-    """While active, meta tensors attend as the fused kernels do, which keep no square of scores."""
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, meta tensors attend as the fused kernels do, which keep no square of scores."""
+    real = functional.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
-            return out
-        return func(*args, **kwargs)
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not query.is_meta:
+            return real(query, *args, **kwargs)
+        if kwargs.get("attn_mask") is not None:  # torch makes numbers of it, and keeps them
+            kwargs["attn_mask"] = torch.empty_like(kwargs["attn_mask"], dtype=query.dtype, device=META)
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, *args, **kwargs)[0]
+        return out
+
+    # no TorchFunctionMode: what a backward pass computes again does not go through one
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
 
 
 def _makes_floats(func: Any, dtype: torch.dtype | None) -> bool:

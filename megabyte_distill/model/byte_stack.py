@@ -15,13 +15,18 @@ from megabyte_distill.kernels.segments import Segments
 from megabyte_distill.model.byte_mixer import ByteMixerBlock
 from megabyte_distill.model.conv_mixer import ConvMixerBlock
 from megabyte_distill.model.linears import LinearFactory
+from megabyte_distill.model.local_attention import LocalAttentionBlock
 from megabyte_distill.model.mamba2 import Mamba2Block
 from megabyte_distill.model.row_state import RowState, Span
 
 MixerBuilder = Callable[[ByteSideConfig, int, LinearFactory], ByteMixerBlock]
 """(config, index of the layer in its stack, linears) -> block."""
 MIXERS: MappingProxyType[ByteMixer, MixerBuilder] = MappingProxyType(
-    {ByteMixer.MAMBA2: Mamba2Block, ByteMixer.CONV: ConvMixerBlock}
+    {
+        ByteMixer.MAMBA2: Mamba2Block,
+        ByteMixer.CONV: ConvMixerBlock,
+        ByteMixer.LOCAL_ATTENTION: LocalAttentionBlock,
+    }
 )
 """The registry, read-only: a new mixer is one file and one line here."""
 

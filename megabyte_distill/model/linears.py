@@ -27,6 +27,10 @@ class LinearFactory(Protocol):
     def replicated(self, inputs: int, outputs: int, bias: bool = False) -> nn.Module:
         """Layer [.., inputs] -> [.., outputs], the same on every rank."""
 
+    def gathered(self, whole: Tensor) -> nn.Module:
+        """Layer [.., inputs] -> [.., outputs] that begins as the matrix ``whole`` [outputs, inputs], of which each rank
+        has its part of the rows; every rank gets all outputs."""
+
     def cut(self, whole: Tensor) -> nn.Parameter:
         """A parameter of which each rank has its part along axis 0."""
 
@@ -53,6 +57,12 @@ class PlainLinears:
     def replicated(self, inputs: int, outputs: int, bias: bool = False) -> nn.Module:
         """An ``nn.Linear``."""
         return nn.Linear(inputs, outputs, bias=bias)
+
+    def gathered(self, whole: Tensor) -> nn.Module:
+        """An ``nn.Linear`` without bias."""
+        layer = nn.Linear(whole.shape[1], whole.shape[0], bias=False)
+        layer.weight = nn.Parameter(whole)
+        return layer
 
     def cut(self, whole: Tensor) -> nn.Parameter:
         """All of it."""

@@ -177,6 +177,8 @@ def packed_attention(
     """
     if cu_seqlens is not None and _flash_takes(query):
         return _flash(query, key, value, cu_seqlens, max(lengths, default=0), window, scale)
+    if query.shape[0] == 0:
+        return query.flatten(1)
     key, value = (_one_per_head(x, query) for x in (key, value))
     # [1, heads, N, d]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))

@@ -71,6 +71,16 @@ class TensorParallelLinears:
         """An ``nn.Linear``."""
         return PlainLinears().replicated(inputs, outputs, bias)
 
+    def gathered(self, whole: Tensor) -> nn.Module:
+        """megatron's ColumnParallelLinear that gathers its outputs. ValueError where they cannot be split."""
+        outputs, inputs = whole.shape
+        self._check(outputs)
+        layer = _Column(inputs, outputs, init_method=None, bias=False, gather_output=True, **self._options)
+        with torch.no_grad():
+            layer.get_parameter("weight").copy_(whole.chunk(self.shards)[self._rank])
+        tensor_parallel.set_tensor_model_parallel_attributes(layer.get_parameter("weight"), True, 0, 1)
+        return layer
+
     def cut(self, whole: Tensor) -> nn.Parameter:
         """ValueError where axis 0 cannot be split."""
         self._check(whole.shape[0])

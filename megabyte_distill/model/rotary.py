@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.config.model import RopeScaling
+from megabyte_distill.kernels.ops import accumulation_dtype
 
 
 def inverse_frequencies(
@@ -74,9 +75,9 @@ def turns(angles: Tensor, magnitude: float = 1.0) -> Tensor:
 
 
 def rotate(x: Tensor, by: Tensor) -> Tensor:
-    """Rotates heads x [N, …, head_dim] by :func:`turns` [2, N, head_dim], in fp32; the result has x's dtype."""
+    """Rotates heads x [N, …, head_dim] by :func:`turns` [2, N, head_dim], in fp32 or fp64; the result has x's dtype."""
     cosines, sines = by.view(2, by.shape[1], *[1] * (x.dim() - 2), by.shape[2])
-    wide = x.float()
+    wide = x.to(accumulation_dtype(x.dtype))
     first, second = wide.chunk(2, dim=-1)
     turned: Tensor = wide * cosines + torch.cat((-second, first), dim=-1) * sines
     return turned.to(x.dtype)

@@ -59,16 +59,22 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += _attention_flops(func, args, kwargs or {})
         elif packet.__name__ in _PACKED:
             given = _named(func, args, kwargs or {})
-            self.flops += _PACKED[packet.__name__] * packed_product_flops(given["query"], given["cu_seq_q"])
+            before = (given.get("window_size") or (-1, 0))[0]
+            window = None if before < 0 else before + 1
+            self.flops += _PACKED[packet.__name__] * packed_product_flops(given["query"], given["cu_seq_q"], window)
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
 
 
-def packed_product_flops(query: Tensor, cu_seqlens: Tensor) -> int:
-    """Of one causal product of queries [N, heads, d] and keys in each of the segments cu_seqlens [S + 1]."""
-    squares = (cu_seqlens[1:] - cu_seqlens[:-1]).double().square().sum()
-    return int(query.shape[1] * query.shape[2] * squares.item())
+def packed_product_flops(query: Tensor, cu_seqlens: Tensor, window: int | None = None) -> int:
+    """Of one causal product of queries [N, heads, d] and keys in each of the segments cu_seqlens [S + 1].
+
+    ``window``: positions that each query attends to, its own included; None for all.
+    """
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).double()
+    hidden = 0.0 if window is None else float((lengths - window).clamp_min(0).square().sum())
+    return int(query.shape[1] * query.shape[2] * (float(lengths.square().sum()) - hidden))
 
 
 def engine_linear_flops(weight: Any, x: Tensor, output: Tensor) -> int:

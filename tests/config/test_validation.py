@@ -126,6 +126,15 @@ MOCK = "--mock-data "
         (MOCK + "--backbone-width -1", "--backbone-width: got -1"),
         (MOCK + "--conv-dilations 0 1", "--conv-dilations: got (0, 1)"),
         (MOCK + "--byte-mixer mamba2 --byte-width 100", "is not a multiple of --mamba-head-dim 32"),
+        (
+            MOCK + "--byte-mixer local_attention --byte-width 80",
+            "--byte-width 80 is not a multiple of --byte-attention-head-dim 32",
+        ),
+        (
+            MOCK + "--byte-mixer local_attention --byte-width 75 --byte-attention-head-dim 25",
+            "--byte-attention-head-dim: got 25, expected an even number",
+        ),
+        (MOCK + "--byte-attention-window 0", "--byte-attention-window: got 0, expected more than 0"),
         (MOCK + "--seed -1", "--seed: got -1, expected at least 0"),
         (MOCK + "--adam-beta2 1", "--adam-beta2: got 1.0, expected less than 1"),
         (MOCK + "--min-lr-ratio 2", "--min-lr-ratio: got 2.0, expected at most 1"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_data_parallel import FLAGS, assert_close
-from tests.pretrain.job import SCRIPT, Job, run_as_ranks
+from tests.pretrain.job import SCRIPT, STAGES, Job, run_as_ranks
 
 TENSOR = ("--tensor-model-parallel-size", "2")
 SIZES = ("--micro-batch-size", "2")
@@ -19,6 +19,10 @@ SIZES = ("--micro-batch-size", "2")
     [
         (),
         ("--byte-mixer", "mamba2", "--mamba-head-dim", "16"),
+        (
+            *("--byte-mixer", "local_attention", "--byte-attention-head-dim", "16", "--router", "linear"),
+            *("--stages", "1c,2b"),
+        ),
         ("--2a.byte-targets", "exact", "--2b.boundary-source", "router", "--dechunk-mode", "causal"),
         ("--sequence-parallel", "--2b.boundary-source", "router"),
     ],
@@ -28,7 +32,7 @@ def test_two_ranks_that_share_layers_give_the_losses_of_one(job: Job, tmp_path: 
     assert job.run(alone, *FLAGS, *SIZES, *(flag for flag in flags if flag != "--sequence-parallel")) == 0
     done = run_as_ranks(str(SCRIPT), *job.flags(run, *FLAGS, *SIZES, *flags, *TENSOR), processes=2)
     assert done.returncode == 0, done.stderr
-    assert_close(run, alone)
+    assert_close(run, alone, STAGES if "--stages" not in flags else ("1c", "2b"))
 
 
 def test_two_copies_of_two_ranks_give_the_losses_of_one_process(job: Job, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DynamicCache
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
-from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode, RouterKind
 from megabyte_distill.hf.exported_folder import load_exported
 from megabyte_distill.inference.engine import Engine
 from megabyte_distill.inference.generation import GenerationSettings, generate
@@ -38,7 +38,9 @@ pytestmark = pytest.mark.usefixtures("world")
 def test_logits_of_a_ragged_batch_equal_the_megatron_students(
     tmp_path: Path, mixer: ByteMixer, mode: DechunkMode
 ) -> None:
-    exported = make_exported(tmp_path, mixer, mode, tied_embeddings=mode is DechunkMode.CAUSAL)
+    router = RouterKind.LINEAR if mixer is ByteMixer.LOCAL_ATTENTION else RouterKind.OFFICIAL
+    tied = mode is DechunkMode.CAUSAL
+    exported = make_exported(tmp_path, mixer, mode, side={"router": router}, tied_embeddings=tied)
     for dtype, tolerance in ((torch.float64, 0.0), (torch.float32, 5e-6)):
         model = exported.load(dtype=dtype)
         exported.student.to(dtype)

@@ -63,6 +63,8 @@ def tiny_student(
         mamba_state_dim=8,
         mamba_head_dim=8,
         mamba_scan_chunk=16,
+        byte_attention_window=9,
+        byte_attention_head_dim=8,
         dechunk_mode=mode,
         chunk_pooling=pooling,
     )

@@ -124,11 +124,12 @@ def test_an_exports_layers_step_alike(shape: str) -> None:
     assert_steps_agree(student)
 
 
-def test_threads_share_the_work() -> None:
+@pytest.mark.parametrize("mixer", [ByteMixer.MAMBA2, ByteMixer.LOCAL_ATTENTION])
+def test_threads_share_the_work(mixer: ByteMixer) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert_steps_agree(tiny_student(ByteMixer.MAMBA2), turns=6)
+        assert_steps_agree(tiny_student(mixer), turns=6)
     finally:
         torch.set_num_threads(before)
 

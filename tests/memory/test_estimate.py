@@ -105,8 +105,19 @@ def test_four_ranks_hold_what_was_reckoned_for_them(layout: str, virtual: tuple[
                 assert real[name] == memory[name], (real, name)
 
 
-@pytest.mark.parametrize("flags", ["", "--bf16", "--recompute-granularity full --recompute-byte-mixers"])
-@pytest.mark.parametrize("stage", STAGE_ORDER)
+ATTENTION = "--byte-mixer local_attention --byte-attention-head-dim 12 --byte-attention-window 16 --router linear"
+RECOMPUTED = "--recompute-granularity full --recompute-byte-mixers"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        *((stage, flags) for stage in STAGE_ORDER for flags in ("", "--bf16", RECOMPUTED)),
+        ("1a", f"{RECOMPUTED} {ATTENTION}"),
+        ("1c", ATTENTION),
+        ("2b", ATTENTION),
+    ],
+)
 def test_activations_are_those_of_a_real_run(stage: str, flags: str) -> None:
     """Live bytes as counted on the CPU within 1 %, and what autograd says it saves within 5 %."""
     settings, (rank,) = reckoned(f"--stages {stage} {flags}")

@@ -26,6 +26,8 @@ TINY = ByteSideConfig(
     mamba_head_dim=4,
     mamba_scan_chunk=16,
     conv_ffn_hidden_size=10,
+    byte_attention_window=6,
+    byte_attention_head_dim=4,
 )
 
 

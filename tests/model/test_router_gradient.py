@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, DechunkMode, RouterKind
 from megabyte_distill.model.student import Gold, RouterDecides, Student
 from megabyte_distill.objectives.boundary import boundary_bce
 from tests.tiny_student import padded_row, tiny_student
@@ -20,9 +20,13 @@ def swiglu(module: torch.nn.Module, x: Tensor) -> Tensor:
     return (x @ value.t() * hidden * hidden.sigmoid()) @ out.t()
 
 
+def projected(module: torch.nn.Module, x: Tensor) -> Tensor:
+    return x @ module.weight.t() if isinstance(module, torch.nn.Linear) else swiglu(module, x)
+
+
 def plain_p(student: Student, r: Tensor, cu_seqlens: Tensor) -> Tensor:
     """p written out: half of one minus the cosine, one at each segment's last byte."""
-    q, k = swiglu(student.router.q, r[:-1]), swiglu(student.router.k, r[1:])
+    q, k = projected(student.router.q, r[:-1]), projected(student.router.k, r[1:])
     cosine = (q * k).sum(-1) / (q.square().sum(-1).sqrt() * k.square().sum(-1).sqrt())
     p = torch.cat(((1 - cosine) / 2, torch.ones(1, dtype=r.dtype)))
     last = torch.zeros(r.shape[0], dtype=torch.bool)
@@ -30,8 +34,9 @@ def plain_p(student: Student, r: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.where(last, 1.0, p)
 
 
-def test_bce_reaches_router_and_encoder_as_plain_autograd_says() -> None:
-    student, row = tiny_student().double(), padded_row()
+@pytest.mark.parametrize("router", list(RouterKind))
+def test_bce_reaches_router_and_encoder_as_plain_autograd_says(router: RouterKind) -> None:
+    student, row = tiny_student(router=router).double(), padded_row()
     outputs = student(row)
     parameters = [*student.router.parameters(), *student.byte_encoder.parameters()]
     mask = row.loss_mask

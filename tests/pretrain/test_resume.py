@@ -50,13 +50,24 @@ def test_averages_over_a_log_interval_survive_a_stop_inside_it(job: Job, run: Pa
     assert metrics(run) == metrics(tmp_path / "whole")
 
 
-def test_mamba_bf16_and_losses_off_by_default_resume_exactly(job: Job, run: Path, tmp_path: Path) -> None:
-    losses = ("--align-layers", "2", "--byte-targets", "mixed", "--kd-temperature", "2")
-    flags = ("--byte-mixer", "mamba2", "--bf16", *losses)
+LOSSES = ("--align-layers", "2", "--byte-targets", "mixed", "--kd-temperature", "2")
+
+
+@pytest.mark.parametrize(
+    ("parts", "stages"),
+    [
+        (("--byte-mixer", "mamba2", *LOSSES), STAGES),
+        (("--byte-mixer", "local_attention", "--router", "linear"), ("1c", "2b")),
+    ],
+)
+def test_other_parts_losses_and_bf16_resume_exactly(
+    job: Job, run: Path, tmp_path: Path, parts: tuple[str, ...], stages: tuple[str, ...]
+) -> None:
+    flags = (*parts, "--bf16", "--stages", ",".join(stages))
     assert job.run(tmp_path / "whole", *flags) == 0
-    while any(not (run / stage / "iter_0000004").exists() for stage in STAGES):
+    while any(not (run / stage / "iter_0000004").exists() for stage in stages):
         assert job.run(run, *flags, "--exit-interval", "3") == 0
-    assert_same_run(run, tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole", stages)
 
 
 def test_growing_chunks_go_on_where_they_were(

@@ -50,6 +50,9 @@ def test_attention_over_packed_segments_is_counted_segment_by_segment() -> None:
     edges = torch.tensor([0, 5, 5, 16], dtype=torch.int32)
     whole = sum(2 * heads * length * length * width for length in lengths)
     assert packed_product_flops(torch.empty(16, heads, width), edges) == whole // 2
+    # eleven positions see at most four: the square of the seven that are out of reach falls away
+    windowed = 2 * heads * width * (5 * 5 - 1 + 11 * 11 - 7 * 7)
+    assert packed_product_flops(torch.empty(16, heads, width), edges, window=4) == windowed // 2
 
 
 class OfTheEngine(nn.Linear):

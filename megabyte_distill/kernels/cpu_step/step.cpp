@@ -1,8 +1,8 @@
 // The steps of an engine on a CPU in fp32, each a single call: encoder, decoder, backbone, over some of R slots.
 //
-// What they compute is model/'s: byte_encoder.py, byte_decoder.py, conv_mixer.py, mamba2.py and the teacher's layers; the
-// weights are the modules' own memory. inference/engine_cpu.py writes the description that `Reader` reads, in the order in
-// which the constructors below take it.
+// What they compute is model/'s: byte_encoder.py, byte_decoder.py, conv_mixer.py, mamba2.py, local_attention.py and the
+// teacher's layers; the weights are the modules' own memory. inference/engine_cpu.py writes the description that `Reader`
+// reads, in the order in which the constructors below take it.
 #include <omp.h>
 
 #include <algorithm>
@@ -62,6 +62,42 @@ struct Gated {
   }
   int64_t hidden_size() const { return 2 * value.out; }
 };
+
+// The cosines [half] and sines [half] of a position, times `size`.
+inline void turn(int64_t place, int64_t half, const float* frequencies, float size, float* by) {
+  for (int64_t i = 0; i < half; i++) {
+    const float angle = float(place) * frequencies[i];
+    by[i] = std::cos(angle) * size;
+    by[half + i] = std::sin(angle) * size;
+  }
+}
+inline void rotate(float* head, int64_t half, const float* by) {
+  for (int64_t i = 0; i < half; i++) {
+    const float first = head[i], second = head[half + i];
+    head[i] = first * by[i] - second * by[half + i];
+    head[half + i] = second * by[i] + first * by[half + i];
+  }
+}
+// One head of one position against `count` keys and values, each a row of `width` numbers.
+inline void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t width,
+                   float* out) {
+  static thread_local Numbers scores;
+  float *own = room(scores, count + kLanes), most = -INFINITY;
+  const float scale = 1.0f / std::sqrt(float(width));
+  for (int64_t j = 0; j < count; j++) {
+    own[j] = dot(query, keys + j * width, width) * scale;
+    most = std::max(most, own[j]);
+  }
+  each(count, own, [&](int64_t i, int c) { return exp(load(own + i, c) - most); });
+  float sum = 0;
+  for (int64_t j = 0; j < count; j++) sum += own[j];
+  std::fill_n(out, width, 0.0f);
+  for (int64_t j = 0; j < count; j++) {
+    const float weight = own[j] / sum;
+    const float* value = values + j * width;
+    each(width, out, [&](int64_t i, int c) { return load(out + i, c) + load(value + i, c) * weight; });
+  }
+}
 
 // The bytes of one call: K rows of T each, and how many bytes each row had read before.
 struct Bytes {
@@ -278,14 +314,77 @@ struct MambaBlock : Block {
   int64_t mixed_at = 0;  // where the convolved inputs lie in `work`
 };
 
+struct AttentionBlock : Block {
+  Norm norm;
+  Dense query, key, value, out;
+  int64_t head_dim, window;
+  const float* frequencies;
+  int64_t width, heads;
+  Numbers turns;
+  // State: keys and values of the last bytes in a ring, [2][heads][window][head_dim].
+  explicit AttentionBlock(Reader& in, int64_t slots)
+      : norm(in), query(in.dense()), key(in.dense()), value(in.dense()), out(in.dense()), head_dim(in.number()),
+        window(in.number()), frequencies(in.pointer()), width(query.out), heads(width / head_dim) {
+    state_size = 2 * window * width;
+    state.resize(slots * state_size);
+  }
+  int64_t scratch() const override { return 0; }
+  void prepare(const Bytes& bytes) override {
+    room(trace, bytes.count() * 3 * width);  // [query | key | value]
+    room(work, bytes.count() * width);
+    room(turns, bytes.count() * head_dim);
+  }
+  void run(const Bytes& bytes, float* x, float* normed, float*) override {
+    const int64_t count = bytes.count();
+    float *projected = trace.data(), *mixed = work.data();
+    norm(count, x, normed);
+    dense(query, count, normed, query.in, projected, 3 * width);
+    dense(key, count, normed, query.in, projected + width, 3 * width);
+    dense(value, count, normed, query.in, projected + 2 * width, 3 * width);
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < count; at++)
+      turn(bytes.read[bytes.slots[at / bytes.length]] + at % bytes.length, head_dim / 2, frequencies, 1.0f,
+           turns.data() + at * head_dim);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t row = 0; row < bytes.rows; row++)
+      for (int64_t head = 0; head < heads; head++)
+        for (int64_t t = 0; t < bytes.length; t++) {
+          const int64_t at = row * bytes.length + t, read = bytes.read[bytes.slots[row]] + t;
+          float *own = projected + at * 3 * width + head * head_dim, *ring = of(bytes.slots[row]);
+          rotate(own, head_dim / 2, turns.data() + at * head_dim);
+          rotate(own + width, head_dim / 2, turns.data() + at * head_dim);
+          remember(own, ring, head, read);
+          const float *keys = ring + head * window * head_dim, *values = keys + heads * window * head_dim;
+          attend(own, keys, values, std::min(read + 1, window), head_dim, mixed + at * width + head * head_dim);
+        }
+    dense(out, count, mixed, width, x, out.out, true);
+#pragma omp barrier
+  }
+  // Key and value of one head, which lie behind its query; what they replace is out of reach.
+  void remember(const float* own, float* ring, int64_t head, int64_t read) const {
+    for (int64_t kind = 0; kind < 2; kind++) {
+      const int64_t line = (kind * heads + head) * window + read % window;
+      std::copy_n(own + (1 + kind) * width, head_dim, ring + line * head_dim);
+    }
+  }
+  void replay(int64_t row, int64_t length, int64_t slot, int64_t read, int64_t count) override {
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t head = 0; head < heads; head++)
+        remember(trace.data() + (row * length + t) * 3 * width + head * head_dim, of(slot), head, read + t);
+  }
+};
+
 // Blocks one after the other, and how many bytes each slot has read.
 struct Stack {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<int64_t> read, saved_read;
   Stack(Reader& in, int64_t slots) : read(slots), saved_read(slots) {
     for (int64_t left = in.number(); left > 0; left--) {
-      if (in.number() == 0) blocks.push_back(std::make_unique<ConvBlock>(in, slots));
-      else blocks.push_back(std::make_unique<MambaBlock>(in, slots));
+      switch (in.number()) {
+        case 0: blocks.push_back(std::make_unique<ConvBlock>(in, slots)); break;
+        case 1: blocks.push_back(std::make_unique<MambaBlock>(in, slots)); break;
+        default: blocks.push_back(std::make_unique<AttentionBlock>(in, slots));
+      }
     }
   }
   int64_t scratch() const {
@@ -417,23 +516,10 @@ struct Backbone {
     layer.capacity[slot] = larger;
   }
   // Cosines and sines [N][full, sliding][2][head_dim / 2].
-  void turn(int64_t count, const int64_t* places) {
-    const int64_t half = head_dim / 2;
-    for (int64_t n = 0; n < count; n++)
-      for (int64_t kind = 0; kind < 2; kind++)
-        for (int64_t i = 0; i < half; i++) {
-          const float angle = float(places[n]) * (kind ? sliding : frequencies)[i], size = kind ? 1.0f : magnitude;
-          float* own = turns.data() + (n * 2 + kind) * head_dim;
-          own[i] = std::cos(angle) * size;
-          own[half + i] = std::sin(angle) * size;
-        }
-  }
-  void rotate(float* head, const float* by) const {
-    const int64_t half = head_dim / 2;
-    for (int64_t i = 0; i < half; i++) {
-      const float first = head[i], second = head[half + i];
-      head[i] = first * by[i] - second * by[half + i];
-      head[half + i] = second * by[i] + first * by[half + i];
+  void turn_all(int64_t count, const int64_t* places) {
+    for (int64_t n = 0; n < count; n++) {
+      turn(places[n], head_dim / 2, frequencies, magnitude, turns.data() + n * 2 * head_dim);
+      turn(places[n], head_dim / 2, sliding, 1.0f, turns.data() + (n * 2 + 1) * head_dim);
     }
   }
   void norm_heads(float* row, const std::vector<int64_t>& heads, const float* weight) const {
@@ -453,38 +539,22 @@ struct Backbone {
       norm_heads(row, layer.key, layer.key_norm);
     }
     const float* by = turns.data() + (n * 2 + (layer.window ? 1 : 0)) * head_dim;
-    for (int64_t head : layer.query) rotate(row + head, by);
+    for (int64_t head : layer.query) rotate(row + head, head_dim / 2, by);
     const int64_t groups = int64_t(layer.key.size()), capacity = layer.capacity[slot];
     float* stored = layer.stored[slot].data();
     for (int64_t group = 0; group < groups; group++) {
-      rotate(row + layer.key[group], by);
+      rotate(row + layer.key[group], head_dim / 2, by);
       std::copy_n(row + layer.key[group], head_dim, stored + (group * capacity + at) * head_dim);
       std::copy_n(row + layer.value[group], head_dim, stored + ((groups + group) * capacity + at) * head_dim);
     }
   }
-  void attend(const Layer& layer, const float* row, int64_t head, int64_t slot, int64_t at, float* out) const {
-    static thread_local Numbers scores;
+  void attend_head(const Layer& layer, const float* row, int64_t head, int64_t slot, int64_t at, float* out) const {
     const int64_t groups = int64_t(layer.key.size()), group = head / (int64_t(layer.query.size()) / groups);
     const int64_t capacity = layer.capacity[slot];
     const float* keys = layer.stored[slot].data() + group * capacity * head_dim;
-    const float* values = keys + groups * capacity * head_dim;
-    const float* query = row + layer.query[head];
-    const int64_t first = layer.window && at >= layer.window ? at - layer.window + 1 : 0, count = at + 1 - first;
-    float *own = room(scores, count + kLanes), most = -INFINITY;
-    const float scale = 1.0f / std::sqrt(float(head_dim));
-    for (int64_t j = 0; j < count; j++) {
-      own[j] = dot(query, keys + (first + j) * head_dim, head_dim) * scale;
-      most = std::max(most, own[j]);
-    }
-    each(count, own, [&](int64_t i, int c) { return exp(load(own + i, c) - most); });
-    float sum = 0;
-    for (int64_t j = 0; j < count; j++) sum += own[j];
-    std::fill_n(out, head_dim, 0.0f);
-    for (int64_t j = 0; j < count; j++) {
-      const float weight = own[j] / sum;
-      const float* value = values + (first + j) * head_dim;
-      each(head_dim, out, [&](int64_t i, int c) { return load(out + i, c) + load(value + i, c) * weight; });
-    }
+    const int64_t first = layer.window && at >= layer.window ? at - layer.window + 1 : 0;
+    attend(row + layer.query[head], keys + first * head_dim, keys + (groups * capacity + first) * head_dim,
+           at + 1 - first, head_dim, out);
   }
   void run(int64_t count, const int64_t* slots, const int64_t* places, const float* in, float* out, int threads) {
     for (auto& layer : layers)
@@ -498,7 +568,7 @@ struct Backbone {
     room(attended, count * heads * head_dim);
     room(inner, count * 2 * hidden);
     room(turns, count * 2 * head_dim);
-    turn(count, places);
+    turn_all(count, places);
 #pragma omp parallel num_threads(threads)
     {
       for (auto& layer : layers) one(*layer, count, heads, slots, places);
@@ -533,8 +603,8 @@ struct Backbone {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t n = 0; n < count; n++)
       for (int64_t head = 0; head < heads; head++)
-        attend(layer, qkv.data() + n * columns, head, slots[n], places[n],
-               attended.data() + (n * heads + head) * head_dim);
+        attend_head(layer, qkv.data() + n * columns, head, slots[n], places[n],
+                    attended.data() + (n * heads + head) * head_dim);
     add(layer.out, layer.attention_norm, count, attended.data(), heads * head_dim);
     entered = enter(layer.mlp_norm, count);
     int64_t at = 0;
