@@ -190,9 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     updates, held_out_bytes = (QUICK_UPDATES, 2048) if arguments.quick else (UPDATES, 50_000)
     shared = Shared(arguments.work_dir / "shared")
     shared.prepare()
-    wanted = [
-        arm for arm in ARMS if arguments.only in (None, arm.name) or arguments.only in arm.group or arm.name == BASE
-    ]
+    word = arguments.only or ""
+    wanted = [arm for arm in ARMS if word in f"{arm.group}: {arm.name}" or arm.name == BASE]
     arms = [arm for arm in wanted if is_known(arm)]
     for arm in wanted:
         if arm not in arms:
