@@ -86,13 +86,14 @@ class Shared:
 
     def prepare(self) -> None:
         """Convert and preprocess what is not there yet."""
+        from megabyte_distill.pretrain.failure import quiet_known_warnings
+
+        quiet_known_warnings()  # before megatron is imported, which warns
         from megabyte_distill.data.encoding import EncodeJob
         from megabyte_distill.data.preprocess import PreprocessOptions, preprocess
         from megabyte_distill.parallel.process_groups import world
         from megabyte_distill.pretrain.example import Example
-        from megabyte_distill.pretrain.failure import quiet_known_warnings
 
-        quiet_known_warnings()
         with world():
             Example(EXAMPLE).prepare(self.folder)
         if not self.train.with_suffix(".json").exists():
