@@ -56,6 +56,8 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 REFERENCE = "hard"
 SHARE_OF_2B = 1 / 8
 """Of the bytes of stage 2; the demo's is about as large."""
+TEACHER_RATES = (3e-4, 5e-5)
+"""Learning rates with which the teacher trains on: the first is what 2b gives the backbone."""
 KIB = 1 << 10
 COLOURS = ("#6b7280", "#1f6fb4", "#3a8f4a", "#d1752a")
 
@@ -66,10 +68,8 @@ class Form:
 
     stage1: Mapping[str, int]
     """Updates of each stage before the arms."""
-    lengths: Sequence[int]
-    """Bytes of stage 2, ascending."""
-    most: Mapping[str, int]
-    """Bytes at which an arm's curve ends; hard labels go to the end, since the others are measured by it."""
+    sizes: Mapping[str, Sequence[int]]
+    """KiB of stage 2 of each arm's points, ascending. Hard labels go further, since the others are measured by them."""
     seeds: Sequence[int]
     every: int
     """Only each so-manieth document of the training text."""
@@ -79,8 +79,12 @@ class Form:
 
 FULL = Form(
     stage1={"1a": 600, "1b": 50, "1c": 75},
-    lengths=[KIB * size for size in (128, 256, 512, 1024, 2048, 4096)],
-    most={"exact": 2048 * KIB, "mixed": 1024 * KIB, "cached": 1024 * KIB},
+    sizes={
+        "hard": (256, 512, 1024, 2048, 4096, 6144),
+        "exact": (256, 512, 1024, 2048),
+        "mixed": (512, 1024, 2048),
+        "cached": (1024, 2048),
+    },
     seeds=(1, 2, 3),
     every=1,
     held_out_bytes=100_000,
@@ -88,8 +92,7 @@ FULL = Form(
 )
 SHORT = Form(
     stage1={"1a": 300, "1b": 25, "1c": 40},
-    lengths=[KIB * size for size in (32, 64, 128, 256, 512)],
-    most={"exact": 256 * KIB, "mixed": 128 * KIB, "cached": 128 * KIB},
+    sizes={"hard": (256, 512, 1024), "exact": (256, 512), "mixed": (512,), "cached": (512,)},
     seeds=(1,),
     every=8,
     held_out_bytes=50_000,
@@ -97,8 +100,7 @@ SHORT = Form(
 )
 QUICK = Form(
     stage1={"1a": 4, "1b": 2, "1c": 2},
-    lengths=[KIB * size for size in (8, 16)],
-    most={"exact": 8 * KIB, "mixed": 8 * KIB, "cached": 8 * KIB},
+    sizes={"hard": (8, 16), "exact": (8,), "mixed": (8,), "cached": (8,)},
     seeds=(1,),
     every=400,
     held_out_bytes=2048,
@@ -120,7 +122,7 @@ def flags_of(arm: str, shared: Shared) -> tuple[str, ...]:
 
 def sizes_of(arm: str, form: Form) -> list[int]:
     """Bytes of stage 2 of an arm's points."""
-    return [size for size in form.lengths if size <= form.most.get(arm, math.inf)]
+    return [KIB * size for size in form.sizes[arm]]
 
 
 def train_arm(run: Run, shared: Shared, held_out_bytes: int) -> dict[str, Any]:
@@ -132,8 +134,8 @@ def train_arm(run: Run, shared: Shared, held_out_bytes: int) -> dict[str, Any]:
     return {**taken, "bits_per_byte": found}
 
 
-def train_teacher_on(shared: Shared, size: int, seed: int, held_out_bytes: int) -> dict[str, Any]:
-    """The teacher before and after its own loss on the bytes that the arms of a seed read."""
+def train_teacher_on(shared: Shared, size: int, seed: int, rate: float, held_out_bytes: int) -> dict[str, Any]:
+    """The teacher before and after its own loss on the bytes that the arms of a seed read, at a learning rate."""
     import torch
 
     from benchmarks.curriculum_runs import token_bits, training_rows
@@ -148,8 +150,8 @@ def train_teacher_on(shared: Shared, size: int, seed: int, held_out_bytes: int) 
     with world(seed=seed) as here:
         teacher = load_teacher(shared.teacher, dtype=torch.float32).backbone
         before = token_bits(teacher.eval(), shared, held_out_bytes)
-        settings = parse_arguments(["--mock-data"]).stages["2b"]
-        config = replace(settings, train_iters=total, lr=settings.backbone_peak_lr, backbone_lr=None)
+        config = parse_arguments(["--mock-data"]).stages["2b"]
+        config = replace(config, train_iters=total, lr=rate, backbone_lr=None)
         trained = wrap_for_training(teacher.requires_grad_(True).train(), teacher.config, config)
         objective = TokenCrossEntropy()
         done = 0
@@ -279,12 +281,13 @@ class Plan:
         judged, held_out_bytes = {**self._judged, "bytes": size}, self.form.held_out_bytes
         jobs = [
             Job(
-                name=f"teacher-{seed}",
-                work=partial(train_teacher_on, self.shared, size, seed, held_out_bytes),
+                name=f"teacher-{rate}-{seed}",
+                work=partial(train_teacher_on, self.shared, size, seed, rate, held_out_bytes),
                 identity=judged,
                 cost=size,
             )
             for seed in self.form.seeds
+            for rate in TEACHER_RATES
         ]
         updates = self.form.timed_updates
         return [
@@ -316,12 +319,15 @@ def result_of(form: Form, answers: Mapping[str, Mapping[str, Any]]) -> dict[str,
             **{name: None if found[name] is None else found[name] * scale for name in ("mean", "spread")},
         }
     runs = [point_name(arm, size, seed) for arm in ARMS for size in sizes_of(arm, form) for seed in form.seeds]
-    teacher = [answers[f"teacher-{seed}"] for seed in form.seeds]
+    teacher = {rate: [answers[f"teacher-{rate}-{seed}"] for seed in form.seeds] for rate in TEACHER_RATES}
     return {
         **result,
         "bits_per_byte": {arm: [{str(size): bits for size, bits in c.items()} for c in curves[arm]] for arm in ARMS},
         "spread_bits_per_byte": pooled_spread(list(curves.values())),
-        "teacher": {"before": teacher[0]["before"], "after": [one["after"] for one in teacher]},
+        "teacher": {
+            "before": next(iter(teacher.values()))[0]["before"],
+            "after": {str(rate): [one["after"] for one in found] for rate, found in teacher.items()},
+        },
         "seconds_per_byte": answers["times"],
         "cache": answers["cache"],
         "run_seconds": {name: [answers[name]["seconds"], answers[name]["processor_seconds"]] for name in runs},
@@ -359,7 +365,8 @@ def tables(result: Mapping[str, Any]) -> str:
         texts = ["–" if f["mean"] is None else f"{f['mean']:.2f} ± {f['spread']:.2f}" for f in found.values()]
         lines.append(f"| {name} factor | " + " | ".join(texts) + " |")
     teacher = result["teacher"]
-    lines += ["", f"The teacher: {teacher['before']:.4f}, trained on: {shown(teacher['after'], 4)}."]
+    after = (f"{shown(values, 4)} at a learning rate of {rate}" for rate, values in teacher["after"].items())
+    lines += ["", f"The teacher: {teacher['before']:.4f}; trained on: {', '.join(after)}."]
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def test_a_time_factor_weighs_both_stages_by_their_bytes() -> None:
 
 @pytest.mark.parametrize("form", ["FULL", "SHORT", "QUICK"])
 def test_stage_2_reads_the_bytes_that_a_form_says(form: str) -> None:
-    for size in getattr(data_efficiency, form).lengths:
+    for size in data_efficiency.sizes_of(data_efficiency.REFERENCE, getattr(data_efficiency, form)):
         flags = curriculum_runs.iteration_flags(data_efficiency.stage2_updates(size))
         assert abs(trained_bytes(flags) - size) <= 2048
 
