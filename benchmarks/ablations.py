@@ -145,7 +145,7 @@ def job_of(arm: Arm, updates: Mapping[str, int], root: Path, shared: Shared, hel
     return Job(
         name=name,
         work=partial(train_and_read, run, shared, arm, held_out_bytes),
-        identity={"stage1": updates["1a"], "flags": run.flags},
+        identity={"updates": updates, "flags": run.flags},
         cost=len(chosen),
     )
 

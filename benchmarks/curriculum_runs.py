@@ -146,7 +146,7 @@ class Run:
     def train(self, shared: Shared) -> dict[str, float]:
         """Train (or go on), and the wall seconds of its updates and processor seconds of the whole call.
 
-        RuntimeError where the run fails.
+        What another command left in the folder is removed. RuntimeError where the run fails.
         """
         from megabyte_distill.config import STAGE_ORDER
         from megabyte_distill.pretrain.main import main
@@ -159,6 +159,11 @@ class Run:
             *("--eval-iters", "0", "--save-interval", "0", "--log-interval", "50", "--summary-bytes", "0"),
             *self.flags,
         ]
+        command = self.folder / "command.json"
+        if not command.exists() or json.loads(command.read_text(encoding="utf-8")) != flags:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            command.write_text(json.dumps(flags), encoding="utf-8")
         started = time.process_time()
         if main(flags) != 0:
             raise RuntimeError(f"{self.folder.name}: the run failed; its log says why")
@@ -167,16 +172,9 @@ class Run:
         states = [read_loop_state(progress.checkpoint)["progress"] for progress in stages]
         return {"seconds": sum(state["seconds"] for state in states), "processor_seconds": taken}
 
-    def remove_stages(self) -> None:
-        """Remove the checkpoints, which a sweep has no room for."""
-        from megabyte_distill.config import STAGE_ORDER
-
-        for name in STAGE_ORDER:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-
 
 def with_dechunk(run: Path, folder: Path, mode: str) -> Path:
-    """A run with the same checkpoints whose decoder dechunks in another mode: no stage-1 weight depends on it."""
+    """A run with the same checkpoints whose decoder dechunks in another mode: the weights are the same ones."""
     from megabyte_distill.config.model import DechunkMode
     from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, read_model_config, write_model_config
 
