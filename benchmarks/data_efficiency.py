@@ -220,7 +220,8 @@ def headline(by_seed: Sequence[Mapping[int, float | None]]) -> dict[str, Any]:
     if not every:
         return {"at_bytes": None, "mean": None, "spread": None, "at_all": {}}
     largest = max(every)
-    return {"at_bytes": largest, **at_all[largest], "at_all": at_all}
+    # JSON has no other keys
+    return {"at_bytes": largest, **at_all[largest], "at_all": {str(size): found for size, found in at_all.items()}}
 
 
 def cost_ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -354,7 +355,7 @@ def tables(result: Mapping[str, Any]) -> str:
             values = [curve[size] for curve in seeds if size in curve]
             cells.append(shown(values, 4) if values else "")
             if arm != REFERENCE:
-                found = result[f"bytes_factor_{arm}"]["at_all"].get(int(size))
+                found = result[f"bytes_factor_{arm}"]["at_all"].get(size)
                 beyond = f"> {largest / int(size):.1f}" if values and statistics.mean(values) < best else ""
                 cells.append(beyond if found is None else f"{found['mean']:.2f} ± {found['spread']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,34 @@ def test_the_factor_is_read_at_the_most_bytes_at_which_every_seed_has_one() -> N
 def test_a_time_factor_weighs_both_stages_by_their_bytes() -> None:
     times = {"2a": {"hard": 1.0, "exact": 2.0}, "2b": {"hard": 8.0, "exact": 8.0}}
     assert data_efficiency.cost_ratios(times)["exact"] == pytest.approx((7 * 2 + 8) / (7 + 8))
+
+
+def test_an_arm_that_is_a_doubling_ahead_has_the_factor_two(tmp_path: Path) -> None:
+    form = data_efficiency.FULL
+    answers: dict[str, dict[str, Any]] = {
+        data_efficiency.point_name(arm, size, seed): {
+            "bits_per_byte": 4.0 - 0.1 * math.log2(size if arm == "hard" else 2 * size) + 0.001 * seed,
+            "seconds": 1.0,
+            "processor_seconds": 1.0,
+        }
+        for arm in data_efficiency.ARMS
+        for size in data_efficiency.sizes_of(arm, form)
+        for seed in form.seeds
+    }
+    for rate in data_efficiency.TEACHER_RATES:
+        answers |= {f"teacher-{rate}-{seed}": {"before": 1.5, "after": 1.4} for seed in form.seeds}
+    cost = dict.fromkeys(data_efficiency.ARMS, 1.0) | {"exact": 1.6}
+    answers |= {"times": {"2a": cost, "2b": cost}, "cache": {}}
+    result = data_efficiency.result_of(form, answers)
+    assert result["bytes_factor_exact"]["mean"] == pytest.approx(2) == result["bytes_factor_cached"]["mean"]
+    assert result["time_factor_exact"]["mean"] == pytest.approx(2 / 1.6)
+    assert result["spread_bits_per_byte"] == pytest.approx(0.001)
+    lines = data_efficiency.tables(json.loads(json.dumps(result))).splitlines()
+    table = lines[: lines.index("")]
+    assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
+    assert "2.00 ± 0.00" in table[2]
+    data_efficiency.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("form", ["FULL", "SHORT", "QUICK"])
