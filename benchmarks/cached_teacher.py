@@ -17,10 +17,8 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,14 +31,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 warnings.simplefilter("ignore")
 
-from megabyte_distill.config import Settings, parse_arguments  # noqa: E402 - after the path is set
-from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
+from benchmarks.update_times import Arm, in_turns  # noqa: E402 - after the path is set
 from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher  # noqa: E402
-from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
 from megabyte_distill.data.dataset import ByteTokenDataset  # noqa: E402
 from megabyte_distill.data.packing import PackedRow  # noqa: E402
 from megabyte_distill.data.sampler import RowStream  # noqa: E402
-from megabyte_distill.model.student import set_trainable  # noqa: E402
 from megabyte_distill.objectives.byte_tree import ByteTree  # noqa: E402
 from megabyte_distill.objectives.exact_targets import exact_targets  # noqa: E402
 from megabyte_distill.objectives.truncated_targets import restored  # noqa: E402
@@ -48,48 +43,9 @@ from megabyte_distill.parallel.cpu_memory import keep_large_buffers  # noqa: E40
 from megabyte_distill.parallel.process_groups import World, world  # noqa: E402
 from megabyte_distill.pretrain.cache_teacher import CacheReport, CacheSettings, make_cache  # noqa: E402
 from megabyte_distill.pretrain.example import Example  # noqa: E402
-from megabyte_distill.runs import build_student  # noqa: E402
-from megabyte_distill.training.optimizer import wrap_for_training  # noqa: E402
-from megabyte_distill.training.rows import MicroBatches  # noqa: E402
-from megabyte_distill.training.step import train_step  # noqa: E402
 from megabyte_distill.training.target_cache import TargetCache, teacher_hash  # noqa: E402
 
 ONLINE = "online"
-
-
-class Arm:
-    """One stage of the tiny preset, ready to be updated, with the teacher or with a cache."""
-
-    def __init__(self, stage: str, root: Path, dataset: ByteTokenDataset, cache: Path | None, here: World) -> None:
-        flags = [] if cache is None else ["--logits-load-dir", str(cache)]
-        settings: Settings = parse_arguments(
-            ["--stages", stage, "--byte-targets", "exact", *flags], Example(ROOT / "examples" / "tiny").defaults(root)
-        )
-        config = settings.stages[stage]
-        teacher = load_teacher(root / "teacher", dtype=torch.float32)
-        byte_side = settings.model.byte_side_for(teacher.config.hidden_size)
-        torch.manual_seed(1)
-        student = build_student(ModelConfig(backbone=teacher.config, byte_side=byte_side))
-        set_trainable(student, STAGES[stage].trains(config, teacher.config))
-        backbone = None if cache is not None else teacher.backbone.requires_grad_(False).eval()
-        self.objective = STAGES[stage].objective(config, backbone, teacher.token_bytes)
-        self.trained = wrap_for_training(student, student.config, config, bf16=False)
-        stream = RowStream([dataset], row_bytes=config.seq_length, chunk_bucket=config.chunk_bucket, seed=5)
-        stored = None
-        if cache is not None:
-            opened = TargetCache(cache)
-            stored = lambda plan: opened.of_row(plan, stream.datasets, stream.row_bytes)  # noqa: E731
-        self.rows = MicroBatches(stream, config, here, stored_targets=stored)
-        self.here, self.updates = here, 0
-        student.train()
-
-    def update(self) -> float:
-        """Seconds of this process, reading included: a machine that does other things as well does not count."""
-        started = time.process_time()
-        report = train_step(self.trained, self.objective, self.rows.next_micro_batches(), self.updates, self.here)
-        assert not report.skipped, report
-        self.updates += 1
-        return time.process_time() - started
 
 
 def make(root: Path, dataset: ByteTokenDataset, top_k: int, here: World) -> tuple[Path, CacheReport]:
@@ -163,14 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flush=True,
             )
         for stage in ("2a", "2b"):
-            arms = {ONLINE: Arm(stage, root, dataset, None, here)}
-            arms |= {name: Arm(stage, root, dataset, cache, here) for name, cache in caches.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in arms}
-            for number in range(updates + 1):
-                for name, arm in arms.items():
-                    taken = arm.update()
-                    seconds[name] += [taken] if number else []  # the first one warms up
-            middle = {name: statistics.median(values) for name, values in seconds.items()}
+            flags = {ONLINE: [], **{name: ["--logits-load-dir", str(cache)] for name, cache in caches.items()}}
+            arms = {
+                name: Arm(stage, root, dataset, ["--byte-targets", "exact", *more], here)
+                for name, more in flags.items()
+            }
+            middle = in_turns(arms, updates)
             ratios = {name: middle[name] / middle[ONLINE] for name in caches}
             results["updates"][stage] = {"seconds": middle, "cached_to_online": ratios}
             shown = ", ".join(f"{name} pairs {ratio:.3f}" for name, ratio in ratios.items())

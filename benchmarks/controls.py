@@ -21,10 +21,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megabyte_distill.config import STAGE_ORDER, parse_arguments  # noqa: E402 - after the path is set
+from benchmarks.curriculum_runs import Run, Shared, bytes_per_update, iteration_flags
+from megabyte_distill.config import STAGE_ORDER, parse_arguments
 
 ARMS = ("student", "without 1a", "without 1b", "from scratch")
 SCRATCH_FLAGS = ("--2b.lr", "3e-3", "--2b.backbone-lr", "3e-3", "--2b.byte-targets", "hard")
@@ -40,11 +40,6 @@ def iterations(scale: float) -> dict[str, int]:
     return {name: max(2, round(scale * UPDATES[name])) for name in STAGE_ORDER}
 
 
-def bytes_per_update(stage: str) -> int:
-    """Of the tiny preset."""
-    return parse_arguments(["--mock-data"]).stages[stage].bytes_per_update
-
-
 def arm_flags(arm: str, updates: Mapping[str, int]) -> list[str]:
     """Command line of an arm; every arm spends the same bytes."""
     chosen = dict(updates)
@@ -56,10 +51,7 @@ def arm_flags(arm: str, updates: Mapping[str, int]) -> list[str]:
     if arm.startswith("without"):
         left_out = arm.removeprefix("without ")
         chosen["2a"] += round(chosen.pop(left_out) * bytes_per_update(left_out) / bytes_per_update("2a"))
-    flags = ["--stages", ",".join(chosen)]
-    for name, count in chosen.items():
-        flags += [f"--{name}.train-iters", str(count)]
-    return flags
+    return iteration_flags(chosen)
 
 
 def random_teacher(teacher: Path, folder: Path, seed: int) -> None:
@@ -83,31 +75,20 @@ def random_teacher(teacher: Path, folder: Path, seed: int) -> None:
 
 def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Train one arm (or take what an earlier call finished) and return its summary."""
-    from megabyte_distill.parallel.process_groups import world
-    from megabyte_distill.pretrain.example import Example
-    from megabyte_distill.pretrain.main import main
-
-    shared = args.work_dir / "shared"
-    example = Example(ROOT / "examples" / "tiny")
-    with world():
-        example.prepare(shared)
-    root = args.work_dir / f"{arm.replace(' ', '-')}-{seed}"
-    load = shared / "teacher"
+    shared = Shared(args.work_dir / "shared")
+    shared.prepare()
+    load = shared.teacher
     if arm == "from scratch":
         load = args.work_dir / f"random-teacher-{seed}"
-        random_teacher(shared / "teacher", load, seed)
-    data = example.defaults(shared)
+        random_teacher(shared.teacher, load, seed)
     flags = [
-        *("--load", str(load), "--save", str(root), "--seed", str(seed)),
-        *("--train-data-path", *data["train_data_path"], "--valid-data-path", *data["valid_data_path"]),
-        *("--eval-iters", "0", "--save-interval", "0", "--log-interval", "50"),
         *("--summary-bytes", str(args.summary_bytes), "--summary-paths", "0"),
         *arm_flags(arm, iterations(args.scale)),
         *(["--seq-length", "512"] if args.quick else []),
     ]
-    if main(flags) != 0:
-        raise SystemExit(f"{arm}, seed {seed}: the run failed")
-    return json.loads((root / "summary.json").read_text())
+    run = Run(folder=args.work_dir / f"{arm.replace(' ', '-')}-{seed}", load=load, seed=seed, flags=tuple(flags))
+    run.train(shared)
+    return json.loads((run.folder / "summary.json").read_text())
 
 
 def verdict(student: list[float], other: list[float]) -> dict[str, float | bool]:

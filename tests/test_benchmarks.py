@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
+from benchmarks import ablations, controls, curriculum_runs, data_efficiency
 from megabyte_distill.config import parse_arguments
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def controls() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("controls", BENCHMARKS / "controls.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["controls"] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def trained_bytes(flags: list[str]) -> int:
@@ -33,13 +23,13 @@ def trained_bytes(flags: list[str]) -> int:
     return sum(config.train_iters * config.bytes_per_update for config in stages.values())
 
 
-def test_all_arms_spend_the_same_bytes(controls: ModuleType) -> None:
+def test_all_arms_spend_the_same_bytes() -> None:
     updates = controls.iterations(0.25)
     spent = {arm: trained_bytes(controls.arm_flags(arm, updates)) for arm in controls.ARMS}
     assert max(spent.values()) - min(spent.values()) <= 4096, spent
 
 
-def test_an_arm_leaves_out_what_it_says(controls: ModuleType) -> None:
+def test_an_arm_leaves_out_what_it_says() -> None:
     updates = controls.iterations(0.25)
     for arm in ("without 1a", "without 1b"):
         flags = controls.arm_flags(arm, updates)
@@ -47,11 +37,103 @@ def test_an_arm_leaves_out_what_it_says(controls: ModuleType) -> None:
     assert "2b" in controls.arm_flags("from scratch", updates)
 
 
-def test_a_difference_counts_above_twice_the_pooled_spread(controls: ModuleType) -> None:
+def test_a_difference_counts_above_twice_the_pooled_spread() -> None:
     near = controls.verdict([1.0, 1.1, 1.2], [1.15, 1.25, 1.35])
     far = controls.verdict([1.0, 1.1, 1.2], [1.4, 1.5, 1.6])
     assert math.isclose(near["spread"], 0.1) and not near["above_twice_the_spread"]
     assert far["above_twice_the_spread"] and math.isclose(far["worse_by"], 0.4)
+
+
+def test_bytes_needed_are_interpolated_on_the_logarithm_of_bytes() -> None:
+    curve = {1024: 3.0, 4096: 2.0, 8192: 1.9}
+    assert data_efficiency.bytes_needed(curve, 2.5) == pytest.approx(2048)
+    assert data_efficiency.bytes_needed(curve, 3.0) == 1024 and data_efficiency.bytes_needed(curve, 1.9) == 8192
+    assert data_efficiency.bytes_needed(curve, 3.1) is None and data_efficiency.bytes_needed(curve, 1.8) is None
+
+
+def test_a_curve_that_rises_again_is_read_where_it_first_arrives() -> None:
+    assert data_efficiency.bytes_needed({1: 3.0, 2: 2.0, 4: 2.2, 8: 1.0}, 2.1) == pytest.approx(2**0.9)
+
+
+def test_the_factor_is_read_at_the_most_bytes_at_which_every_seed_has_one() -> None:
+    hard = {1: 3.0, 2: 2.5, 4: 2.0, 8: 1.5}
+    one, other = (
+        data_efficiency.factors(hard, {1: 2.5, 2: 2.0, 4: 1.2}),
+        data_efficiency.factors(hard, {1: 2.5, 2: 1.5, 4: 1.4}),
+    )
+    assert one == {1: pytest.approx(2), 2: pytest.approx(2), 4: None}
+    found = data_efficiency.headline([one, other])
+    assert found["at_bytes"] == 2 and found["mean"] == pytest.approx(3) and found["spread"] == pytest.approx(2**0.5)
+    assert data_efficiency.headline([{4: None}])["mean"] is None
+
+
+def test_a_time_factor_weighs_both_stages_by_their_bytes() -> None:
+    times = {"2a": {"hard": 1.0, "exact": 2.0}, "2b": {"hard": 8.0, "exact": 8.0}}
+    assert data_efficiency.cost_ratios(times)["exact"] == pytest.approx((7 * 2 + 8) / (7 + 8))
+
+
+def test_an_arm_that_is_a_doubling_ahead_has_the_factor_two(tmp_path: Path) -> None:
+    form = data_efficiency.FULL
+    answers: dict[str, dict[str, Any]] = {
+        data_efficiency.point_name(arm, size, seed): {
+            "bits_per_byte": 4.0 - 0.1 * math.log2(size if arm == "hard" else 2 * size) + 0.001 * seed,
+            "seconds": 1.0,
+            "processor_seconds": 1.0,
+        }
+        for arm in data_efficiency.ARMS
+        for size in data_efficiency.sizes_of(arm, form)
+        for seed in form.seeds
+    }
+    for rate in data_efficiency.TEACHER_RATES:
+        answers |= {f"teacher-{rate}-{seed}": {"before": 1.5, "after": 1.4} for seed in form.seeds}
+    cost = dict.fromkeys(data_efficiency.ARMS, 1.0) | {"exact": 1.6}
+    answers |= {"times": {"2a": cost, "2b": cost}, "cache": {}}
+    result = data_efficiency.result_of(form, answers)
+    assert result["bytes_factor_exact"]["mean"] == pytest.approx(2) == result["bytes_factor_cached"]["mean"]
+    assert result["time_factor_exact"]["mean"] == pytest.approx(2 / 1.6)
+    assert result["spread_bits_per_byte"] == pytest.approx(0.001)
+    lines = data_efficiency.tables(json.loads(json.dumps(result))).splitlines()
+    table = lines[: lines.index("")]
+    assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
+    assert "2.00 ± 0.00" in table[2]
+    data_efficiency.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("form", ["FULL", "SHORT", "QUICK"])
+def test_stage_2_reads_the_bytes_that_a_form_says(form: str) -> None:
+    for size in data_efficiency.sizes_of(data_efficiency.REFERENCE, getattr(data_efficiency, form)):
+        flags = curriculum_runs.iteration_flags(data_efficiency.stage2_updates(size))
+        assert abs(trained_bytes(flags) - size) <= 2048
+
+
+def test_ablations_spend_the_same_bytes_and_start_where_they_say() -> None:
+    stage1 = {stage: ablations.UPDATES[stage] for stage in ablations.STAGE_1}
+    for arm in ablations.ARMS:
+        updates = ablations.updates_of(arm, ablations.UPDATES)
+        assert set(updates).isdisjoint(ablations.STAGE_1) == arm.from_stage1
+        spent = trained_bytes(curriculum_runs.iteration_flags({**(stage1 if arm.from_stage1 else {}), **updates}))
+        assert abs(spent - trained_bytes(curriculum_runs.iteration_flags(ablations.UPDATES))) <= 2048, arm.name
+
+
+def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
+    job = curriculum_runs.Job(name="a", work=dict, identity={"updates": {"2a": 3}})
+    assert job.stored(tmp_path) is None
+    job.store(tmp_path, {"bits": 1.5})
+    assert job.stored(tmp_path) == {"bits": 1.5}
+    other = curriculum_runs.Job(name="a", work=dict, identity={"updates": {"2a": 4}})
+    assert other.stored(tmp_path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data_efficiency", "ablations"])
+def test_a_comparison_of_runs_runs_and_takes_what_is_done(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--work-dir", str(tmp_path)]
+    for is_again in (False, True):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert ("were done by an earlier call" in done.stdout) == is_again
+        assert json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow

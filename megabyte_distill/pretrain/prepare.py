@@ -239,11 +239,16 @@ def stored_targets(
     return lambda plan: cache.of_row(plan, rows.datasets, rows.row_bytes)
 
 
+def row_seed(seed: int, stage: str) -> int:
+    """Of the order in which a stage of a run with this seed reads its data."""
+    return seed + 1000 * (1 + STAGE_ORDER.index(stage))
+
+
 def row_streams(
     settings: Settings, config: StageConfig, prepared: Prepared, stage: str
 ) -> tuple[RowStream, RowStream | None]:
     """(training rows, held-out rows or None) of a stage. Each stage reads its data in another order."""
-    seed = settings.run.seed + 1000 * (1 + STAGE_ORDER.index(stage))
+    seed = row_seed(settings.run.seed, stage)
     size = {"row_bytes": config.seq_length, "chunk_bucket": config.chunk_bucket}
     if settings.data.mock_data:
         vocab_size = prepared.model_config.backbone.vocab_size

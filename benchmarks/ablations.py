@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""What each choice of the curriculum is worth at the demo's size: one seed, one change an arm.
+
+    python benchmarks/ablations.py               # about two minutes an arm of two cores' time: half an hour
+    python benchmarks/ablations.py --only router # arms whose name holds the word, and the base
+    python benchmarks/ablations.py --quick       # few updates: shows that it runs, its figures mean nothing
+
+Arms train all stages on the same bytes (those of a stage left out go to 2a), or, as the base, start stage 2 from one
+stage 1. The last line is one JSON object; the table has each arm's flags. Figures are held-out joint bits per byte:
+
+step path      gold bits as input and label, chunk states come back as in stepping; a student of the official dechunk is
+               read with the hard one, since stepping cannot look ahead
+router's bits  the same under the router's bits, as input and label
+own forward    what the arm was trained on: its own bits as input, its own dechunk, gold bits as label. Where that looks
+               ahead, the figure is below what stepping gives: the leak
+
+A difference counts where it is above twice the spread over seeds, which is data_efficiency.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.curriculum_runs import (
+    WORKERS,
+    Job,
+    Run,
+    Shared,
+    bytes_per_update,
+    has_flag,
+    iteration_flags,
+    joint_bits,
+    run_jobs,
+    with_dechunk,
+)
+
+STAGE_1 = ("1a", "1b", "1c")
+UPDATES = {"1a": 450, "1b": 40, "1c": 75, "2a": 500, "2b": 60}
+"""Of the base."""
+QUICK_UPDATES = {"1a": 2, "1b": 2, "1c": 2, "2a": 2, "2b": 2}
+SPREAD_FROM = Path("runs/data_efficiency/full/result.json")
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One change."""
+
+    group: str
+    name: str
+    flags: tuple[str, ...] = ()
+    without: str = ""
+    """A stage left out."""
+    from_stage1: bool = False
+    """Starts from the common stage 1, whose weights the change does not touch."""
+    dechunk: str = "hard"
+    boundaries: str = "gold"
+
+
+def _leaks() -> list[Arm]:
+    return [
+        Arm(
+            group="byte SFT on hard labels",
+            name=f"{boundaries} bits, {dechunk} dechunk",
+            flags=("--byte-targets", "hard", "--boundary-source", boundaries, "--dechunk-mode", dechunk),
+            from_stage1=True,
+            dechunk=dechunk,
+            boundaries=boundaries,
+        )
+        for boundaries in ("gold", "router")
+        for dechunk in ("hard", "causal", "official")
+    ]
+
+
+ARMS: Sequence[Arm] = (
+    Arm(group="stages", name=BASE, from_stage1=True),
+    Arm(group="stages", name="without 1a", without="1a"),
+    Arm(group="stages", name="without 1b", without="1b"),
+    Arm(group="router", name="linear router", flags=("--router", "linear")),
+    Arm(group="mixers", name="Mamba-2", flags=("--byte-mixer", "mamba2")),
+    Arm(group="mixers", name="local attention", flags=("--byte-mixer", "local_attention")),
+    Arm(group="document masks", name="no document mask", flags=("--no-document-mask",)),
+    Arm(group="alignment layers", name="2 layers", flags=("--align-layers", "2")),
+    Arm(group="alignment layers", name="4 layers", flags=("--align-layers", "4")),
+    *_leaks(),
+    Arm(
+        group="backbone in 2b",
+        name="frozen in 2b",
+        flags=("--2b.freeze-backbone", "--2b.backbone-lr", "none"),
+        from_stage1=True,
+    ),
+)
+"""The base has the official router, the conv mixer, document masks, no alignment layers, gold bits, hard dechunk, exact
+targets and a backbone that trains in 2b."""
+
+
+def updates_of(arm: Arm, updates: Mapping[str, int]) -> dict[str, int]:
+    """Updates of the stages an arm runs; the bytes of one left out go to 2a."""
+    chosen = {stage: count for stage, count in updates.items() if not (arm.from_stage1 and stage in STAGE_1)}
+    if arm.without:
+        left = chosen.pop(arm.without) * bytes_per_update(arm.without)
+        chosen["2a"] += round(left / bytes_per_update("2a"))
+    return chosen
+
+
+def is_known(arm: Arm) -> bool:
+    """Whether this version has the arm's flags."""
+    return has_flag("--stages", ",".join(updates_of(arm, UPDATES)), *arm.flags)
+
+
+def train_and_read(run: Run, shared: Shared, arm: Arm, held_out_bytes: int) -> dict[str, Any]:
+    """Train an arm and read it in each way."""
+    taken = run.train(shared)
+    stepped = run.folder
+    if arm.dechunk == "official":
+        stepped = with_dechunk(run.folder, run.folder.with_name(f"{run.folder.name}-stepped"), "hard")
+    read = partial(joint_bits, shared=shared, max_bytes=held_out_bytes)
+    return {
+        **taken,
+        "step_path": read(stepped),
+        "router_bits": read(stepped, bits="router"),
+        "own_forward": read(run.folder, bits=arm.boundaries, labels="gold"),
+        "boundary_f1": json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))["boundary_f1"],
+    }
+
+
+def job_of(arm: Arm, updates: Mapping[str, int], root: Path, shared: Shared, held_out_bytes: int) -> Job:
+    """The arm's job; the common stage 1 must be there for one that starts from it."""
+    name = f"{arm.group}-{arm.name}".replace(" ", "-").replace(",", "")
+    load = root / "stage1" if arm.from_stage1 else shared.teacher
+    if arm.dechunk != "hard":
+        load = with_dechunk(load, root / f"stage1-{arm.dechunk}", arm.dechunk)
+    chosen = updates_of(arm, updates)
+    measured = ("--summary-bytes", str(held_out_bytes), "--summary-paths", "0")
+    run = Run(folder=root / name, load=load, seed=1, flags=(*iteration_flags(chosen), *arm.flags, *measured))
+    return Job(
+        name=name,
+        work=partial(train_and_read, run, shared, arm, held_out_bytes),
+        identity={"updates": updates, "flags": run.flags},
+        cost=len(chosen),
+    )
+
+
+def stage1_job(updates: Mapping[str, int], root: Path, shared: Shared) -> Job:
+    """What the base and others start stage 2 from."""
+    flags = tuple(iteration_flags({stage: updates[stage] for stage in STAGE_1}))
+    run = Run(folder=root / "stage1", load=shared.teacher, seed=1, flags=flags)
+    return Job(name="stage1", work=partial(run.train, shared), identity={"flags": flags}, cost=len(STAGE_1))
+
+
+def table(found: Mapping[str, Mapping[str, Any]], spread: float | None) -> str:
+    """Markdown for docs/results.md, a line an arm of which there are figures."""
+    lines = [
+        "| arm | flags | step path | worse than the base by | router's bits | own forward | boundary F1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        own = found.get(arm.name)
+        if own is None:
+            continue
+        flags = f"`{' '.join(arm.flags)}`" if arm.flags else ""
+        bits = [own["step_path"], own["step_path"] - found[BASE]["step_path"], own["router_bits"], own["own_forward"]]
+        cells = [f"{bits[0]:.4f}", f"{bits[1]:+.4f}", *(f"{value:.4f}" for value in bits[2:])]
+        lines.append(
+            f"| {' | '.join([f'{arm.group}: {arm.name}', flags, *cells, format(own['boundary_f1'], '.4f')])} |"
+        )
+    note = "not known, run data_efficiency.py" if spread is None else f"{2 * spread:.4f}"
+    return "\n".join([*lines, "", f"Twice the spread over seeds: {note}."])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print progress, the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two short updates a stage")
+    parser.add_argument("--only", metavar="WORD", help="arms whose group or name holds it, and the base")
+    parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of one thread ({WORKERS})")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--spread-from", type=Path, default=SPREAD_FROM, metavar="FILE", help=f"({SPREAD_FROM})")
+    arguments = parser.parse_args(argv)
+    root: Path = arguments.work_dir / ("quick" if arguments.quick else "full")
+    updates, held_out_bytes = (QUICK_UPDATES, 2048) if arguments.quick else (UPDATES, 50_000)
+    shared = Shared(arguments.work_dir / "shared")
+    shared.prepare()
+    word = arguments.only or ""
+    wanted = [arm for arm in ARMS if word in f"{arm.group}: {arm.name}" or arm.name == BASE]
+    arms = [arm for arm in wanted if is_known(arm)]
+    for arm in wanted:
+        if arm not in arms:
+            print(f"skipped: {arm.group}: {arm.name}: this version does not know {' '.join(arm.flags)}", flush=True)
+    answers: dict[str, dict[str, Any]] = {}
+    stage1 = [stage1_job(updates, root, shared)]
+    for start in (False, True):
+        jobs = {a.name: job_of(a, updates, root, shared, held_out_bytes) for a in arms if a.from_stage1 is start}
+        found = run_jobs([*stage1, *jobs.values()], root / "answers", workers=arguments.workers)
+        answers |= {name: found[job.name] for name, job in jobs.items()}
+        stage1 = []
+    spread = None
+    if arguments.spread_from.exists():
+        spread = json.loads(arguments.spread_from.read_text(encoding="utf-8"))["spread_bits_per_byte"]
+    print(f"\n{table(answers, spread)}\n", flush=True)
+    print(json.dumps({"updates": updates, "spread_bits_per_byte": spread, "arms": answers}))
+
+
+if __name__ == "__main__":
+    main()

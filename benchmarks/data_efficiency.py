@@ -1,0 +1,442 @@
+#!/usr/bin/env python3
+"""How many bytes, and how much time, stage 2 needs with the teacher's exact targets instead of hard labels.
+
+    python benchmarks/data_efficiency.py             # three seeds: up to an hour on two cores
+    python benchmarks/data_efficiency.py --short     # one seed, shorter runs: about five minutes
+    python benchmarks/data_efficiency.py --quick     # under a minute: shows that it runs, its figures mean nothing
+
+One stage-1 checkpoint a seed (1a, 1b, 1c), from which every arm starts and reads the same bytes in the same order: 2a,
+then 2b with an eighth of the bytes. Each point of a curve is a run of its own length with its own learning rate
+schedule. The measure is joint bits per byte on the held-out works. Arms: hard labels; exact targets, the teacher beside
+the student; half of each; exact targets from a target cache. Beside them the teacher itself, trained on with its own
+loss on the same bytes: what the text alone still teaches.
+
+The bytes factor of an arm is how many times its bytes hard labels need for its quality, interpolated on the logarithm
+of bytes. The time factor divides that by what a byte costs in the arm over one with hard labels; that ratio is taken
+from updates in turns in one process (processor seconds, medians). Two workers of one thread each do the runs; finished
+ones are taken from the work folder. The markdown tables are for docs/results.md; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.curriculum_runs import (
+    WORKERS,
+    Job,
+    Run,
+    Shared,
+    bytes_per_update,
+    iteration_flags,
+    joint_bits,
+    run_jobs,
+)
+from megabyte_distill.config import parse_arguments
+
+ARMS: Mapping[str, tuple[str, ...]] = {
+    "hard": ("--byte-targets", "hard"),
+    "exact": ("--byte-targets", "exact"),
+    "mixed": ("--byte-targets", "mixed"),
+    "cached": ("--byte-targets", "exact"),
+}
+"""The last with the target cache beside it."""
+REFERENCE = "hard"
+SHARE_OF_2B = 1 / 8
+"""Of the bytes of stage 2; the demo's is about as large."""
+TEACHER_RATES = (3e-4, 5e-5)
+"""Learning rates with which the teacher trains on: the first is what 2b gives the backbone."""
+KIB = 1 << 10
+COLOURS = ("#6b7280", "#1f6fb4", "#3a8f4a", "#d1752a")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How much is run."""
+
+    stage1: Mapping[str, int]
+    """Updates of each stage before the arms."""
+    sizes: Mapping[str, Sequence[int]]
+    """KiB of stage 2 of each arm's points, ascending. Hard labels go further, since the others are measured by them."""
+    seeds: Sequence[int]
+    every: int
+    """Only each so-manieth document of the training text."""
+    held_out_bytes: int
+    timed_updates: int
+
+
+FULL = Form(
+    stage1={"1a": 600, "1b": 50, "1c": 75},
+    sizes={
+        "hard": (256, 512, 1024, 2048, 4096, 6144),
+        "exact": (256, 512, 1024, 2048),
+        "mixed": (512, 1024, 2048),
+        "cached": (1024, 2048),
+    },
+    seeds=(1, 2, 3),
+    every=1,
+    held_out_bytes=100_000,
+    timed_updates=40,
+)
+SHORT = Form(
+    stage1={"1a": 300, "1b": 25, "1c": 40},
+    sizes={"hard": (256, 512, 1024), "exact": (256, 512), "mixed": (512,), "cached": (512,)},
+    seeds=(1,),
+    every=8,
+    held_out_bytes=50_000,
+    timed_updates=10,
+)
+QUICK = Form(
+    stage1={"1a": 4, "1b": 2, "1c": 2},
+    sizes={"hard": (8, 16), "exact": (8,), "mixed": (8,), "cached": (8,)},
+    seeds=(1,),
+    every=400,
+    held_out_bytes=2048,
+    timed_updates=2,
+)
+
+
+def stage2_updates(size: int) -> dict[str, int]:
+    """Updates of 2a and 2b that together read ``size`` bytes, as near as whole updates come."""
+    of_2b = max(1, round(SHARE_OF_2B * size / bytes_per_update("2b")))
+    return {"2a": max(1, round((size - of_2b * bytes_per_update("2b")) / bytes_per_update("2a"))), "2b": of_2b}
+
+
+def flags_of(arm: str, shared: Shared) -> tuple[str, ...]:
+    """What an arm's command line has beside its length."""
+    cache = ("--logits-load-dir", str(shared.cache)) if arm == "cached" else ()
+    return (*ARMS[arm], *cache)
+
+
+def sizes_of(arm: str, form: Form) -> list[int]:
+    """Bytes of stage 2 of an arm's points."""
+    return [KIB * size for size in form.sizes[arm]]
+
+
+def train_arm(run: Run, shared: Shared, held_out_bytes: int) -> dict[str, Any]:
+    """A point of a curve; its checkpoints are removed."""
+    shutil.rmtree(run.folder, ignore_errors=True)  # what was left half done would not count its processor time
+    taken = run.train(shared)
+    found = joint_bits(run.folder, shared, held_out_bytes)
+    shutil.rmtree(run.folder)
+    return {**taken, "bits_per_byte": found}
+
+
+def train_teacher_on(shared: Shared, size: int, seed: int, rate: float, held_out_bytes: int) -> dict[str, Any]:
+    """The teacher before and after its own loss on the bytes that the arms of a seed read, at a learning rate."""
+    import torch
+
+    from benchmarks.curriculum_runs import token_bits, training_rows
+    from megabyte_distill.conversion.teacher_folder import load_teacher
+    from megabyte_distill.objectives.token_ce import TokenCrossEntropy
+    from megabyte_distill.parallel.process_groups import world
+    from megabyte_distill.training.optimizer import wrap_for_training
+    from megabyte_distill.training.step import train_step
+
+    updates = stage2_updates(size)
+    total = sum(updates.values())
+    with world(seed=seed) as here:
+        teacher = load_teacher(shared.teacher, dtype=torch.float32).backbone
+        before = token_bits(teacher.eval(), shared, held_out_bytes)
+        config = parse_arguments(["--mock-data"]).stages["2b"]
+        config = replace(config, train_iters=total, lr=rate, backbone_lr=None)
+        trained = wrap_for_training(teacher.requires_grad_(True).train(), teacher.config, config)
+        objective = TokenCrossEntropy()
+        done = 0
+        for stage, count in updates.items():
+            rows = training_rows(shared, stage, seed, here)
+            for _ in range(count):
+                train_step(trained, objective, rows.next_micro_batches(), done, here)
+                done += 1
+        after = token_bits(teacher.eval(), shared, held_out_bytes)
+    return {"before": before, "after": after}
+
+
+def time_updates(shared: Shared, updates: int) -> dict[str, Any]:
+    """Processor seconds a byte of text of each stage and arm, taken in turns in one process."""
+    from benchmarks.update_times import Arm, in_turns
+    from megabyte_distill.data.dataset import ByteTokenDataset
+    from megabyte_distill.parallel.process_groups import world
+
+    found: dict[str, Any] = {}
+    with world() as here:
+        dataset = ByteTokenDataset(str(shared.train))
+        for stage in ("2a", "2b"):
+            arms = {arm: Arm(stage, shared.folder, dataset, flags_of(arm, shared), here) for arm in ARMS}
+            taken = in_turns(arms, updates)
+            found[stage] = {arm: seconds / arms[arm].bytes_per_update for arm, seconds in taken.items()}
+    return found
+
+
+# --- what is made of their answers
+
+Curve = Mapping[int, float]
+"""Bytes of stage 2 → bits per byte."""
+
+
+def bytes_needed(curve: Curve, quality: float) -> float | None:
+    """Bytes at which a curve first reaches so many bits per byte, linear on the logarithm of bytes; None outside it."""
+    points = sorted(curve.items())
+    if points[0][1] < quality:
+        return None
+    for (size, bits), (next_size, next_bits) in itertools.pairwise(points):
+        if next_bits <= quality <= bits:
+            share = (bits - quality) / (bits - next_bits) if bits > next_bits else 0.0
+            return float(size * (next_size / size) ** share)
+    return None
+
+
+def factors(reference: Curve, arm: Curve) -> dict[int, float | None]:
+    """By the arm's bytes: how many times these the reference needs for the same quality; None where it ends before."""
+    needed = {size: bytes_needed(reference, bits) for size, bits in arm.items()}
+    return {size: None if value is None else value / size for size, value in needed.items()}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; 0 for one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def headline(by_seed: Sequence[Mapping[int, float | None]]) -> dict[str, Any]:
+    """Mean and spread of the factor at the most bytes at which every seed has one, and at all such sizes."""
+    every: dict[int, list[float]] = {}
+    for size in sorted(by_seed[0]):
+        values = [found for seed in by_seed if (found := seed[size]) is not None]
+        if len(values) == len(by_seed):
+            every[size] = values
+    at_all = {size: {"mean": statistics.mean(v), "spread": spread(v)} for size, v in every.items()}
+    if not every:
+        return {"at_bytes": None, "mean": None, "spread": None, "at_all": {}}
+    largest = max(every)
+    # JSON has no other keys
+    return {"at_bytes": largest, **at_all[largest], "at_all": {str(size): found for size, found in at_all.items()}}
+
+
+def cost_ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What a byte of stage 2 costs in each arm over one with hard labels, both stages weighed by their bytes."""
+    cost = {arm: (1 - SHARE_OF_2B) * times["2a"][arm] + SHARE_OF_2B * times["2b"][arm] for arm in times["2a"]}
+    return {arm: value / cost[REFERENCE] for arm, value in cost.items()}
+
+
+def point_name(arm: str, size: int, seed: int) -> str:
+    """Of a point's job."""
+    return f"{arm}-{size // KIB}k-{seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The jobs of a form."""
+
+    form: Form
+    root: Path
+    shared: Shared
+
+    def stage1(self, seed: int) -> Run:
+        """What all arms of a seed start from."""
+        flags = tuple(iteration_flags(self.form.stage1))
+        return Run(folder=self.root / f"stage1-{seed}", load=self.shared.teacher, seed=seed, flags=flags)
+
+    def needed_first(self) -> list[Job]:
+        """Jobs before all others."""
+        common = {"stage1": self.form.stage1, "every": self.form.every}
+        runs = [self.stage1(seed) for seed in self.form.seeds]
+        jobs = [Job(name=run.folder.name, work=partial(run.train, self.shared), identity=common) for run in runs]
+        return [Job(name="cache", work=self.shared.make_cache, identity={"every": self.form.every}, cost=1), *jobs]
+
+    def points(self) -> list[Job]:
+        """A job a point of each arm's curve."""
+        arms = [(arm, size) for arm in ARMS for size in sizes_of(arm, self.form)]
+        return [self._point(arm, size, seed) for arm, size in arms for seed in self.form.seeds]
+
+    def _point(self, arm: str, size: int, seed: int) -> Job:
+        name, updates = point_name(arm, size, seed), stage2_updates(size)
+        flags = (*iteration_flags(updates), *flags_of(arm, self.shared))
+        run = Run(folder=self.root / "runs" / name, load=self.stage1(seed).folder, seed=seed, flags=flags)
+        return Job(
+            name=name,
+            work=partial(train_arm, run, self.shared, self.form.held_out_bytes),
+            identity={**self._judged, "updates": updates, "flags": ARMS[arm]},
+            cost=size,
+        )
+
+    @property
+    def _judged(self) -> dict[str, Any]:
+        form = self.form
+        return {"stage1": form.stage1, "every": form.every, "held_out_bytes": form.held_out_bytes}
+
+    def others(self) -> list[Job]:
+        """The teacher trained on, on as many bytes as the longest arm beside hard labels; and the times."""
+        size = max(size for arm in ARMS if arm != REFERENCE for size in sizes_of(arm, self.form))
+        judged, held_out_bytes = {**self._judged, "bytes": size}, self.form.held_out_bytes
+        jobs = [
+            Job(
+                name=f"teacher-{rate}-{seed}",
+                work=partial(train_teacher_on, self.shared, size, seed, rate, held_out_bytes),
+                identity=judged,
+                cost=size,
+            )
+            for seed in self.form.seeds
+            for rate in TEACHER_RATES
+        ]
+        updates = self.form.timed_updates
+        return [
+            *jobs,
+            Job(name="times", work=partial(time_updates, self.shared, updates), identity={"updates": updates}),
+        ]
+
+
+def result_of(form: Form, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures, from what the jobs answered."""
+    curves = {
+        arm: [
+            {size: answers[point_name(arm, size, seed)]["bits_per_byte"] for size in sizes_of(arm, form)}
+            for seed in form.seeds
+        ]
+        for arm in ARMS
+    }
+    ratios = cost_ratios(answers["times"])
+    result: dict[str, Any] = {"seeds": list(form.seeds), "stage1_updates": dict(form.stage1), "cost_ratios": ratios}
+    for arm in ARMS:
+        if arm == REFERENCE:
+            continue
+        by_seed = [factors(hard, own) for hard, own in zip(curves[REFERENCE], curves[arm], strict=True)]
+        found = headline(by_seed)
+        result[f"bytes_factor_{arm}"] = found
+        scale = 1 / ratios[arm]
+        result[f"time_factor_{arm}"] = {
+            "at_bytes": found["at_bytes"],
+            **{name: None if found[name] is None else found[name] * scale for name in ("mean", "spread")},
+        }
+    runs = [point_name(arm, size, seed) for arm in ARMS for size in sizes_of(arm, form) for seed in form.seeds]
+    teacher = {rate: [answers[f"teacher-{rate}-{seed}"] for seed in form.seeds] for rate in TEACHER_RATES}
+    return {
+        **result,
+        "bits_per_byte": {arm: [{str(size): bits for size, bits in c.items()} for c in curves[arm]] for arm in ARMS},
+        "spread_bits_per_byte": pooled_spread(list(curves.values())),
+        "teacher": {
+            "before": next(iter(teacher.values()))[0]["before"],
+            "after": {str(rate): [one["after"] for one in found] for rate, found in teacher.items()},
+        },
+        "seconds_per_byte": answers["times"],
+        "cache": answers["cache"],
+        "run_seconds": {name: [answers[name]["seconds"], answers[name]["processor_seconds"]] for name in runs},
+    }
+
+
+def pooled_spread(curves: Sequence[Sequence[Curve]]) -> float:
+    """Standard deviation over seeds of bits per byte at one size and arm, pooled over all of them."""
+    variances = [spread([curve[size] for curve in seeds]) ** 2 for seeds in curves for size in seeds[0]]
+    return math.sqrt(statistics.mean(variances))
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Markdown for docs/results.md."""
+    curves = result["bits_per_byte"]
+    lines = ["| bytes of stage 2 | " + " | ".join(f"{arm}, bits per byte | times the bytes" for arm in curves) + " |"]
+    lines[0] = lines[0].replace("hard, bits per byte | times the bytes", "hard, bits per byte")
+    lines.append("|" + "---|" * (2 * len(curves)))
+    largest = max(int(size) for size in curves[REFERENCE][0])
+    best = statistics.mean(curve[str(largest)] for curve in curves[REFERENCE])
+    for size in curves[REFERENCE][0]:
+        cells = [f"{int(size) // KIB} KiB"]
+        for arm, seeds in curves.items():
+            values = [curve[size] for curve in seeds if size in curve]
+            cells.append(shown(values, 4) if values else "")
+            if arm != REFERENCE:
+                found = result[f"bytes_factor_{arm}"]["at_all"].get(size)
+                beyond = f"> {largest / int(size):.1f}" if values and statistics.mean(values) < best else ""
+                cells.append(beyond if found is None else f"{found['mean']:.2f} ± {found['spread']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| | exact | mixed | cached |", "|---|---|---|---|"]
+    lines.append("| a byte costs, times hard labels | " + cells_of(result["cost_ratios"], "{:.2f}") + " |")
+    for name in ("bytes", "time"):
+        found = {arm: result[f"{name}_factor_{arm}"] for arm in ARMS if arm != REFERENCE}
+        texts = ["–" if f["mean"] is None else f"{f['mean']:.2f} ± {f['spread']:.2f}" for f in found.values()]
+        lines.append(f"| {name} factor | " + " | ".join(texts) + " |")
+    teacher = result["teacher"]
+    after = (f"{shown(values, 4)} at a learning rate of {rate}" for rate, values in teacher["after"].items())
+    lines += ["", f"The teacher: {teacher['before']:.4f}; trained on: {', '.join(after)}."]
+    return "\n".join(lines)
+
+
+def shown(values: Sequence[float], digits: int) -> str:
+    """Mean ± spread."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {spread(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def cells_of(values: Mapping[str, float], form: str) -> str:
+    """Of all arms but the reference."""
+    return " | ".join(form.format(values[arm]) for arm in ARMS if arm != REFERENCE)
+
+
+def plot(result: Mapping[str, Any], target: Path) -> None:
+    """Bits per byte against bytes of stage 2, and against their processor time; a line an arm, a mark a seed."""
+    from matplotlib.figure import Figure
+
+    from megabyte_distill.evaluation.plots import save_figure
+
+    figure = Figure(figsize=(9.0, 4.2), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    hard = result["seconds_per_byte"]
+    second = (1 - SHARE_OF_2B) * hard["2a"][REFERENCE] + SHARE_OF_2B * hard["2b"][REFERENCE]
+    for colour, (arm, seeds) in zip(COLOURS, result["bits_per_byte"].items(), strict=True):
+        sizes = [int(size) for size in seeds[0]]
+        mean = [statistics.mean(curve[str(size)] for curve in seeds) for size in sizes]
+        for axes, scale in ((left, 1.0), (right, second * result["cost_ratios"][arm])):
+            axes.plot([scale * size for size in sizes], mean, color=colour, lw=1.6, label=arm)
+            for curve in seeds:
+                axes.plot([scale * size for size in sizes], list(curve.values()), "o", color=colour, ms=3, alpha=0.6)
+    for axes, label in ((left, "bytes of stage 2"), (right, "processor seconds of stage 2")):
+        axes.axhline(result["teacher"]["before"], color="#6b7280", lw=0.8, ls=(0, (4, 4)), label="teacher")
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.grid(lw=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("joint bits per byte, held out")
+    left.legend(frameon=False, fontsize=8)
+    save_figure(figure, target)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print progress, the tables and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--short", action="store_true", help="one seed, shorter runs: about five minutes")
+    size.add_argument("--quick", action="store_true", help="few updates: under a minute")
+    parser.add_argument("--seeds", help="instead of the form's, as 1,2,3")
+    parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of one thread ({WORKERS})")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/data_efficiency"))
+    arguments = parser.parse_args(argv)
+    name, form = "full", FULL
+    if arguments.short or arguments.quick:
+        name, form = ("short", SHORT) if arguments.short else ("quick", QUICK)
+    if arguments.seeds:
+        form = replace(form, seeds=[int(seed) for seed in arguments.seeds.split(",")])
+    root: Path = arguments.work_dir / name
+    shared = Shared(arguments.work_dir / "shared", every=form.every)
+    shared.prepare()
+    plan = Plan(form, root, shared)
+    answers = run_jobs(plan.needed_first(), root / "answers", workers=arguments.workers)
+    answers |= run_jobs([*plan.points(), *plan.others()], root / "answers", workers=arguments.workers)
+    result = result_of(form, answers)
+    (root / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, root / "data_efficiency.png")
+    print(f"\n{tables(result)}\n\nplot: {root / 'data_efficiency.png'}", flush=True)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
