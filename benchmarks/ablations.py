@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each choice of the curriculum is worth at the demo's size: one seed, one change an arm.
 
-    python benchmarks/ablations.py               # about two minutes an arm of two cores' time: half an hour
+    python benchmarks/ablations.py               # about two minutes an arm, two at a time: half an hour
     python benchmarks/ablations.py --only router # arms whose name holds the word, and the base
     python benchmarks/ablations.py --quick       # few updates: shows that it runs, its figures mean nothing
 

@@ -176,7 +176,7 @@ class Run:
 
 
 def stepping(loaded: LoadedStudent) -> Student:
-    """The student as it steps: one of the official dechunk, which looks ahead, in the hard one with the same weights."""
+    """The student as it steps: of the official dechunk, which looks ahead, the weights in the hard one."""
     from megabyte_distill.config.model import DechunkMode
     from megabyte_distill.runs import build_student
 
