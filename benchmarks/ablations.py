@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each choice of the curriculum is worth at the demo's size: one seed, one change an arm.
 
-    python benchmarks/ablations.py               # about two minutes an arm of two cores' time: half an hour
+    python benchmarks/ablations.py               # about two minutes an arm, two at a time: half an hour
     python benchmarks/ablations.py --only router # arms whose name holds the word, and the base
     python benchmarks/ablations.py --quick       # few updates: shows that it runs, its figures mean nothing
 
@@ -40,7 +40,6 @@ from benchmarks.curriculum_runs import (
     iteration_flags,
     joint_bits,
     run_jobs,
-    with_dechunk,
 )
 
 STAGE_1 = ("1a", "1b", "1c")
@@ -62,7 +61,6 @@ class Arm:
     """A stage left out."""
     from_stage1: bool = False
     """Starts from the common stage 1, whose weights the change does not touch."""
-    dechunk: str = "hard"
     boundaries: str = "gold"
 
 
@@ -72,8 +70,7 @@ def _leaks() -> list[Arm]:
             group="byte SFT on hard labels",
             name=f"{boundaries} bits, {dechunk} dechunk",
             flags=("--byte-targets", "hard", "--boundary-source", boundaries, "--dechunk-mode", dechunk),
-            from_stage1=True,
-            dechunk=dechunk,
+            from_stage1=dechunk == "hard",  # the other modes' decoders do not fit its checkpoint
             boundaries=boundaries,
         )
         for boundaries in ("gold", "router")
@@ -120,15 +117,12 @@ def is_known(arm: Arm) -> bool:
 def train_and_read(run: Run, shared: Shared, arm: Arm, held_out_bytes: int) -> dict[str, Any]:
     """Train an arm and read it in each way."""
     taken = run.train(shared)
-    stepped = run.folder
-    if arm.dechunk == "official":
-        stepped = with_dechunk(run.folder, run.folder.with_name(f"{run.folder.name}-stepped"), "hard")
-    read = partial(joint_bits, shared=shared, max_bytes=held_out_bytes)
+    read = partial(joint_bits, run.folder, shared, held_out_bytes)
     return {
         **taken,
-        "step_path": read(stepped),
-        "router_bits": read(stepped, bits="router"),
-        "own_forward": read(run.folder, bits=arm.boundaries, labels="gold"),
+        "step_path": read(),
+        "router_bits": read(bits="router"),
+        "own_forward": read(bits=arm.boundaries, own_forward=True),
         "boundary_f1": json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))["boundary_f1"],
     }
 
@@ -137,8 +131,6 @@ def job_of(arm: Arm, updates: Mapping[str, int], root: Path, shared: Shared, hel
     """The arm's job; the common stage 1 must be there for one that starts from it."""
     name = f"{arm.group}-{arm.name}".replace(" ", "-").replace(",", "")
     load = root / "stage1" if arm.from_stage1 else shared.teacher
-    if arm.dechunk != "hard":
-        load = with_dechunk(load, root / f"stage1-{arm.dechunk}", arm.dechunk)
     chosen = updates_of(arm, updates)
     measured = ("--summary-bytes", str(held_out_bytes), "--summary-paths", "0")
     run = Run(folder=root / name, load=load, seed=1, flags=(*iteration_flags(chosen), *arm.flags, *measured))

@@ -23,7 +23,9 @@ from megabyte_distill.config import parse_arguments  # noqa: E402 - after the pa
 
 if TYPE_CHECKING:
     from megabyte_distill.model.backbone import Backbone
+    from megabyte_distill.model.student import Student
     from megabyte_distill.parallel.process_groups import World
+    from megabyte_distill.runs import LoadedStudent
     from megabyte_distill.training.rows import MicroBatches
 
 EXAMPLE = ROOT / "examples" / "tiny"
@@ -173,26 +175,27 @@ class Run:
         return {"seconds": sum(state["seconds"] for state in states), "processor_seconds": taken}
 
 
-def with_dechunk(run: Path, folder: Path, mode: str) -> Path:
-    """A run with the same checkpoints whose decoder dechunks in another mode: the weights are the same ones."""
+def stepping(loaded: LoadedStudent) -> Student:
+    """The student as it steps: of the official dechunk, which looks ahead, the weights in the hard one."""
     from megabyte_distill.config.model import DechunkMode
-    from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, read_model_config, write_model_config
+    from megabyte_distill.runs import build_student
 
-    config = read_model_config(run)
+    config, official = loaded.model_config, loaded.student
+    if not official.is_official:
+        return official
     assert config.byte_side is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in run.iterdir():
-        if path.name != MODEL_CONFIG_FILE and not (folder / path.name).exists():
-            (folder / path.name).symlink_to(path.resolve())
-    write_model_config(folder, replace(config, byte_side=replace(config.byte_side, dechunk_mode=DechunkMode(mode))))
-    return folder
+    student = build_student(replace(config, byte_side=replace(config.byte_side, dechunk_mode=DechunkMode.HARD)))
+    weights = official.state_dict()
+    del weights["byte_decoder.null_group"]  # no other mode reads it
+    student.load_state_dict(weights)
+    return student.eval()
 
 
-def joint_bits(run: Path, shared: Shared, max_bytes: int, *, bits: str = "gold", labels: str = "own") -> float:
+def joint_bits(run: Path, shared: Shared, max_bytes: int, *, bits: str = "gold", own_forward: bool = False) -> float:
     """Held-out joint bits per byte of a run's last stage, rows of 2048 bytes.
 
-    ``bits``: whose boundaries are input, ``gold`` or ``router``. ``labels``: ``own`` for the same bits, ``gold`` for
-    gold ones whatever the input, which is what a run with router bits is trained on and no bound of anything.
+    ``bits``: whose boundaries are input and label, ``gold`` or ``router``. ``own_forward``: labels are gold ones
+    whatever the input, and the dechunk is the run's own: what it was trained on, and no bound where that looks ahead.
     """
     import torch
 
@@ -205,14 +208,15 @@ def joint_bits(run: Path, shared: Shared, max_bytes: int, *, bits: str = "gold",
     from megabyte_distill.runs import load_student
 
     with world(), torch.no_grad():
-        student = load_student(run).student
+        loaded = load_student(run)
+        student = loaded.student if own_forward else stepping(loaded)
         boundaries = Gold() if bits == "gold" else RouterDecides()
         total, size = 0.0, 0
         for row in held_out_rows([ByteTokenDataset(str(shared.held_out))], row_bytes=2048, max_bytes=max_bytes):
-            if labels == "own":
-                score = score_row(student, row, boundaries)
-            else:
+            if own_forward:
                 score = joint_row_score(joint_nll(student(row, boundaries).logits, row), row)
+            else:
+                score = score_row(student, row, boundaries)
             total += float(score.bits.sum())
             size += int(score.bytes.sum())
     return total / size
