@@ -43,6 +43,15 @@ class ByteTargets(str, Enum):
     """Both, weighted by --kd-loss-alpha."""
 
 
+class TargetsFrom(str, Enum):
+    """Whose next-token distribution the exact byte targets are made of."""
+
+    TEACHER = "teacher"
+    """The teacher's own, which reads the gold tokens beside the student."""
+    STUDENT = "student"
+    """That of the student's backbone and token head as 1b left them, which read the student's chunks anyway."""
+
+
 class AlignLossScale(str, Enum):
     """What the squared errors of stage 1a are divided by."""
 
@@ -159,6 +168,12 @@ class StageConfig:
         "mixed stays at 1",
         above=0,
         stages=("2a", "2b"),
+    )
+    exact_targets_from: TargetsFrom = option(
+        TargetsFrom.TEACHER,
+        "whose next-token distribution makes the exact targets: the teacher's, which runs beside the student, or that "
+        "of the student's own frozen backbone and token head, which costs no second forward",
+        stages=("2a",),
     )
     logits_load_dir: str | None = option(
         None,

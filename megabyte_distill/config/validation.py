@@ -11,7 +11,15 @@ from megabyte_distill.config.engine import EngineConfig, Fp8Recipe, TransformerI
 from megabyte_distill.config.layers import SECTIONS
 from megabyte_distill.config.model import MAX_NGRAM, ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
-from megabyte_distill.config.stage import MERGES_IN, STAGE_ORDER, ByteTargets, RecomputeGranularity, StageConfig
+from megabyte_distill.config.stage import (
+    MERGES_IN,
+    STAGE_ORDER,
+    BoundarySource,
+    ByteTargets,
+    RecomputeGranularity,
+    StageConfig,
+    TargetsFrom,
+)
 from megabyte_distill.config.training import ParallelConfig, Settings
 
 WITH_BACKBONE = ("1b", "2a", "2b")
@@ -364,11 +372,26 @@ def _unused_loss_settings(stage: str, config: StageConfig) -> Iterator[str]:
         yield "--kd-temperature is about --byte-targets exact or mixed, which is hard here"
     if config.logits_load_dir is not None and targets is ByteTargets.HARD:
         yield "--logits-load-dir holds the targets of --byte-targets exact or mixed, which is hard here"
+    if config.exact_targets_from is TargetsFrom.STUDENT and stage == "2a":
+        yield from _unfit_for_own_targets(config)
     if config.kd_temperature != default.kd_temperature and config.target_bytes_per_chunk is not None:
         yield (
             "--kd-temperature compares pairs of byte and bit, of which --target-bytes-per-chunk leaves the teacher the "
             "bytes alone; leave one out"
         )
+
+
+def _unfit_for_own_targets(config: StageConfig) -> Iterator[str]:
+    """The student's backbone tells of gold tokens where it has read them, and of nothing else."""
+    flag = "--exact-targets-from student"
+    if config.byte_targets is ByteTargets.HARD:
+        yield f"{flag} is about --byte-targets exact or mixed, which is hard here"
+    if config.boundary_source is not BoundarySource.GOLD:
+        yield f"{flag} needs chunks that are the teacher's tokens; give --boundary-source gold, or leave it out"
+    if config.target_bytes_per_chunk is not None:
+        yield f"{flag} needs chunks that are the teacher's tokens; leave it or --target-bytes-per-chunk out"
+    if config.logits_load_dir is not None:
+        yield f"{flag} and --logits-load-dir name two sources of the targets; leave one out"
 
 
 def _chunk_size_problems(stage: str, config: StageConfig) -> Iterator[str]:

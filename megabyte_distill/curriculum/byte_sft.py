@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig
-from megabyte_distill.curriculum.on_stage import run_on_stage
+from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig, TargetsFrom
+from megabyte_distill.curriculum.on_stage import SideBySide, bare, run_on_stage
 from megabyte_distill.curriculum.stage import TeacherNeed
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -32,8 +33,12 @@ EXCLUDED = "teacher mass excluded"
 
 
 def teacher_need(config: StageConfig) -> TeacherNeed:
-    """Hard labels and stored targets need no teacher."""
-    needs_none = config.byte_targets is ByteTargets.HARD or config.logits_load_dir is not None
+    """Hard labels, stored targets and those of the student's own backbone need no teacher."""
+    needs_none = (
+        config.byte_targets is ByteTargets.HARD
+        or config.logits_load_dir is not None
+        or config.exact_targets_from is TargetsFrom.STUDENT
+    )
     return TeacherNeed.NONE if needs_none else TeacherNeed.FROZEN
 
 
@@ -59,10 +64,11 @@ class ByteSft:
         self._measures: Sums = {}
         alphas = {ByteTargets.HARD: 0.0, ByteTargets.EXACT: 1.0, ByteTargets.MIXED: config.kd_loss_alpha}
         self._alpha, self._temperature = alphas[config.byte_targets], config.kd_temperature
-        self._exact: _TeacherTargets | _CachedTargets | None = None
+        self._exact: _TokenModelTargets | _CachedTargets | None = None
         if config.byte_targets is not ByteTargets.HARD:
             assert table is not None
-            self._exact = _CachedTargets(table) if teacher is None else _TeacherTargets(teacher, table)
+            cached = config.logits_load_dir is not None
+            self._exact = _CachedTargets(table) if cached else _TokenModelTargets(teacher, table)
 
     def counts(self, row: PackedRow) -> dict[str, int]:
         """Bytes that predict something, and those whose boundary is a prediction."""
@@ -86,7 +92,7 @@ class ByteSft:
             return {}
         outputs = done.outputs
         assert outputs.logits is not None
-        targets = None if exact is None else exact.of(row, done.teacher)
+        targets = None if exact is None else exact.of(row, done, bare(model).backbone)
         losses = {BYTE_LOSS: self._byte_loss(outputs.logits, row, targets, training=model.training)}
         if ROUTER_LOSS in self.weights:
             assert outputs.p is not None
@@ -144,31 +150,43 @@ class _CachedTargets:
     def __init__(self, table: TokenBytes) -> None:
         self._tree = ByteTree.of(table)
 
-    def of(self, row: PackedRow, states: Tensor | None) -> _Targets:
+    def of(self, row: PackedRow, done: SideBySide, backbone: Backbone) -> _Targets:
         if self._tree.order.device != row.byte_ids.device:
             self._tree = self._tree.to(row.byte_ids.device)
         return _Targets(restored(self._tree, row), {})
 
 
-class _TeacherTargets:
-    """A frozen teacher's exact byte targets, from its states on the gold tokens."""
+class _TokenModelTargets:
+    """Exact byte targets of a token model's states on the gold chunks.
 
-    def __init__(self, teacher: nn.Module, table: TokenBytes) -> None:
+    That is the frozen teacher; without one the student's own backbone and token head, which are frozen then.
+    """
+
+    def __init__(self, teacher: nn.Module | None, table: TokenBytes) -> None:
         self.teacher = teacher
-        self._head: Backbone = virtual_stages(teacher)[-1]  # of which the last rank's alone has a head
-        self._tree = ByteTree.of(table, self._head.columns).to(self._head.device)
+        self._table = table
+        # of virtual stages the last alone has a head
+        self._tree = None if teacher is None else self._tree_of(virtual_stages(teacher)[-1])
 
-    def of(self, row: PackedRow, states: Tensor | None) -> _Targets:
+    def _tree_of(self, model: Backbone) -> ByteTree:
+        return ByteTree.of(self._table, model.columns).to(model.device)
+
+    def of(self, row: PackedRow, done: SideBySide, backbone: Backbone) -> _Targets:
+        model = backbone if self.teacher is None else virtual_stages(self.teacher)[-1]
+        states = done.outputs.hidden if self.teacher is None else done.teacher
         assert states is not None
-        found = exact_targets(
-            self._tree,
-            states,
-            head=self._head.own_logits,
-            byte_ids=row.byte_ids,
-            bits=row.token_ends,
-            labels=row.labels,
-            wanted=row.loss_mask,
-        )
+        if self._tree is None:
+            self._tree = self._tree_of(model)
+        with torch.no_grad():
+            found = exact_targets(
+                self._tree,
+                states,
+                head=model.own_logits,
+                byte_ids=row.byte_ids,
+                bits=row.token_ends,
+                labels=row.labels,
+                wanted=row.loss_mask,
+            )
         measures: Sums = {
             REPLACED: (found.replaced, row.loss_mask.sum()),
             EXCLUDED: (found.excluded, found.chunks),

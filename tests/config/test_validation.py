@@ -74,6 +74,22 @@ MOCK = "--mock-data "
             "stage 2b: --kd-temperature compares pairs of byte and bit, of which --target-bytes-per-chunk leaves",
         ),
         (
+            MOCK + "--exact-targets-from student --2a.boundary-source router",
+            "stage 2a: --exact-targets-from student needs chunks that are the teacher's tokens; give --boundary-source",
+        ),
+        (
+            MOCK + "--exact-targets-from student --2a.logits-load-dir DIR",
+            "stage 2a: --exact-targets-from student and --logits-load-dir name two sources",
+        ),
+        (
+            MOCK + "--exact-targets-from student --target-bytes-per-chunk 6",
+            "stage 2a: --exact-targets-from student needs chunks that are the teacher's tokens; leave it or",
+        ),
+        (
+            MOCK + "--exact-targets-from student --byte-targets hard",
+            "stage 2a: --exact-targets-from student is about --byte-targets exact or mixed, which is hard here",
+        ),
+        (
             MOCK + "--2a.kd-temperature 2 --2a.byte-targets hard",
             "stage 2a: --kd-temperature is about --byte-targets exact or mixed, which is hard here",
         ),

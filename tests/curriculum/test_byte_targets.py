@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megabyte_distill.config.stage import ByteTargets, StageConfig
+from megabyte_distill.config.stage import ByteTargets, StageConfig, TargetsFrom
 from megabyte_distill.curriculum.byte_sft import BYTE_LOSS, EXCLUDED, MEASURE, REPLACED, ByteSft
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.model.student import Student
+from megabyte_distill.model.student import Gold, Parts, Student
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import exact_targets
 from tests.tiny_student import VOCAB_SIZE, padded_row, tiny_backbone, tiny_student
@@ -65,6 +65,33 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
     assert exact.measures()[REPLACED][0] == target.replaced
     assert exact.measures()[EXCLUDED] == (target.excluded, int(row.token_mask.sum()))
+
+
+def test_the_students_own_targets_are_of_its_backbone_on_its_chunks_and_get_no_gradient(
+    student: Student, row: PackedRow
+) -> None:
+    config = replace(StageConfig(), byte_targets=ByteTargets.EXACT, exact_targets_from=TargetsFrom.STUDENT)
+    own = ByteSft(config, None, TABLE, trains_router=False)
+    own.losses(student, row)[BYTE_LOSS].backward()
+    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    outputs = student(row, Gold(), Parts.ENCODER | Parts.BACKBONE | Parts.DECODER)
+    with torch.no_grad():
+        target = exact_targets(
+            ByteTree.of(TABLE),
+            outputs.hidden,
+            head=student.backbone.own_logits,
+            byte_ids=row.byte_ids,
+            bits=row.bits,
+            labels=row.labels,
+            wanted=row.loss_mask,
+        ).distribution
+    (-target * outputs.logits.log_softmax(-1))[row.loss_mask].sum().backward()
+    assert not any(name.startswith("backbone.embedding") for name in found), "the tied head only says what is wanted"
+    for name, grad in found.items():
+        torch.testing.assert_close(
+            grad, student.get_parameter(name).grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_mixture_weighs_both(student: Student, row: PackedRow) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from megabyte_distill.config.model import ByteMixer, DechunkMode  # noqa: E402 - after the path is set
-from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig  # noqa: E402
+from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig, TargetsFrom  # noqa: E402
 from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
 from megabyte_distill.conversion.teacher_folder import TeacherHolder, load_first_layers  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
@@ -121,6 +121,7 @@ CASES = {
     "1c": Case("1c", {}),
     "2a": Case("2a", {}, ByteMixer.MAMBA2),
     "2a router, causal, exact": Case("2a", {**_ROUTER, "byte_targets": ByteTargets.EXACT}, mode=DechunkMode.CAUSAL),
+    "2a exact, its own": Case("2a", {"byte_targets": ByteTargets.EXACT, "exact_targets_from": TargetsFrom.STUDENT}),
     "2a mixed, warm": Case("2a", {"byte_targets": ByteTargets.MIXED, "kd_temperature": 2.0}),
     "2b": Case("2b", {}),
     "2b router, causal": Case("2b", _ROUTER, mode=DechunkMode.CAUSAL),
