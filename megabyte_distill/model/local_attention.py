@@ -122,7 +122,7 @@ class LocalAttentionBlock(ByteMixerBlock):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """[.., I] -> [.., H, head_dim]."""
-        return x.view(*x.shape[:-1], -1, self.head_dim)
+        return x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
 
     def _rotations(self, positions: Tensor) -> Tensor:
         """:func:`turns` [2, N, head_dim] of positions [N]."""

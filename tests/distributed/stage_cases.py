@@ -68,24 +68,36 @@ class Layout:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
+EVERY_STAGE = (
+    "1a",
+    "1b",
+    "1b tied",
+    "1c",
+    "2a",
+    "2a router, causal, exact",
+    "2b",
+    "2b router, causal",
+    "2b frozen, mixed",
+)
+"""What layouts run beside those that run all cases."""
 LAYOUTS: dict[int, dict[str, Layout]] = {
     1: {"one rank": Layout(), "one rank, bf16": Layout(bf16=True)},
     2: {
         "TP2": Layout(tensor=2),
         "PP2": Layout(pipeline=2),
-        "PP2, bf16": Layout(pipeline=2, bf16=True),
-        "PP2 x VPP2": Layout(pipeline=2, virtual=2),
+        "PP2, bf16": Layout(pipeline=2, bf16=True, cases=EVERY_STAGE),
+        "PP2 x VPP2": Layout(pipeline=2, virtual=2, cases=EVERY_STAGE),
         "PP2 x VPP2 in groups of 4": Layout(pipeline=2, virtual=2, group=4, cases=("1b", "2b router, causal")),
         "PP2 x VPP2, bf16": Layout(pipeline=2, virtual=2, bf16=True, cases=("1b", "2b router, causal")),
-        "TP2 + SP": Layout(tensor=2, sequence_parallel=True),
-        "DP2": Layout(),
-        "DP2 + distributed optimizer": Layout(distributed_optimizer=True),
+        "TP2 + SP": Layout(tensor=2, sequence_parallel=True, cases=EVERY_STAGE),
+        "DP2": Layout(cases=EVERY_STAGE),
+        "DP2 + distributed optimizer": Layout(distributed_optimizer=True, cases=EVERY_STAGE),
     },
     4: {
-        "TP2 x PP2": Layout(tensor=2, pipeline=2),
+        "TP2 x PP2": Layout(tensor=2, pipeline=2, cases=EVERY_STAGE),
         "TP2 x PP2 + SP": Layout(tensor=2, pipeline=2, sequence_parallel=True),
-        "TP2 x PP2 x VPP2 + SP": Layout(tensor=2, pipeline=2, virtual=2, sequence_parallel=True),
-        "PP4": Layout(pipeline=4),
+        "TP2 x PP2 x VPP2 + SP": Layout(tensor=2, pipeline=2, virtual=2, sequence_parallel=True, cases=EVERY_STAGE),
+        "PP4": Layout(pipeline=4, cases=EVERY_STAGE),
         "PP2 x DP2 + distributed optimizer": Layout(pipeline=2, distributed_optimizer=True, overlap=True),
         "PP2 x VPP2 x DP2 + distributed optimizer": Layout(
             pipeline=2,
