@@ -125,6 +125,21 @@ def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
     assert other.stored(tmp_path) is None
 
 
+def test_a_run_of_another_command_is_kept_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, flags = tmp_path / "run", ["--save", "run", "--seed", "1"]
+    curriculum_runs.begin_folder(Path("run"), flags)
+    (folder / "2b").mkdir()
+    curriculum_runs.begin_folder(folder, ["--save", str(folder), "--seed", "1"])
+    assert (folder / "2b").is_dir()
+    curriculum_runs.begin_folder(folder, ["--save", str(folder), "--seed", "2"])
+    assert not (folder / "2b").exists() and (tmp_path / "run.before-1" / "2b").is_dir()
+    (folder / "command.json").unlink()
+    (folder / "1a").mkdir()
+    curriculum_runs.begin_folder(folder, flags)
+    assert (tmp_path / "run.before-2" / "1a").is_dir() and not (folder / "1a").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["data_efficiency", "ablations"])
 def test_a_comparison_of_runs_runs_and_takes_what_is_done(name: str, tmp_path: Path) -> None:
