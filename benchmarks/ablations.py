@@ -70,8 +70,7 @@ def _leaks() -> list[Arm]:
             group="byte SFT on hard labels",
             name=f"{boundaries} bits, {dechunk} dechunk",
             flags=("--byte-targets", "hard", "--boundary-source", boundaries, "--dechunk-mode", dechunk),
-            from_stage1=dechunk
-            == "hard",  # the official decoder has a weight more, and 1b trains through each other one
+            from_stage1=dechunk == "hard",  # --load refuses a run of another dechunk mode
             boundaries=boundaries,
         )
         for boundaries in ("gold", "router")
