@@ -52,9 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--boundary-threshold",
         type=_threshold,
         metavar="T",
-        help="a byte ends a chunk where the model gives that more than this; under --scoring official also where the "
-        "router's p for a prompt's byte is above it (default: what an export was written with); none: bits are drawn "
-        "with their bytes, the router's are those above 0.5",
+        help="a byte ends a chunk where the model gives that more, under --scoring official also where the router's p "
+        "for a prompt's byte is above it; none: bits are drawn, the router's above 0.5 (an export's own, or none)",
     )
     add("--seed", type=int, default=0, help="of the random draws; prompt i draws with the seed + i (0)")
     add("--max-new-bytes", type=int, default=256, help="bytes at most; the end of the document stops earlier (256)")
