@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 EXAMPLE = ROOT / "examples" / "tiny"
 WORKERS = 2
 """Processes of one thread each."""
+PATH_FLAGS = ("--load", "--save", "--train-data-path", "--valid-data-path", "--logits-load-dir")
 SHARD_BYTES = 1 << 20
 """Of a target cache: two of them are made side by side in little memory."""
 
@@ -46,15 +48,6 @@ def iteration_flags(updates: Mapping[str, int]) -> list[str]:
     for name, count in updates.items():
         flags += [f"--{name}.train-iters", str(count)]
     return flags
-
-
-def has_flag(*words: str) -> bool:
-    """Whether this version of the package knows a flag and its value."""
-    try:
-        parse_arguments(["--mock-data", *words])
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +103,9 @@ class Shared:
             )
 
     def make_cache(self) -> dict[str, Any]:
-        """Store the teacher's targets for the training data; what tools/cache_teacher.py reports of it."""
+        """Store the teacher's targets for the training data; what tools/cache_teacher.py reports of it, and the
+        processor seconds that it took. A cache that is there is made anew: else they would not be counted.
+        """
         import torch
 
         from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher
@@ -119,9 +114,11 @@ class Shared:
         from megabyte_distill.pretrain.cache_teacher import CacheSettings, make_cache
         from megabyte_distill.training.target_cache import teacher_hash
 
+        shutil.rmtree(self.cache, ignore_errors=True)
         with world() as here:
             # as training from the cache would run it
             teacher = load_teacher(self.teacher, dtype=torch.float32)
+            started = time.process_time()
             report = make_cache(
                 self.cache,
                 teacher.backbone.requires_grad_(False).eval(),
@@ -132,7 +129,33 @@ class Shared:
                 world=here,
                 say=print,
             )
-        return report.as_dict()
+            taken = time.process_time() - started
+        return {**report.as_dict(), "processor_seconds": taken}
+
+
+def begin_folder(folder: Path, flags: Sequence[str]) -> None:
+    """Make a run's folder for a command line; one of the same command stays, however its paths are spelled.
+
+    What another or no command made is moved to a name beside it.
+    """
+    command, wanted = folder / "command.json", _with_whole_paths(flags)
+    if command.exists() and _with_whole_paths(json.loads(command.read_text(encoding="utf-8"))) == wanted:
+        return
+    if folder.exists():
+        free = (folder.with_name(f"{folder.name}.before-{number}") for number in itertools.count(1))
+        moved = next(path for path in free if not path.exists())
+        folder.rename(moved)
+        print(f"{folder} was of another command: moved to {moved}", flush=True)
+    folder.mkdir(parents=True)
+    command.write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def _with_whole_paths(flags: Sequence[str]) -> list[str]:
+    """The flags with what follows one of PATH_FLAGS resolved."""
+    before = ("", *flags)
+    return [
+        str(Path(word).resolve()) if flag in PATH_FLAGS else word for flag, word in zip(before, flags, strict=False)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +171,7 @@ class Run:
     def train(self, shared: Shared) -> dict[str, float]:
         """Train (or go on), and the wall seconds of its updates and processor seconds of the whole call.
 
-        What another command left in the folder is removed. RuntimeError where the run fails.
+        What another command left in the folder is moved beside it. RuntimeError where the run fails.
         """
         from megabyte_distill.config import STAGE_ORDER
         from megabyte_distill.pretrain.main import main
@@ -161,11 +184,7 @@ class Run:
             *("--eval-iters", "0", "--save-interval", "0", "--log-interval", "50", "--summary-bytes", "0"),
             *self.flags,
         ]
-        command = self.folder / "command.json"
-        if not command.exists() or json.loads(command.read_text(encoding="utf-8")) != flags:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            command.write_text(json.dumps(flags), encoding="utf-8")
+        begin_folder(self.folder, flags)
         started = time.process_time()
         if main(flags) != 0:
             raise RuntimeError(f"{self.folder.name}: the run failed; its log says why")

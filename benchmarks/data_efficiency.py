@@ -8,13 +8,16 @@
 One stage-1 checkpoint a seed (1a, 1b, 1c), from which every arm starts and reads the same bytes in the same order: 2a,
 then 2b with an eighth of the bytes. Each point of a curve is a run of its own length with its own learning rate
 schedule. The measure is joint bits per byte on the held-out works. Arms: hard labels; exact targets, the teacher beside
-the student; half of each; exact targets from a target cache. Beside them the teacher itself, trained on with its own
-loss on the same bytes: what the text alone still teaches.
+the student; half of each; exact targets from a target cache; in 2a those of the student's own frozen backbone and token
+head (own). Beside them the teacher itself, trained on with its own loss on the same bytes: what the text alone still
+teaches.
 
 The bytes factor of an arm is how many times its bytes hard labels need for its quality, interpolated on the logarithm
 of bytes. The time factor divides that by what a byte costs in the arm over one with hard labels; that ratio is taken
-from updates in turns in one process (processor seconds, medians). Two workers of one thread each do the runs; finished
-ones are taken from the work folder. The markdown tables are for docs/results.md; the last line is one JSON object.
+from updates in turns in one process (processor seconds, medians). Of the cached arm it leaves out making the cache,
+which serves any number of runs; a second figure counts it, for the bytes that the run reads. Two workers of one thread
+each do the runs; finished ones are taken from the work folder. The markdown tables are for docs/results.md; the last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -51,15 +54,17 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "exact": ("--byte-targets", "exact"),
     "mixed": ("--byte-targets", "mixed"),
     "cached": ("--byte-targets", "exact"),
+    "own": ("--byte-targets", "exact", "--2a.exact-targets-from", "student"),
 }
-"""The last with the target cache beside it."""
+"""``cached`` with the target cache beside it."""
 REFERENCE = "hard"
+WITH_CACHING = "time_factor_cached_with_its_making"
 SHARE_OF_2B = 1 / 8
 """Of the bytes of stage 2; the demo's is about as large."""
 TEACHER_RATES = (3e-4, 5e-5)
 """Learning rates with which the teacher trains on: the first is what 2b gives the backbone."""
 KIB = 1 << 10
-COLOURS = ("#6b7280", "#1f6fb4", "#3a8f4a", "#d1752a")
+COLOURS = ("#6b7280", "#1f6fb4", "#3a8f4a", "#d1752a", "#8b5fb0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,7 @@ FULL = Form(
         "exact": (256, 512, 1024, 2048),
         "mixed": (512, 1024, 2048),
         "cached": (1024, 2048),
+        "own": (1024, 2048),
     },
     seeds=(1, 2, 3),
     every=1,
@@ -92,7 +98,7 @@ FULL = Form(
 )
 SHORT = Form(
     stage1={"1a": 300, "1b": 25, "1c": 40},
-    sizes={"hard": (256, 512, 1024), "exact": (256, 512), "mixed": (512,), "cached": (512,)},
+    sizes={"hard": (256, 512, 1024), "exact": (256, 512), "mixed": (512,), "cached": (512,), "own": (512,)},
     seeds=(1,),
     every=8,
     held_out_bytes=50_000,
@@ -100,7 +106,7 @@ SHORT = Form(
 )
 QUICK = Form(
     stage1={"1a": 4, "1b": 2, "1c": 2},
-    sizes={"hard": (8, 16), "exact": (8,), "mixed": (8,), "cached": (8,)},
+    sizes={"hard": (8, 16), "exact": (8,), "mixed": (8,), "cached": (8,), "own": (8,)},
     seeds=(1,),
     every=400,
     held_out_bytes=2048,
@@ -230,6 +236,16 @@ def cost_ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {arm: value / cost[REFERENCE] for arm, value in cost.items()}
 
 
+def caching_ratio(cache: Mapping[str, float], times: Mapping[str, Mapping[str, float]], size: int) -> float:
+    """What caching the text of ``size`` bytes of stage 2 costs over training on them with hard labels.
+
+    Text that is read again is cached once.
+    """
+    hard = (1 - SHARE_OF_2B) * times["2a"][REFERENCE] + SHARE_OF_2B * times["2b"][REFERENCE]
+    cached = min(size, cache["text_bytes"])
+    return cache["processor_seconds"] / cache["text_bytes"] * cached / (hard * size)
+
+
 def point_name(arm: str, size: int, seed: int) -> str:
     """Of a point's job."""
     return f"{arm}-{size // KIB}k-{seed}"
@@ -253,7 +269,8 @@ class Plan:
         common = {"stage1": self.form.stage1, "every": self.form.every}
         runs = [self.stage1(seed) for seed in self.form.seeds]
         jobs = [Job(name=run.folder.name, work=partial(run.train, self.shared), identity=common) for run in runs]
-        return [Job(name="cache", work=self.shared.make_cache, identity={"every": self.form.every}, cost=1), *jobs]
+        made = {"every": self.form.every, "measured": "processor_seconds"}
+        return [Job(name="cache", work=self.shared.make_cache, identity=made, cost=1), *jobs]
 
     def points(self) -> list[Job]:
         """A job a point of each arm's curve."""
@@ -291,10 +308,8 @@ class Plan:
             for rate in TEACHER_RATES
         ]
         updates = self.form.timed_updates
-        return [
-            *jobs,
-            Job(name="times", work=partial(time_updates, self.shared, updates), identity={"updates": updates}),
-        ]
+        timed = {"updates": updates, "flags": dict(ARMS)}
+        return [*jobs, Job(name="times", work=partial(time_updates, self.shared, updates), identity=timed)]
 
 
 def result_of(form: Form, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -314,11 +329,11 @@ def result_of(form: Form, answers: Mapping[str, Mapping[str, Any]]) -> dict[str,
         by_seed = [factors(hard, own) for hard, own in zip(curves[REFERENCE], curves[arm], strict=True)]
         found = headline(by_seed)
         result[f"bytes_factor_{arm}"] = found
-        scale = 1 / ratios[arm]
-        result[f"time_factor_{arm}"] = {
-            "at_bytes": found["at_bytes"],
-            **{name: None if found[name] is None else found[name] * scale for name in ("mean", "spread")},
-        }
+        result[f"time_factor_{arm}"] = over_cost(found, ratios[arm])
+    result[WITH_CACHING] = dict(result["time_factor_cached"])
+    if (size := result[WITH_CACHING]["at_bytes"]) is not None:
+        cost = ratios["cached"] + caching_ratio(answers["cache"], answers["times"], size)
+        result[WITH_CACHING] = over_cost(result["bytes_factor_cached"], cost)
     runs = [point_name(arm, size, seed) for arm in ARMS for size in sizes_of(arm, form) for seed in form.seeds]
     teacher = {rate: [answers[f"teacher-{rate}-{seed}"] for seed in form.seeds] for rate in TEACHER_RATES}
     return {
@@ -335,6 +350,12 @@ def result_of(form: Form, answers: Mapping[str, Mapping[str, Any]]) -> dict[str,
     }
 
 
+def over_cost(bytes_factor: Mapping[str, Any], cost: float) -> dict[str, Any]:
+    """The time factor of an arm whose bytes cost so much."""
+    scaled = {name: None if bytes_factor[name] is None else bytes_factor[name] / cost for name in ("mean", "spread")}
+    return {"at_bytes": bytes_factor["at_bytes"], **scaled}
+
+
 def pooled_spread(curves: Sequence[Sequence[Curve]]) -> float:
     """Standard deviation over seeds of bits per byte at one size and arm, pooled over all of them."""
     variances = [spread([curve[size] for curve in seeds]) ** 2 for seeds in curves for size in seeds[0]]
@@ -347,28 +368,43 @@ def tables(result: Mapping[str, Any]) -> str:
     lines = ["| bytes of stage 2 | " + " | ".join(f"{arm}, bits per byte | times the bytes" for arm in curves) + " |"]
     lines[0] = lines[0].replace("hard, bits per byte | times the bytes", "hard, bits per byte")
     lines.append("|" + "---|" * (2 * len(curves)))
-    largest = max(int(size) for size in curves[REFERENCE][0])
-    best = statistics.mean(curve[str(largest)] for curve in curves[REFERENCE])
     for size in curves[REFERENCE][0]:
         cells = [f"{int(size) // KIB} KiB"]
         for arm, seeds in curves.items():
             values = [curve[size] for curve in seeds if size in curve]
             cells.append(shown(values, 4) if values else "")
             if arm != REFERENCE:
-                found = result[f"bytes_factor_{arm}"]["at_all"].get(size)
-                beyond = f"> {largest / int(size):.1f}" if values and statistics.mean(values) < best else ""
-                cells.append(beyond if found is None else f"{found['mean']:.2f} ± {found['spread']:.2f}")
+                cells.append(factor_cell(curves[REFERENCE], seeds, size) if values else "")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| | exact | mixed | cached |", "|---|---|---|---|"]
+    others = [arm for arm in ARMS if arm != REFERENCE]
+    lines += ["", f"| | {' | '.join(others)} |", "|---" * (1 + len(others)) + "|"]
     lines.append("| a byte costs, times hard labels | " + cells_of(result["cost_ratios"], "{:.2f}") + " |")
     for name in ("bytes", "time"):
-        found = {arm: result[f"{name}_factor_{arm}"] for arm in ARMS if arm != REFERENCE}
-        texts = ["–" if f["mean"] is None else f"{f['mean']:.2f} ± {f['spread']:.2f}" for f in found.values()]
+        texts = [headline_cell(result[f"{name}_factor_{arm}"]) for arm in others]
         lines.append(f"| {name} factor | " + " | ".join(texts) + " |")
+    counted = [headline_cell(result[WITH_CACHING]) if arm == "cached" else "" for arm in others]
+    lines.append("| time factor, making the cache counted | " + " | ".join(counted) + " |")
     teacher = result["teacher"]
     after = (f"{shown(values, 4)} at a learning rate of {rate}" for rate, values in teacher["after"].items())
     lines += ["", f"The teacher: {teacher['before']:.4f}; trained on: {', '.join(after)}."]
     return "\n".join(lines)
+
+
+def headline_cell(found: Mapping[str, Any]) -> str:
+    """Mean ± spread over seeds, or a dash."""
+    return "–" if found["mean"] is None else f"{found['mean']:.2f} ± {found['spread']:.2f}"
+
+
+def factor_cell(reference: Sequence[Mapping[str, float]], arm: Sequence[Mapping[str, float]], size: str) -> str:
+    """An arm's factor at a size: of the seeds that have one, or the bound that all lie beyond."""
+    hard = [{int(other): bits for other, bits in curve.items()} for curve in reference]
+    needed = [bytes_needed(curve, own[size]) for curve, own in zip(hard, arm, strict=True)]
+    found = [value / int(size) for value in needed if value is not None]
+    if found:
+        return shown(found, 2) + ("" if len(found) == len(needed) else f" ({len(found)} of {len(needed)} seeds)")
+    first, last = min(hard[0]), max(hard[0])
+    is_ahead = statistics.mean(own[size] for own in arm) < statistics.mean(curve[first] for curve in hard)
+    return f"> {last / int(size):.1f}" if is_ahead else f"< {first / int(size):.1f}"
 
 
 def shown(values: Sequence[float], digits: int) -> str:

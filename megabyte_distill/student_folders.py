@@ -50,3 +50,19 @@ def open_student(folder: Path, stage: str | None = None, device: str | None = No
     from megabyte_distill.hf.exported_folder import load_exported
 
     yield load_exported(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def stored_threshold(folder: Path) -> float | None:
+    """The boundary threshold that an export was written with; None where it has none, and for a run.
+
+    ValueError where the folder's config.json cannot be read.
+    """
+    from megabyte_distill.conversion.hf_config import CONFIG_FILE, HfConfig
+
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    config = HfConfig.read(folder)
+    threshold = config.fields.get("boundary_threshold")
+    if threshold is not None and not isinstance(threshold, int | float):
+        raise ValueError(f"{config.where}: boundary_threshold is {threshold!r}; expected a number or null")
+    return threshold

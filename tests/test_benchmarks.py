@@ -67,6 +67,15 @@ def test_the_factor_is_read_at_the_most_bytes_at_which_every_seed_has_one() -> N
     assert data_efficiency.headline([{4: None}])["mean"] is None
 
 
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [([2.5, 2.4], "2.15 ± 0.21"), ([2.5, 1.9], "2.00 (1 of 2 seeds)"), ([1.9, 1.8], "> 4.0"), ([3.2, 3.1], "< 1.0")],
+)
+def test_a_table_tells_of_seeds_that_leave_the_reference(arm: list[float], says: str) -> None:
+    hard = [{"1": 3.0, "2": 2.5, "4": 2.0}] * 2
+    assert data_efficiency.factor_cell(hard, [{"1": bits} for bits in arm], "1") == says
+
+
 def test_a_time_factor_weighs_both_stages_by_their_bytes() -> None:
     times = {"2a": {"hard": 1.0, "exact": 2.0}, "2b": {"hard": 8.0, "exact": 8.0}}
     assert data_efficiency.cost_ratios(times)["exact"] == pytest.approx((7 * 2 + 8) / (7 + 8))
@@ -87,15 +96,22 @@ def test_an_arm_that_is_a_doubling_ahead_has_the_factor_two(tmp_path: Path) -> N
     for rate in data_efficiency.TEACHER_RATES:
         answers |= {f"teacher-{rate}-{seed}": {"before": 1.5, "after": 1.4} for seed in form.seeds}
     cost = dict.fromkeys(data_efficiency.ARMS, 1.0) | {"exact": 1.6}
-    answers |= {"times": {"2a": cost, "2b": cost}, "cache": {}}
+    answers |= {
+        "times": {"2a": cost, "2b": cost},
+        "cache": {"text_bytes": 1 << 20, "processor_seconds": 0.5 * (1 << 20)},
+    }
     result = data_efficiency.result_of(form, answers)
     assert result["bytes_factor_exact"]["mean"] == pytest.approx(2) == result["bytes_factor_cached"]["mean"]
     assert result["time_factor_exact"]["mean"] == pytest.approx(2 / 1.6)
+    # of 2 MiB that are half text read again, each byte cached costs half of an update's
+    assert result["time_factor_cached"]["mean"] == pytest.approx(2)
+    assert result[data_efficiency.WITH_CACHING]["mean"] == pytest.approx(2 / (1 + 0.5 / 2))
     assert result["spread_bits_per_byte"] == pytest.approx(0.001)
     lines = data_efficiency.tables(json.loads(json.dumps(result))).splitlines()
     table = lines[: lines.index("")]
     assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
     assert "2.00 ± 0.00" in table[2]
+    assert "| time factor, making the cache counted |  |  | 1.60 ± 0.00 |  |" in lines
     data_efficiency.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -123,6 +139,21 @@ def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
     assert job.stored(tmp_path) == {"bits": 1.5}
     other = curriculum_runs.Job(name="a", work=dict, identity={"updates": {"2a": 4}})
     assert other.stored(tmp_path) is None
+
+
+def test_a_run_of_another_command_is_kept_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, flags = tmp_path / "run", ["--save", "run", "--seed", "1"]
+    curriculum_runs.begin_folder(Path("run"), flags)
+    (folder / "2b").mkdir()
+    curriculum_runs.begin_folder(folder, ["--save", str(folder), "--seed", "1"])
+    assert (folder / "2b").is_dir()
+    curriculum_runs.begin_folder(folder, ["--save", str(folder), "--seed", "2"])
+    assert not (folder / "2b").exists() and (tmp_path / "run.before-1" / "2b").is_dir()
+    (folder / "command.json").unlink()
+    (folder / "1a").mkdir()
+    curriculum_runs.begin_folder(folder, flags)
+    assert (tmp_path / "run.before-2" / "1a").is_dir() and not (folder / "1a").exists()
 
 
 @pytest.mark.slow

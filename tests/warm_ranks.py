@@ -1,7 +1,9 @@
 """Ranks forked from a process that has imported everything: ``torchrun`` without its start.
 
 A rank spends five seconds of a processor on imports and torchrun one more, which is most of what a small run takes.
-Tests of the launch itself call torchrun (``tests.pretrain.job.torchrun``).
+Tests of the launch itself call torchrun (``tests.pretrain.job.torchrun``). Ranks of one process share the seed of its
+hashes, so that an order of a set is the same on all of them: that ranks agree without it is the golden test's, under
+torchrun.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -21,6 +24,8 @@ import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 30.0
@@ -47,18 +52,25 @@ class _Server:
     """The process that forks, seen from the one that asks."""
 
     def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.warm_ranks"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         atexit.register(self._process.communicate)
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError(f"the process that forks ranks ended with {code}:\n{self._errors.read()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
 
@@ -103,6 +115,9 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    # else all ranks go on from the one state of the process that forks
+    random.seed(os.urandom(16))
+    np.random.seed(int.from_bytes(os.urandom(4), "little"))
     words = list(request["words"])
     try:
         if words[0] == "-m":

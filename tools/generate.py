@@ -50,10 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-p", type=float, default=0.0, help="keep pairs of at least this share of the likeliest's (0: all)")
     add(
         "--boundary-threshold",
-        type=float,
+        type=_threshold,
         metavar="T",
-        help="a byte ends a chunk where the model gives that more than this; under --scoring official also where the "
-        "router's p for a prompt's byte is above it (default: bits are drawn with their bytes, the router's above 0.5)",
+        help="a byte ends a chunk where the model gives that more, under --scoring official also where the router's p "
+        "for a prompt's byte is above it; none: bits are drawn, the router's above 0.5 (an export's own, or none)",
     )
     add("--seed", type=int, default=0, help="of the random draws; prompt i draws with the seed + i (0)")
     add("--max-new-bytes", type=int, default=256, help="bytes at most; the end of the document stops earlier (256)")
@@ -100,6 +100,20 @@ def _drafts(text: str) -> int | Literal["auto"]:
     return "auto" if text == "auto" else int(text)
 
 
+def _threshold(text: str) -> float | Literal[False]:
+    return False if text == "none" else float(text)
+
+
+def threshold_of(arguments: argparse.Namespace) -> float | None:
+    """The flag's, or what the folder says where bits are drawn at all."""
+    from megabyte_distill.student_folders import stored_threshold
+
+    if arguments.boundary_threshold is None and arguments.generation == "joint":
+        return stored_threshold(arguments.load)
+    given: float | Literal[False] | None = arguments.boundary_threshold
+    return None if given is False else given
+
+
 def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
     """What the flags say; ValueError for values out of range."""
     from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, PromptReading
@@ -113,7 +127,7 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         min_p=arguments.min_p,
-        boundary_threshold=arguments.boundary_threshold,
+        boundary_threshold=threshold_of(arguments),
     )
     return GenerationSettings(
         max_new_bytes=arguments.max_new_bytes,

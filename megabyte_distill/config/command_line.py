@@ -15,6 +15,7 @@ from megabyte_distill.config.blend import read_blend_file
 from megabyte_distill.config.errors import ConfigError
 from megabyte_distill.config.flags import ReadFlags, read_flags
 from megabyte_distill.config.layers import Layer, all_options, known_stages, settings_from_layers
+from megabyte_distill.config.model import unread_fields
 from megabyte_distill.config.options import NONE_WORD, Option
 from megabyte_distill.config.presets import PRESETS, SMOKE
 from megabyte_distill.config.stage import StageConfig
@@ -23,6 +24,8 @@ from megabyte_distill.config.validation import problems_of
 
 EXIT_CODE_CONFIG = 2
 HELP_FLAGS = ("-h", "--help")
+_OF_BACKBONE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+"""Settings of a stage that act where layers of the backbone run."""
 _TITLES = {
     "run": ("run", ""),
     "model": ("model", ""),
@@ -164,20 +167,35 @@ def _fit_micro_batches(settings: Settings, read: ReadFlags, world_size: int) -> 
 
 
 def _without_effect(read: ReadFlags, settings: Settings) -> list[str]:
-    """Flags that were given and that no selected stage listens to."""
+    """Flags that were given and that no selected stage, or no part of the byte side, listens to."""
     options = all_options()
     selected = ",".join(settings.stages)
+    # 1a runs the backbone's first layers, or none
+    idle_in_1a = _OF_BACKBONE if "1a" in settings.stages and not settings.align_layers else ()
     messages = [
         f"--{stage}.{options[name].flag} has no effect: stage {stage} is not among --stages {selected}"
         for stage, values in read.stages.items()
         if stage not in settings.stages
         for name in values
     ]
+    why_idle = "no layer of the backbone runs in 1a without --align-layers"
+    messages += [
+        f"--1a.{options[name].flag} has no effect: {why_idle}"
+        for name in read.stages.get("1a", {})
+        if name in idle_in_1a
+    ]
     for name in read.common:
         acts_in = options[name].stages
-        if acts_in and not set(acts_in) & set(settings.stages):
+        running = set(acts_in) & set(settings.stages)
+        if acts_in and not running:
             messages.append(f"--{options[name].flag} has no effect: it acts in {', '.join(acts_in)} only")
-    return messages
+        elif running == {"1a"} and name in idle_in_1a:
+            messages.append(f"--{options[name].flag} has no effect: {why_idle}")
+    return messages + [
+        f"--{options[name].flag} has no effect: it is about {belongs_to}, which is not given"
+        for name, belongs_to in unread_fields(settings.model.byte_side).items()
+        if name in read.common
+    ]
 
 
 def _add_to_help(group: Any, item: Option, default: str) -> None:

@@ -5,6 +5,7 @@ Imports nothing but the standard library: the Hugging Face export carries this f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -97,6 +98,26 @@ class ByteSideConfig:
         default=ChunkPooling.LAST, metadata={"help": "what the backbone gets of the states of a chunk's bytes"}
     )
     dechunk_mode: DechunkMode = field(default=DechunkMode.HARD, metadata={"help": "how chunk states reach bytes"})
+
+
+_READ_BY: Mapping[ByteMixer | RouterKind, tuple[str, ...]] = {
+    ByteMixer.MAMBA2: ("mamba_state_dim", "mamba_head_dim", "mamba_expand", "mamba_conv_kernel", "mamba_scan_chunk"),
+    ByteMixer.CONV: ("conv_kernel", "conv_dilations", "conv_ffn_hidden_size"),
+    ByteMixer.LOCAL_ATTENTION: ("byte_attention_window", "byte_attention_head_dim"),
+    RouterKind.OFFICIAL: ("router_hidden_size",),
+}
+"""Fields of :class:`ByteSideConfig` that one mixer or router alone reads."""
+
+
+def unread_fields(config: ByteSideConfig) -> dict[str, str]:
+    """Fields that change nothing in this byte side, and the flag that each is about, as ``--byte-mixer mamba2``."""
+    unread = {
+        name: f"--{'byte-mixer' if isinstance(kind, ByteMixer) else 'router'} {kind.value}"
+        for kind, names in _READ_BY.items()
+        if kind not in (config.byte_mixer, config.router)
+        for name in names
+    }
+    return unread if config.byte_ngram_tables else {**unread, "byte_ngram_rows": "--byte-ngram-tables"}
 
 
 class RopeScaling(str, Enum):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -178,19 +178,22 @@ class MegabyteForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         min_p: float = 0.0,
         seed: int = 0,
         paths: int | None = None,
-        boundary_threshold: float | None = None,
+        boundary_threshold: float | Literal[False] | None = None,
         stop: str | bytes | Sequence[str | bytes] = (),
         utf8: str = "raw",
     ) -> list[Generated]:
         """Continuations drawn as (byte, bit) pairs; ``paths`` (default: the configuration's) read the prompts.
 
-        With ``boundary_threshold`` (default: the configuration's) a byte ends a chunk where the model gives that more.
+        With ``boundary_threshold`` (default: the configuration's) a byte ends a chunk where the model gives that more;
+        False draws the bits with their bytes, exact samples, whatever the configuration says.
         Temperature 0 is greedy. Row i draws with seed + i, and ends in front of a ``stop`` text. ``utf8="constrain"``
         never writes a byte that is no UTF-8. ValueError for settings out of range and for prompts with bytes 254 and
         255.
         """
         texts = [stop] if isinstance(stop, str | bytes) else stop
         threshold = self.config.boundary_threshold if boundary_threshold is None else boundary_threshold
+        # 0 is no threshold either, but out of range
+        threshold = None if threshold is False else threshold
         settings = GenerationSettings(
             max_new_bytes=max_new_bytes,
             sampling=Sampling(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from megabyte_distill.config import Settings, StageConfig
 from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import ByteTargets
-from megabyte_distill.conversion.model_config import ModelConfig
+from megabyte_distill.conversion.model_config import ModelConfig, is_run
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
@@ -185,10 +186,15 @@ def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: S
         parts = virtual_stages(student)
         for part in parts:
             set_trainable(part, stage.trains(config, backbone))
-        if stage.teacher(config) is not TeacherNeed.NONE and not stage.keeps_backbone(config):
+        need = stage.teacher(config)
+        if need is not TeacherNeed.NONE and (_starts_from_a_run(settings) or not stage.keeps_backbone(config)):
             fields = transformer_config(backbone, **overrides)
             own_teacher = built_in_stages(lambda number: Backbone(backbone, fields, vp_stage=number)).to(dtype)
-            own_teacher.requires_grad_(False).eval()
+            is_beginning = need is TeacherNeed.BEGINNING
+            for part in virtual_stages(own_teacher) if is_beginning else ():
+                part.drop_behind(config.align_layers)
+            # as training has it: layers through which a gradient passes may be computed again
+            own_teacher.requires_grad_(False).train(is_beginning)
         trained: TrainerModel | None = None
         if any(parameter.requires_grad for parameter in student.parameters()):
             trained = wrap_for_training(
@@ -202,9 +208,14 @@ def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: S
                 use_gloo_process_groups=False,
             )
     teacher = own_teacher
-    if own_teacher is None and stage.teacher(config) is not TeacherNeed.NONE:
+    if own_teacher is None and need is not TeacherNeed.NONE:
         teacher = joined([part.backbone for part in parts])
     return _Built(student=student, teacher=teacher, own_teacher=own_teacher, trained=trained)
+
+
+def _starts_from_a_run(settings: Settings) -> bool:
+    """Whether ``--load`` names a run, whose backbone need not be the teacher's."""
+    return settings.checkpoint.load is not None and is_run(Path(settings.checkpoint.load))
 
 
 def training_bytes(trained: TrainerModel) -> tuple[int, int]:

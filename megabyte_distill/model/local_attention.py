@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -127,5 +128,6 @@ class LocalAttentionBlock(ByteMixerBlock):
     def _rotations(self, positions: Tensor) -> Tensor:
         """:func:`turns` [2, N, head_dim] of positions [N]."""
         if self._frequencies is None or self._frequencies.device != positions.device:
-            self._frequencies = inverse_frequencies(self.head_dim, ROPE_THETA).to(positions.device)
-        return turns(rotary_angles(positions, self._frequencies))
+            self._frequencies = inverse_frequencies(self.head_dim, ROPE_THETA).double().to(positions.device)
+        # a document has more bytes than fp32 has digits for their angles
+        return turns((rotary_angles(positions, self._frequencies) % (2 * math.pi)).float())

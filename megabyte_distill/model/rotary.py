@@ -64,7 +64,7 @@ def rotation_magnitude(scaling: dict[str, float] | None, kind: RopeScaling) -> f
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Angles [N, head_dim] fp32 of N positions, each frequency twice (the half-rotated layout)."""
+    """Angles [N, head_dim] of N positions, each frequency twice (the half-rotated layout); of its dtype."""
     angles = torch.outer(positions.to(frequencies.dtype), frequencies)
     return torch.cat((angles, angles), dim=-1)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.blend import DEFAULT_SPLIT
 from megabyte_distill.config.fields import to_fields
+from megabyte_distill.config.model import unread_fields
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
     TEACHER_FILE,
@@ -124,10 +125,17 @@ def _check_place(root: Path, teacher: Path, source: Path | None, *, fresh: bool)
 
 
 def _check_same_model(found: ModelConfig, wanted: ModelConfig, folder: Path, flag: str) -> None:
+    assert wanted.byte_side is not None
+    # another default of a mixer that is not there makes no other model
+    unread = unread_fields(wanted.byte_side)
     differences = []
     for section in ("backbone", "byte_side"):
         before, now = to_fields(getattr(found, section)), to_fields(getattr(wanted, section))
-        differences += [f"{name}: {before[name]} there, {now[name]} now" for name in now if before[name] != now[name]]
+        differences += [
+            f"{name}: {before[name]} there, {now[name]} now"
+            for name in now
+            if before[name] != now[name] and name not in unread
+        ]
     if differences:
         raise ValueError(
             f"{flag} {folder} holds a run of another model ({'; '.join(differences)}); give the settings it was made "

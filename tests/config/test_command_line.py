@@ -191,6 +191,39 @@ def test_flags_without_effect_are_told() -> None:
     assert "acts in 1b, 2b only" in told[1]
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--1a.recompute-granularity full", "--1a.recompute-granularity has no effect: no layer of the backbone"),
+        ("--stages 1a --recompute-granularity full", "--recompute-granularity has no effect: no layer of the backbone"),
+        ("--1a.align-layers 2 --1a.recompute-granularity full", None),
+        ("--recompute-granularity full", None),
+        ("--stages 1b --align-layers 2", "--align-layers has no effect: it acts in 1a only"),
+        ("--stages 1a,1b --target-bytes-per-chunk 8", "--target-bytes-per-chunk has no effect: it acts in 1c, 2a, 2b"),
+        (
+            "--router linear --router-hidden-size 4096",
+            "--router-hidden-size has no effect: it is about --router official",
+        ),
+        ("--router-hidden-size 4096", None),
+        (
+            "--byte-attention-window 64",
+            "--byte-attention-window has no effect: it is about --byte-mixer local_attention",
+        ),
+        ("--byte-attention-window 64 --byte-mixer local_attention", None),
+        ("--byte-mixer mamba2 --conv-kernel 3", "--conv-kernel has no effect: it is about --byte-mixer conv"),
+        ("--mamba-expand 3", "--mamba-expand has no effect: it is about --byte-mixer mamba2"),
+        ("--byte-ngram-rows 512", "--byte-ngram-rows has no effect: it is about --byte-ngram-tables"),
+        ("--byte-ngram-rows 512 --byte-ngram-tables 3,4", None),
+        ("--preset official", None),
+        ("--preset tiny --router linear", None),
+    ],
+)
+def test_a_flag_of_a_part_that_is_not_there_is_told(words: str, says: str | None) -> None:
+    told: list[str] = []
+    parse_arguments([*MOCK, *words.split()], warn=told.append)
+    assert [says is not None and says in message for message in told] == ([True] if says else []), told
+
+
 def test_the_command_line_can_say_every_setting() -> None:
     text = help_text()
     for item in all_options().values():

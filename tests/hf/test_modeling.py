@@ -219,6 +219,17 @@ def test_generate_bytes_equals_native_generation(exported: Exported, model: Any,
         model.generate_bytes(["a"], paths=0)
 
 
+def test_a_configured_threshold_can_be_switched_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"max_new_bytes": 20, "seed": 5}
+    exact = [(row.byte_ids, row.bits) for row in model.generate_bytes(TEXTS, **options)]
+    monkeypatch.setattr(model.config, "boundary_threshold", 1e-6)
+    decided, drawn = (
+        [(row.byte_ids, row.bits) for row in model.generate_bytes(TEXTS, **options, boundary_threshold=threshold)]
+        for threshold in (None, False)
+    )
+    assert drawn == exact != decided
+
+
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_the_engine_writes_what_an_export_writes(exported: Exported, model: Any, speculate: int) -> None:
     wanted = [row.byte_ids for row in model.generate_bytes(TEXTS, max_new_bytes=20, temperature=0)]

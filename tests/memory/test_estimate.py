@@ -161,6 +161,18 @@ def test_what_a_loss_adds_is_counted(stage: str, flags: str, has_teacher: bool) 
     assert memory.peak == pytest.approx(real.peak, rel=0.01)
 
 
+def test_behind_a_run_what_is_read_of_the_teacher_is_counted(tmp_path: Path) -> None:
+    """The embedding table and the alignment layers in 1a, all of it beside a frozen backbone in 1b."""
+    (tmp_path / "teacher.json").write_text("{}")
+    table, one, two, whole = (
+        reckoned(f"--load {tmp_path} --stages {flags}")[1][0].teacher
+        for flags in ("1a", "1a --align-layers 1", "1a --align-layers 2", "1b --freeze-backbone")
+    )
+    assert table == 4 * BACKBONE.padded_vocab_size * BACKBONE.hidden_size
+    assert two - one == one - table > 0 and whole >= table + BACKBONE.num_layers * (one - table)
+    assert reckoned("--stages 1b --freeze-backbone")[1][0].teacher == 0
+
+
 def test_alignment_layers_are_recomputed_where_that_is_asked_for() -> None:
     kept = {
         flags: reckoned(f"--stages 1a {flags}")[1][0].virtual_stages[0].kept

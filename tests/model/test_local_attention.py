@@ -55,8 +55,8 @@ def test_block_equals_the_dense_formula_on_ragged_segments(window: int) -> None:
     weights = torch.randn_like(x)
     leaves = {"x": x, **dict(block.named_parameters())}
     found, wanted = (run(x, segments) for run in (block, lambda *given: dense(block, *given)))
-    # angles are fp32: a thousand positions away they are off by 6e-5
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    # cosines and sines are fp32
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for name, got, expected in zip(
         leaves,
         torch.autograd.grad((found * weights).sum(), [*leaves.values()], allow_unused=True),
@@ -77,6 +77,19 @@ def test_a_byte_reaches_exactly_its_window() -> None:
     changed[21] += 1.0  # two bytes before its segment's end
     moved = (block(x, segments) != block(changed, segments)).any(-1).nonzero()[:, 0].tolist()
     assert moved == [21, 22]
+
+
+@pytest.mark.parametrize("position", [131_072, 1_000_000])
+def test_only_differences_of_positions_matter_however_far_the_document_goes(position: int) -> None:
+    """Against fp64 at the document's start: in a window that holds new bytes alone, nothing else may change."""
+    block = make_block()
+    x = torch.randn(2, 40, 8)
+    start = replace(block.init_state(2, x.device), position=torch.full((2,), position))
+    found, _ = block.steps(x, start)
+    exact = block.double()
+    wanted, _ = exact.steps(x.double(), exact.init_state(2, x.device))
+    new = slice(block.window - 1, None)
+    torch.testing.assert_close(found[:, new].double(), wanted[:, new], rtol=2e-6, atol=2e-6)
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_the_length_not_its_square() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -101,6 +102,18 @@ def begun(job: Job, run: Path) -> Path:
 
 def test_another_width_than_the_checkpoint(refused, begun: Path) -> None:  # type: ignore[no-untyped-def]
     refused("--byte-width", "48", says=("byte_width: 32 there, 48 now", "--fresh"))
+
+
+def test_settings_of_parts_that_are_not_there_make_no_other_model(refused, begun: Path, job: Job) -> None:  # type: ignore[no-untyped-def]
+    """As a run that a version before local attention and the linear router made."""
+    path = begun / "model_config.json"
+    content = json.loads(path.read_text())
+    for name in ("router", "byte_attention_window", "byte_attention_head_dim"):
+        del content["byte_side"][name]
+    content["byte_side"] |= {"mamba_state_dim": 24, "byte_ngram_rows": 7}
+    path.write_text(json.dumps(content))
+    assert job.run(begun, "--stages", "1a", "--exit-interval", "2") == 0
+    refused("--conv-kernel", "3", says=("conv_kernel: 4 there, 3 now",))
 
 
 def test_more_alignment_layers_than_the_teacher_has(refused) -> None:  # type: ignore[no-untyped-def]

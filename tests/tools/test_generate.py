@@ -14,7 +14,7 @@ from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.runs import load_student
 from tests.pretrain.job import Job
 from tools.convert_checkpoint import main as convert
-from tools.generate import main
+from tools.generate import build_parser, main, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,24 @@ def test_an_export_writes_what_its_run_does(finished: Path, exported: Path, caps
             assert main(["--load", str(folder), "--prompt", "the", "--max-new-bytes", "24", "--temperature", "0"]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags", "wanted"),
+    [
+        (0.7, [], 0.7),
+        (0.7, ["--boundary-threshold", "0.2"], 0.2),
+        (0.7, ["--boundary-threshold", "none"], None),
+        (0.7, ["--generation", "bytes"], None),
+        (None, [], None),
+    ],
+)
+def test_an_exports_threshold_holds_unless_another_or_none_is_given(
+    tmp_path: Path, stored: float | None, flags: list[str], wanted: float | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "megabyte", "boundary_threshold": stored}))
+    arguments = build_parser().parse_args(["--load", str(tmp_path), "--prompt", "a", *flags])
+    assert settings_of(arguments).sampling.boundary_threshold == wanted
 
 
 def test_a_stop_text_and_a_seed_reach_the_engine(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

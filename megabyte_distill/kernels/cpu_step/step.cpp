@@ -71,6 +71,15 @@ inline void turn(int64_t place, int64_t half, const float* frequencies, float si
     by[half + i] = std::sin(angle) * size;
   }
 }
+// The same of a byte: a document has more of them than fp32 has digits for their angles.
+inline void turn_byte(int64_t place, int64_t half, const float* frequencies, float* by) {
+  constexpr double kWhole = 6.283185307179586;
+  for (int64_t i = 0; i < half; i++) {
+    const float angle = float(std::fmod(double(place) * double(frequencies[i]), kWhole));
+    by[i] = std::cos(angle);
+    by[half + i] = std::sin(angle);
+  }
+}
 inline void rotate(float* head, int64_t half, const float* by) {
   for (int64_t i = 0; i < half; i++) {
     const float first = head[i], second = head[half + i];
@@ -343,8 +352,8 @@ struct AttentionBlock : Block {
     dense(value, count, normed, query.in, projected + 2 * width, 3 * width);
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < count; at++)
-      turn(bytes.read[bytes.slots[at / bytes.length]] + at % bytes.length, head_dim / 2, frequencies, 1.0f,
-           turns.data() + at * head_dim);
+      turn_byte(bytes.read[bytes.slots[at / bytes.length]] + at % bytes.length, head_dim / 2, frequencies,
+                turns.data() + at * head_dim);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t row = 0; row < bytes.rows; row++)
       for (int64_t head = 0; head < heads; head++)
