@@ -27,9 +27,8 @@ LONGEST = 4
 STEPS = 32
 """Limits are multiples of 1 / STEPS."""
 HIGHEST_LIMIT = 64
-SAMPLE_BYTES = 1 << 18
-"""Text on which limits are tried."""
-SAMPLE_ROWS = 256
+SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 1 << 12
+"""Text on which limits are tried: a megabyte, of each data set its share of the rows."""
 
 
 # Lengths are whole numbers, and one more byte may take the mean from 6 to 8: among ends that are equally strong, a
@@ -109,7 +108,7 @@ class ChunkSizes:
         self._rows = [(row.byte_ids.cpu().numpy(), row.token_ends.cpu().numpy()) for row in rows]
         self._bytes = sum(int((byte_ids < BOS_BYTE).sum()) for byte_ids, _ in self._rows)
         if not self._bytes:
-            raise ValueError("--target-bytes-per-chunk: the first training rows hold no text to measure chunks on")
+            raise ValueError("--target-bytes-per-chunk: the sample of training rows holds no text to measure chunks on")
         self._means: dict[int, float] = {}
 
     def mean(self, limit: float) -> float:
@@ -147,7 +146,8 @@ class ChunkSchedule:
         start = config.target_bytes_per_chunk_start
         first = self.sizes.mean(1.0) if start is None else start
         ramp = config.target_bytes_per_chunk_iters
-        return first + (config.target_bytes_per_chunk - first) * (min(1.0, iteration / ramp) if ramp else 1.0)
+        done = min(1.0, iteration / (ramp - 1)) if ramp > 1 else 1.0
+        return first + (config.target_bytes_per_chunk - first) * done
 
     def limit(self, iteration: int) -> float | None:
         """What rows of that update are merged with; None where they stay as they are."""
@@ -161,18 +161,7 @@ class SampledStream(Protocol):
 
     def materialize(self, plan: Any) -> PackedRow: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
 
 def sample_rows(stream: SampledStream) -> list[PackedRow]:
-    """The next rows of a stream, up to SAMPLE_BYTES of them; its position stays."""
-    position, size = stream.state_dict(), 0
-    rows: list[PackedRow] = []
-    while size < SAMPLE_BYTES and len(rows) < SAMPLE_ROWS:
-        [plan] = stream.next_rows(1)
-        rows.append(stream.materialize(plan))
-        size += rows[-1].byte_ids.shape[0]
-    stream.load_state_dict(position)
-    return rows
+    """The next SAMPLE_ROWS rows of a stream."""
+    return [stream.materialize(plan) for plan in stream.next_rows(SAMPLE_ROWS)]

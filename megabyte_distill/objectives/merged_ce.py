@@ -24,7 +24,6 @@ from megabyte_distill.alphabet import BYTE_VOCAB, END_OF_DOCUMENT_CLASS
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.kernels.ops import accumulation_dtype
 
-
 _NOTHING_LEFT = 1e-6
 """Below it the rest of a distribution is rounding."""
 

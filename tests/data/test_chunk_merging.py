@@ -191,11 +191,7 @@ def test_merged_rows_join_to_a_micro_batch() -> None:
 
 @pytest.fixture(scope="module")
 def sizes() -> ChunkSizes:
-    stream = MockRowStream(500, row_bytes=512, chunk_bucket=8, seed=2)
-    before = stream.state_dict()
-    rows = sample_rows(stream)
-    assert stream.state_dict() == before and len(rows) == 256
-    return ChunkSizes(rows)
+    return ChunkSizes(sample_rows(MockRowStream(500, row_bytes=512, chunk_bucket=8, seed=2)))
 
 
 @pytest.mark.parametrize("target", [2.5, 3.0, 4.0, 5.5, 8.0, 16.0])
@@ -216,11 +212,13 @@ def test_tokens_that_are_long_enough_are_not_merged(sizes: ChunkSizes) -> None:
 def test_the_length_goes_linearly_to_the_target(sizes: ChunkSizes) -> None:
     config = StageConfig(target_bytes_per_chunk=6.0, target_bytes_per_chunk_start=3.0, target_bytes_per_chunk_iters=10)
     schedule = ChunkSchedule(config, sizes)
-    assert [schedule.target(update) for update in (0, 5, 10, 99)] == [3.0, 4.5, 6.0, 6.0]
+    assert [schedule.target(update) for update in (0, 3, 9, 99)] == [3.0, 4.0, 6.0, 6.0]
     assert schedule.limit(0) == sizes.limit_for(3.0) and schedule.limit(99) == sizes.limit_for(6.0)
     from_tokens = ChunkSchedule(StageConfig(target_bytes_per_chunk=6.0, target_bytes_per_chunk_iters=10), sizes)
     assert from_tokens.target(0) == sizes.mean(1.0) and from_tokens.limit(0) is None
-    assert ChunkSchedule(StageConfig(target_bytes_per_chunk=6.0), sizes).target(0) == 6.0
+    for ramp in (0, 1):
+        at_once = StageConfig(target_bytes_per_chunk=6.0, target_bytes_per_chunk_iters=ramp)
+        assert ChunkSchedule(at_once, sizes).target(0) == 6.0
 
 
 def test_rows_without_text_measure_nothing() -> None:

@@ -214,7 +214,7 @@ def test_a_byte_is_told_by_row_document_and_place(world: World) -> None:
     stream = MockRowStream(90, row_bytes=64, chunk_bucket=8, seed=3)
     second = replace(world, data_parallel_rank=1, data_parallel_size=2)
     source = MicroBatches(stream, config, second)
-    batches = source.next_micro_batches()
+    batches = source.next_micro_batches(0)
     documents = stream.datasets[0]
     for micro_batch, batch in enumerate(batches):
         for byte in range(128):
