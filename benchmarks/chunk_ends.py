@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megabyte_distill.data import tokenizers  # noqa: E402 - after the path is set
-from megabyte_distill.data.chunk_merging import ChunkSizes, merged_bits  # noqa: E402
+from megabyte_distill.data.chunk_merging import ChunkSizes, merged_ends  # noqa: E402
 from megabyte_distill.data.packing import Segment, pack_row  # noqa: E402
 
 TINY = ROOT / "examples" / "tiny"
@@ -75,7 +75,7 @@ def measure(size: int, length: int) -> dict[str, float]:
     limit = ChunkSizes([row]).limit_for(segment.byte_ids.size / (int(counted.sum()) - 1))
     found = {
         "tokens": token_bits,
-        "rule": token_bits if limit is None else merged_bits(byte_ids, token_bits, limit),
+        "rule": token_bits if limit is None else merged_ends(byte_ids, token_bits, limit).bits,
         "counting": counted,
     }
     return {

@@ -164,7 +164,7 @@ def train_teacher_on(shared: Shared, size: int, seed: int, rate: float, held_out
         for stage, count in updates.items():
             rows = training_rows(shared, stage, seed, here)
             for _ in range(count):
-                train_step(trained, objective, rows.next_micro_batches(), done, here)
+                train_step(trained, objective, rows.next_micro_batches(done), done, here)
                 done += 1
         after = token_bits(teacher.eval(), shared, held_out_bytes)
     return {"before": before, "after": after}

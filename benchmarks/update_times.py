@@ -56,7 +56,9 @@ class Arm:
     def update(self) -> float:
         """Seconds of this process, reading included: a machine that does other things as well does not count."""
         started = time.process_time()
-        report = train_step(self.trained, self.objective, self.rows.next_micro_batches(), self.updates, self.here)
+        report = train_step(
+            self.trained, self.objective, self.rows.next_micro_batches(self.updates), self.updates, self.here
+        )
         assert not report.skipped, report
         self.updates += 1
         return time.process_time() - started

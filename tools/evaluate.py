@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,8 @@ def _add_held_out(add: Any) -> None:
     add("--train-data-path", nargs="+", metavar="STEM", help="training data, for the token unigram anchor")
     add("--seq-length", type=int, default=2048, help="bytes of a row: the context of all figures (2048)")
     add("--max-bytes", type=int, metavar="N", help="text at most, whole rows, shared evenly by the sets (default: all)")
-    add("--bits", choices=("gold", "router"), default="gold",
-        help="boundary bits of the student's headline figures, as input and label (gold)")  # fmt: skip
+    add("--bits", choices=("gold", "router", "merged"),
+        help="bits of the headline figures, as input and label (what it was taught: gold or merged)")  # fmt: skip
     add("--boundary-threshold", type=float, default=0.5, metavar="T",
         help="the router ends a chunk where its p is above this, in all figures under its bits (0.5)")  # fmt: skip
     add("--boundary-thresholds", metavar="T,T,...",
@@ -174,13 +174,17 @@ def bootstrap_of(arguments: argparse.Namespace) -> Bootstrap:
     return Bootstrap(resamples=arguments.resamples, confidence=arguments.confidence, seed=arguments.seed)
 
 
-def measures_of(arguments: argparse.Namespace) -> Measures:
-    """What is to be measured; ValueError for settings out of range."""
-    from megabyte_distill.evaluation.bits_per_byte import Bits, Measures
+def measures_of(arguments: argparse.Namespace, merge_limit: float | None) -> Measures:
+    """What is to be measured of a student whose stage merged tokens so; ValueError for settings out of range."""
+    from megabyte_distill.evaluation.bits_per_byte import Measures, headline_bits
+    from megabyte_distill.evaluation.document_counts import Bits
     from megabyte_distill.evaluation.thresholds import parse_thresholds
 
+    if arguments.bits == Bits.MERGED and merge_limit is None:
+        raise ValueError("--bits merged: the student was not trained with --target-bytes-per-chunk; leave it out")
     return Measures(
-        bits=Bits(arguments.bits),
+        bits=headline_bits(merge_limit) if arguments.bits is None else Bits(arguments.bits),
+        merge_limit=merge_limit,
         official=arguments.scoring == "official",
         paths=arguments.paths,
         path_bytes=arguments.path_bytes,
@@ -193,16 +197,18 @@ def measures_of(arguments: argparse.Namespace) -> Measures:
 
 def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
     """Loads a run and compares its student with its teacher; needs process groups."""
+    from megabyte_distill.data.chunk_merging import merge_row
     from megabyte_distill.data.dataset import open_blend
     from megabyte_distill.evaluation import bits_per_byte
     from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
     from megabyte_distill.evaluation.held_out import held_out_rows
     from megabyte_distill.runs import chunk_limit, load_run_teacher, load_students, require_speaking
 
-    measures = measures_of(arguments)
     students = load_students(root, arguments.stage)
     loaded = students.last
     require_speaking(loaded)
+    merge_limit = chunk_limit(loaded.checkpoint)
+    measures = measures_of(arguments, merge_limit)
     teacher = load_run_teacher(root, arguments.teacher)
     sets = open_sets(arguments, loaded.token_bytes)
     unigram = None
@@ -223,7 +229,7 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         loaded.student,
         teacher.backbone,
         rows_of_set,
-        replace(measures, merge_limit=chunk_limit(loaded.checkpoint)),
+        measures,
         stage1_student=students.distilled,
         aligned_student=students.aligned,
         unigram=unigram,
@@ -236,9 +242,8 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
 
         folder = plot_folder(arguments, root)
         plot_sets(found, folder / "sets.png")
-        marked = mark_sentence(
-            loaded.student, next(iter(rows_of_set.values()))[0], threshold=arguments.boundary_threshold
-        )
+        shown = merge_row(next(iter(rows_of_set.values()))[0], merge_limit)
+        marked = mark_sentence(loaded.student, shown, threshold=arguments.boundary_threshold)
         plot_boundaries(marked, folder / "boundaries.png")
     return found
 

@@ -20,7 +20,7 @@ from megabyte_distill.objectives.boundary import boundary_bce, boundary_position
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import exact_targets
 from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll, joint_nlls
-from megabyte_distill.objectives.merged_ce import bytes_and_bit_nll
+from megabyte_distill.objectives.merged_ce import bytes_and_bit_nll, given_own_bits
 from megabyte_distill.objectives.objective import Sums
 from megabyte_distill.objectives.truncated_targets import restored
 from megabyte_distill.parallel.pipeline import virtual_stages
@@ -119,7 +119,7 @@ class ByteSft:
                 overwrite_logits=True,
             )
         else:
-            soft = bytes_and_bit_nll(logits, row.labels, targets.distribution)
+            soft = bytes_and_bit_nll(logits, row.labels, given_own_bits(targets.distribution, row))
             hard = joint_nll(logits.detach() if only_soft else logits, row)
         self._measures = {MEASURE: joint_bits_pair(hard, row), **targets.measures, **chunk_lengths(row)}
         mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard

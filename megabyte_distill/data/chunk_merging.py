@@ -1,16 +1,16 @@
 """Larger chunks: which of the teacher's token ends stay ends when adjacent tokens are merged.
 
 A token's end stays where its strength reaches a limit; the token joins the one behind it elsewhere. The strength is the
-token's length in bytes, more where the next byte begins a word: a function of what the byte's own state and the one
-byte of lookahead tell, so that a router can learn it, and the same in every row, epoch and process. A chunk ends with
-its longest token, whose state is what the backbone reads. Long runs of weak ends are cut.
+token's length in bytes: a function of the text so far, which says nothing of the bytes that follow (the targets of
+objectives/merged_ce.py need that), and the same in every row, epoch and process. A chunk ends with its longest token,
+whose state is what the backbone reads. Long runs of weak ends are cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,50 +24,47 @@ from megabyte_distill.data.packing import PackedRow
 
 LONGEST = 4
 """A chunk of this many times the limit in bytes ends with the token that reached it."""
-WORD_START = 1.5
-"""What an end is stronger by where the next byte begins a word."""
 STEPS = 32
 """Limits are multiples of 1 / STEPS."""
 HIGHEST_LIMIT = 64
-SAMPLE_BYTES = 1 << 18
-"""Text on which limits are tried."""
-SAMPLE_ROWS = 256
+SAMPLE_ROWS, SAMPLE_ROW_BYTES = 256, 1 << 12
+"""Text on which limits are tried: a megabyte, of each data set its share of the rows."""
 
 
-def _word_starts() -> NDArray[np.float32]:
-    """[256] what a byte adds to the strength of the end in front of it: spaces, and characters of scripts without them
-    (three and four bytes each)."""
-    starts = np.zeros(256, dtype=np.float32)
-    starts[[*range(0x09, 0x0E), 0x20, *range(0xE0, 0xF5)]] = WORD_START
-    return starts
-
-
-_WORD_STARTS = _word_starts()
 # Lengths are whole numbers, and one more byte may take the mean from 6 to 8: among ends that are equally strong, a
 # number by the token's last byte decides, which the byte's own state shows as well.
 _LAST_BYTE = (np.arange(256, dtype=np.float32) * 97 % 256) / 512
 
 
-def merged_bits(byte_ids: NDArray[np.int64], bits: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
-    """The ends that stay [P] of token ends ``bits`` [P] in bytes [P] of a packed row, which begins with BOS.
+class MergedEnds(NamedTuple):
+    """Which token ends of a packed row stay."""
+
+    bits: NDArray[np.bool_]
+    """[P]."""
+    forced: NDArray[np.bool_]
+    """[P] those of them that stay only because their segment ends there."""
+
+
+def merged_ends(byte_ids: NDArray[np.int64], bits: NDArray[np.bool_], limit: float) -> MergedEnds:
+    """The ends that stay of token ends ``bits`` [P] in bytes [P] of a packed row, which begins with BOS.
 
     BOS, a segment's last byte and the first PAD byte stay ends. A limit of 1 merges nothing.
     """
     ends = np.flatnonzero(bits)
-    following = np.append(byte_ids[1:], PAD_BYTE)[ends]
     own = byte_ids[ends]
-    strength = np.diff(ends, prepend=-1) + _WORD_STARTS[following] + _LAST_BYTE[own]
-    kept = (strength >= limit) | (own >= BOS_BYTE) | (following >= BOS_BYTE)
+    kept = (np.diff(ends, prepend=-1) + _LAST_BYTE[own] >= limit) | (own >= BOS_BYTE)
     _cut_long(ends, kept, LONGEST * limit)
-    merged = np.zeros_like(bits)
-    merged[ends[kept]] = True
-    return merged
+    is_last = np.append(byte_ids[1:], PAD_BYTE)[ends] >= BOS_BYTE
+    merged, forced = np.zeros_like(bits), np.zeros_like(bits)
+    merged[ends[kept | is_last]] = True
+    forced[ends[is_last & ~kept]] = True
+    return MergedEnds(merged, forced)
 
 
 def _cut_long(ends: NDArray[np.int64], kept: NDArray[np.bool_], longest: float) -> None:
     """Keeps, in place, every end at which the chunk since the last end that is kept has ``longest`` bytes."""
-    places = np.flatnonzero(kept)
-    is_long = np.diff(ends[places]) > longest
+    places = np.append(np.flatnonzero(kept), len(ends))
+    is_long = np.diff(np.append(ends, ends[-1] + 1)[places]) > longest
     for place, stop in zip(places[:-1][is_long].tolist(), places[1:][is_long].tolist(), strict=True):
         while (place := int(np.searchsorted(ends, ends[place] + longest))) < stop:
             kept[place] = True
@@ -81,7 +78,8 @@ def merge_row(row: PackedRow, limit: float | None) -> PackedRow:
     if limit is None:
         return row
     byte_ids, gold, given = row.byte_ids.cpu(), row.token_ends, row.labels.cpu()
-    merged = torch.from_numpy(merged_bits(byte_ids.numpy(), gold.cpu().numpy(), limit))
+    found = merged_ends(byte_ids.numpy(), gold.cpu().numpy(), limit)
+    merged, forced = torch.from_numpy(found.bits), torch.from_numpy(found.forced)
     following = F.pad(byte_ids[1:], (0, 1), value=PAD_BYTE)
     is_inside = following < BOS_BYTE
     inside = joint_class(following, F.pad(merged[1:], (0, 1)).to(torch.int64))
@@ -90,7 +88,10 @@ def merge_row(row: PackedRow, limit: float | None) -> PackedRow:
     is_weak = 1 + torch.from_numpy(_LAST_BYTE)[byte] < limit
     behind = torch.where(is_weak & (given != END_OF_DOCUMENT_CLASS), byte, given)
     labels = torch.where(is_inside, inside, behind)
-    return replace(row, bits=merged.to(row.bits.device), labels=labels.to(row.labels.device), token_bits=gold)
+    device = row.bits.device
+    return replace(
+        row, bits=merged.to(device), labels=labels.to(device), token_bits=gold, forced_ends=forced.to(device)
+    )
 
 
 def bytes_and_chunks(row: PackedRow, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,14 +108,14 @@ class ChunkSizes:
         self._rows = [(row.byte_ids.cpu().numpy(), row.token_ends.cpu().numpy()) for row in rows]
         self._bytes = sum(int((byte_ids < BOS_BYTE).sum()) for byte_ids, _ in self._rows)
         if not self._bytes:
-            raise ValueError("--target-bytes-per-chunk: the first training rows hold no text to measure chunks on")
+            raise ValueError("--target-bytes-per-chunk: the sample of training rows holds no text to measure chunks on")
         self._means: dict[int, float] = {}
 
     def mean(self, limit: float) -> float:
         """Bytes of a chunk under a limit, a multiple of 1 / STEPS; that of the teacher's tokens under 1."""
         step = round(limit * STEPS)
         if step not in self._means:
-            merged = ((byte_ids, merged_bits(byte_ids, bits, step / STEPS)) for byte_ids, bits in self._rows)
+            merged = ((byte_ids, merged_ends(byte_ids, bits, step / STEPS).bits) for byte_ids, bits in self._rows)
             chunks = sum(int(np.count_nonzero(bits & (byte_ids < BOS_BYTE))) for byte_ids, bits in merged)
             self._means[step] = self._bytes / chunks
         return self._means[step]
@@ -145,7 +146,8 @@ class ChunkSchedule:
         start = config.target_bytes_per_chunk_start
         first = self.sizes.mean(1.0) if start is None else start
         ramp = config.target_bytes_per_chunk_iters
-        return first + (config.target_bytes_per_chunk - first) * (min(1.0, iteration / ramp) if ramp else 1.0)
+        done = min(1.0, iteration / (ramp - 1)) if ramp > 1 else 1.0
+        return first + (config.target_bytes_per_chunk - first) * done
 
     def limit(self, iteration: int) -> float | None:
         """What rows of that update are merged with; None where they stay as they are."""
@@ -159,18 +161,7 @@ class SampledStream(Protocol):
 
     def materialize(self, plan: Any) -> PackedRow: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
 
 def sample_rows(stream: SampledStream) -> list[PackedRow]:
-    """The next rows of a stream, up to SAMPLE_BYTES of them; its position stays."""
-    position, size = stream.state_dict(), 0
-    rows: list[PackedRow] = []
-    while size < SAMPLE_BYTES and len(rows) < SAMPLE_ROWS:
-        [plan] = stream.next_rows(1)
-        rows.append(stream.materialize(plan))
-        size += rows[-1].byte_ids.shape[0]
-    stream.load_state_dict(position)
-    return rows
+    """The next SAMPLE_ROWS rows of a stream."""
+    return [stream.materialize(plan) for plan in stream.next_rows(SAMPLE_ROWS)]

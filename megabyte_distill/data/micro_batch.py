@@ -39,6 +39,8 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
     def join_bytes(name: str) -> Tensor:
         return torch.cat([getattr(row, name) for row in rows])
 
+    is_merged = any(row.token_bits is not None for row in rows)
+    forced = [torch.zeros_like(row.bits) if row.forced_ends is None else row.forced_ends for row in rows]
     chunk_offsets = [row.cu_chunks[row.cu_chunks <= count] for row, count in zip(rows, counts, strict=True)]
     cu_chunks = _offsets(chunk_offsets)
     if padding:
@@ -57,5 +59,6 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
         chunk_bucket=rows[0].chunk_bucket,
         documents=tuple(document for row in rows for document in row.documents),
         stored=StoredTargets.joined(stored) if len(stored) == len(rows) else None,
-        token_bits=join_bytes("token_ends") if any(row.token_bits is not None for row in rows) else None,
+        token_bits=join_bytes("token_ends") if is_merged else None,
+        forced_ends=torch.cat(forced) if is_merged else None,
     )

@@ -51,6 +51,8 @@ class PackedRow:
     """The bytes' exact targets, where they are read from a cache."""
     token_bits: Tensor | None = None
     """[P] bool ends of the teacher's tokens where ``bits`` are fewer (chunk_merging.py); None where they are these."""
+    forced_ends: Tensor | None = None
+    """[P] bool of such a row: ends of chunks that its rule would have merged, had the segment gone on."""
 
     @property
     def token_ends(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.bootstrap import Bootstrap, Counts, Interval
-from megabyte_distill.evaluation.document_counts import Judged, count_rows
+from megabyte_distill.evaluation.document_counts import Bits, Judged, count_rows
 from megabyte_distill.evaluation.held_out import openings
 from megabyte_distill.evaluation.thresholds import ThresholdFigures, sweep
 from megabyte_distill.inference.bit_paths import device_of
@@ -29,17 +28,10 @@ from megabyte_distill.objectives.byte_tree import ByteTree
 
 _OPTIONAL = (
     *("unigram_bits_per_byte", "teacher_next_byte_accuracy", "teacher_exact_bits_per_byte"),
-    *("official_bits_per_byte", "official_retention"),
+    *("official_bits_per_byte", "official_retention", "merged_bits_per_byte"),
 )
 """Figures that are None where what they need was not given."""
 NO_TEXT = "the rows hold not one byte of text; evaluate on documents that are not empty"
-
-
-class Bits(StrEnum):
-    """Whose boundary bits the student's headline figures are under, as input and label."""
-
-    GOLD = "gold"
-    ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +79,8 @@ class Evaluation:
     """Joint, gold bits."""
     router_bits_per_byte: float
     """Joint, the router's bits."""
+    merged_bits_per_byte: float | None
+    """Joint, the ends that the student's stage kept; None where it kept all, also below."""
     official_bits_per_byte: float | None
     """The paper's score, no bound: it sees the next byte through the boundaries and takes the likelier of two bits.
     None where not asked for."""
@@ -99,10 +93,11 @@ class Evaluation:
     teacher_next_byte_accuracy: float | None
     """The same of the teacher's exact byte distribution behind the gold tokens; None where no token table was given."""
     boundary_precision: float
+    """Of the router's ends, against the merged ones where there are any and the teacher's tokens' elsewhere."""
     boundary_recall: float
     boundary_f1: float
     bytes_per_chunk: float
-    """Of the teacher's tokens."""
+    """Of those that the router's are judged by."""
     router_bytes_per_chunk: float
     alignment_mse_relative: float
     """Squared error of encoder states against token embeddings over the embedding table's variance."""
@@ -151,9 +146,14 @@ class Measures:
     thresholds: Sequence[float] = ()
     """Several of them, for a table of quality against backbone steps."""
     merge_limit: float | None = None
-    """What the student's stage merged tokens with at its end, for that table; None where it did not."""
+    """What the student's stage merged tokens with at its end; None where it did not."""
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     """How the intervals are made."""
+
+
+def headline_bits(merge_limit: float | None) -> Bits:
+    """Those that a student learned to write, whose stage merged tokens with a limit or did not."""
+    return Bits.GOLD if merge_limit is None else Bits.MERGED
 
 
 def evaluate_run(
@@ -166,16 +166,24 @@ def evaluate_run(
     unigram: Tensor | None = None,
     paths: int = 4,
     path_bytes: int = 20_000,
+    merge_limit: float | None = None,
 ) -> Evaluation:
     """All figures on the given rows of one data set (``held_out.held_out_rows``), without intervals.
 
-    See :func:`compare`.
+    See :func:`compare`; the headline is under gold bits, or merged ones where ``merge_limit`` says how.
     """
+    measures = Measures(
+        bits=headline_bits(merge_limit),
+        paths=paths,
+        path_bytes=path_bytes,
+        merge_limit=merge_limit,
+        bootstrap=Bootstrap(resamples=0),
+    )
     found = compare(
         student,
         teacher,
         {"": rows},
-        Measures(paths=paths, path_bytes=path_bytes, bootstrap=Bootstrap(resamples=0)),
+        measures,
         stage1_student=stage1_student,
         aligned_student=aligned_student,
         unigram=unigram,
@@ -216,7 +224,8 @@ def compare(
         aligned=aligned_student or distilled,
         unigram=unigram,
         tree=None if token_bytes is None else ByteTree.of(token_bytes),
-        router_bits=measures.bits is Bits.ROUTER,
+        bits=measures.bits,
+        merge_limit=measures.merge_limit,
         official=measures.official,
         threshold=measures.threshold,
     )
@@ -348,6 +357,8 @@ def _figures(sums: Counts, *, bits: Bits, variance: float) -> dict[str, NDArray[
     }
     if "unigram_bits" in sums:
         found["unigram_bits_per_byte"] = _over(sums["unigram_bits"], size)
+    if "merged_bits" in sums:
+        found["merged_bits_per_byte"] = _over(sums["merged_bits"], size)
     if "official_bits" in sums:
         found["official_bits_per_byte"] = _over(sums["official_bits"], size)
         found["official_retention"] = _over(teacher, sums["official_bits"])

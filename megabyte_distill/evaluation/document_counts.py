@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megabyte_distill.alphabet import BYTE_VOCAB, PAD_BYTE
+from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.text_mask import document_end_positions, text_positions
 from megabyte_distill.evaluation.anchors import score_constant_embedding, score_unigram
@@ -19,13 +21,22 @@ from megabyte_distill.inference.scoring import joint_nll, joint_row_score, score
 from megabyte_distill.inference.teacher_bytes import score_teacher_bytes
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.router import decide
-from megabyte_distill.model.student import Gold, Parts, RouterDecides, Student
+from megabyte_distill.model.student import Given, Gold, Parts, RouterDecides, Student
 from megabyte_distill.objectives.alignment import alignment_squared_error
 from megabyte_distill.objectives.boundary import judged_positions
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import exact_targets
 
 _LN2 = float(np.log(2))
+
+
+class Bits(StrEnum):
+    """Whose boundary bits the student's headline figures are under, as input and label."""
+
+    GOLD = "gold"
+    ROUTER = "router"
+    MERGED = "merged"
+    """The gold ends that the student's stage kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +53,10 @@ class Judged:
     """[W] nats of each token by frequency."""
     tree: ByteTree | None = None
     """The teacher's vocabulary, for its next-byte accuracy."""
-    router_bits: bool = False
-    """Next bytes are told under the router's bits instead of the gold ones."""
+    bits: Bits
+    """Under which next bytes are told."""
+    merge_limit: float | None = None
+    """What the student's stage merged tokens with: the ends that its boundaries are judged by; None: the tokens'."""
     official: bool = False
     """The paper's score as well."""
     threshold: float = 0.5
@@ -100,22 +113,29 @@ def _of_student(judged: Judged, row: PackedRow) -> dict[str, Tensor]:
     score = joint_row_score(nll, row)
     predicted = decide(under_gold.p, row.byte_ids, judged.threshold, official=student.is_official)
     mask = judged_positions(row)
-    told = under_router.logits if judged.router_bits else under_gold.logits
+    told = {Bits.GOLD: under_gold.logits, Bits.ROUTER: under_router.logits}
+    marked, merged = row.bits, {}
+    if judged.merge_limit is not None:
+        marked = merge_row(row, judged.merge_limit).bits
+        told[Bits.MERGED] = student(row, Given(marked), Parts.ALL).logits
+        merged = {"merged_bits": joint_row_score(joint_nll(told[Bits.MERGED], marked, row), row).bits}
+    bytes_told = told[judged.bits]
     official = {"official_bits": score_official(student, row, judged.threshold).bits} if judged.official else {}
     return {
         **official,
+        **merged,
         "text_bytes": score.bytes,
         "ends": _by_segment(ends, row),
         "gold_bits": score.bits,
         "gold_end_bits": _by_segment(torch.where(ends, nll.double(), 0.0), row) / _LN2,
         "router_bits": joint_row_score(router_nll, row).bits,
-        "hits": _by_segment(predicted & row.bits & mask, row),
+        "hits": _by_segment(predicted & marked & mask, row),
         "predicted": _by_segment(predicted & mask, row),
-        "marked": _by_segment(row.bits & mask, row),
+        "marked": _by_segment(marked & mask, row),
         # BOS, a chunk of its own, is no text
-        "chunks": _by_segment(row.bits & row.loss_mask, row) - 1,
+        "chunks": _by_segment(marked & row.loss_mask, row) - 1,
         "router_chunks": _by_segment(predicted & row.loss_mask, row) - 1,
-        "byte_hits": _byte_hits(torch.logaddexp(told[:, :BYTE_VOCAB], told[:, BYTE_VOCAB:]), row),
+        "byte_hits": _byte_hits(torch.logaddexp(bytes_told[:, :BYTE_VOCAB], bytes_told[:, BYTE_VOCAB:]), row),
     }
 
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megabyte_distill.evaluation.bits_per_byte import Bits, Comparison, Evaluation
+from megabyte_distill.evaluation.bits_per_byte import Comparison, Evaluation
 from megabyte_distill.evaluation.bootstrap import Interval
+from megabyte_distill.evaluation.document_counts import Bits
 from megabyte_distill.evaluation.thresholds import ThresholdFigures
 
-_WHOSE = {Bits.GOLD: "gold bits", Bits.ROUTER: "router's bits"}
+_WHOSE = {Bits.GOLD: "gold bits", Bits.ROUTER: "router's bits", Bits.MERGED: "merged bits"}
+
+MERGED_NOTE = (
+    "the student was taught chunks of several tokens: its headline figures are under {whose}, its boundaries are "
+    "judged by the merged ones, and gold bits are those of tokens, which it was not taught to write; all are bounds, "
+    "as the teacher's figure of its tokens"
+)
+"""Beside the figures of a student whose stage merged tokens."""
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -26,6 +34,8 @@ def notes(comparison: Comparison) -> list[str]:
             "under the router's bits the student's figure contains the cost of its own segmentation, the teacher's "
             "that of the tokenizer's"
         )
+    if total.merged_bits_per_byte is not None:
+        found.append(MERGED_NOTE.format(whose=_WHOSE[total.bits]))
     if total.official_bits_per_byte is not None:
         found.append(
             "the official score is no bound: boundaries are decided with the next byte in sight and tell about it, and "
@@ -48,13 +58,14 @@ def _parts(comparison: Comparison) -> list[tuple[str, Evaluation]]:
 def table(comparison: Comparison) -> str:
     """The figures of all text, a line for each data set, and the notes."""
     total = comparison.total
+    judge = "gold" if total.merged_bits_per_byte is None else "merged"
     lines = [
         f"{total.text_bytes:,} bytes of {total.documents} documents; bits per byte, document ends left out",
         *_main_lines(total),
         *_path_lines(total),
         f"boundaries: precision {total.boundary_precision:.4f}, recall {total.boundary_recall:.4f}, "
         f"F1 {total.boundary_f1:.4f}{_interval(total.intervals.get('boundary_f1'))}; bytes per chunk "
-        f"{total.bytes_per_chunk:.2f} gold, {total.router_bytes_per_chunk:.2f} router",
+        f"{total.bytes_per_chunk:.2f} {judge}, {total.router_bytes_per_chunk:.2f} router",
         f"next byte right: {_told(total)}",
         f"alignment: MSE over the table's variance {total.alignment_mse_relative:.4f}",
     ]
@@ -70,14 +81,14 @@ def table(comparison: Comparison) -> str:
 
 def _main_lines(total: Evaluation) -> list[str]:
     student = f"  student, {_WHOSE[total.bits]}"
-    other = Bits.ROUTER if total.bits is Bits.GOLD else Bits.GOLD
+    others = {_WHOSE[bits]: getattr(total, f"{bits}_bits_per_byte") for bits in Bits if bits is not total.bits}
     at = total.intervals
     lines = [
         f"  teacher, its tokens               {total.teacher_bits_per_byte:7.4f}"
         f"{_interval(at.get('teacher_bits_per_byte'))}",
         f"{student:36}{total.student_bits_per_byte:7.4f}{_interval(at.get('student_bits_per_byte'))}   "
         f"retention {total.retention:.4f}{_interval(at.get('retention'))}, gap {total.gap_bits_per_byte:+.4f}",
-        f"{f'  student, {_WHOSE[other]}':36}{getattr(total, f'{other.value}_bits_per_byte'):7.4f}",
+        *(f"{f'  student, {whose}':36}{value:7.4f}" for whose, value in others.items() if value is not None),
         f"  student, stage 1's token head     {total.stage1_bits_per_byte:7.4f}   "
         f"retention {total.stage1_retention:.4f}",
         f"  anchor, teacher reading nothing   {total.constant_embedding_bits_per_byte:7.4f}",

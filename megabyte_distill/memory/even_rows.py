@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.stage import StageConfig
@@ -18,16 +19,17 @@ STORED_PAIRS = 32
 
 
 def even_row(config: StageConfig, bytes_per_chunk: float) -> PackedRow:
-    """The stage's micro-batch: each row one document of ``seq_length`` bytes, a chunk end every so many bytes.
+    """The stage's micro-batch: each row one document of ``seq_length`` bytes, a token end every so many bytes.
 
+    Where the stage merges tokens, its chunks are as long as where they are shortest.
     ValueError for fewer than one byte a chunk.
     """
     if bytes_per_chunk < 1:
         raise ValueError(f"--bytes-per-chunk {bytes_per_chunk}: a chunk has at least one byte")
     size, rows = config.seq_length, config.micro_batch_size
-    bits = torch.zeros(size, dtype=torch.bool)
-    bits[(torch.arange(int(size / bytes_per_chunk) + 1) * bytes_per_chunk).long().clamp(max=size - 1)] = True
-    in_row = int(bits.sum())
+    token_bits, bits = _even_bits(size, bytes_per_chunk), _even_bits(size, _shortest(config, bytes_per_chunk))
+    is_merged = int(bits.sum()) < int(token_bits.sum())
+    in_row = int(token_bits.sum())
     chunks = in_row * rows
     capacity = -(-chunks // config.chunk_bucket) * config.chunk_bucket
     byte_ids = torch.full((size,), LETTER)
@@ -49,7 +51,24 @@ def even_row(config: StageConfig, bytes_per_chunk: float) -> PackedRow:
         chunk_bucket=config.chunk_bucket,
         documents=(-1,) * rows,
         stored=None if config.logits_load_dir is None else _even_targets(size * rows),
+        token_bits=token_bits.repeat(rows) if is_merged else None,
+        forced_ends=torch.zeros(size * rows, dtype=torch.bool) if is_merged else None,
     )
+
+
+def _even_bits(size: int, bytes_per_chunk: float) -> Tensor:
+    bits = torch.zeros(size, dtype=torch.bool)
+    bits[(torch.arange(int(size / bytes_per_chunk) + 1) * bytes_per_chunk).long().clamp(max=size - 1)] = True
+    return bits
+
+
+def _shortest(config: StageConfig, bytes_per_token: float) -> float:
+    """Bytes of a chunk where the stage's chunks are shortest, and memory is largest."""
+    target, start = config.target_bytes_per_chunk, config.target_bytes_per_chunk_start
+    if target is None:
+        return bytes_per_token
+    first = target if not config.target_bytes_per_chunk_iters else bytes_per_token if start is None else start
+    return max(bytes_per_token, min(first, target))
 
 
 def _even_targets(size: int) -> StoredTargets:

@@ -6,8 +6,10 @@ out) and q the student's pairs:
 
     −Σ_b m(b) log Σ_bit q(b, bit)  −  log q(β | x)
 
-Where m is sure of x this is the joint NLL. In the mean over text that the teacher's own bytes are drawn from, it is the
-cross-entropy against pairs whose byte is the teacher's and whose bit is the merging's.
+Where m is sure of x this is the joint NLL. m knows the tokens so far, and the student's bits are a function of them: of
+all texts that look the same to the student, the mean of m is how likely each byte is, and the loss is least at the true
+pairs. One bit is no such function, that of a text's last byte where the rule would have merged its token:
+:func:`given_own_bits` conditions m on it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megabyte_distill.alphabet import BYTE_VOCAB
+from megabyte_distill.alphabet import BYTE_VOCAB, END_OF_DOCUMENT_CLASS
+from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.kernels.ops import accumulation_dtype
+
+_NOTHING_LEFT = 1e-6
+"""Below it the rest of a distribution is rounding."""
+
+
+def given_own_bits(distribution: Tensor, row: PackedRow) -> Tensor:
+    """The teacher's pairs [P, 512] of a merged row as the student's own bits leave them, in place.
+
+    At a token end that was merged the text goes on: the end of text is taken out. At an end that stays only because its
+    segment ends there, which the student sees, the text's own byte is all there is.
+    """
+    assert row.token_bits is not None and row.forced_ends is not None
+    goes_on = row.token_bits & ~row.bits
+    distribution[:, END_OF_DOCUMENT_CLASS].masked_fill_(goes_on, 0.0)
+    rest = distribution.sum(-1)
+    distribution.mul_(torch.where(goes_on, 1.0 / rest.clamp(min=_NOTHING_LEFT), 1.0)[:, None])
+    is_hard = row.forced_ends | (goes_on & (rest < _NOTHING_LEFT))
+    distribution.masked_fill_(is_hard[:, None], 0.0)
+    return distribution.scatter_add_(1, row.labels[:, None], is_hard[:, None].to(distribution.dtype))
 
 
 class _BytesAndBit(torch.autograd.Function):
@@ -58,8 +80,8 @@ def bytes_and_bit_nll(logits: Tensor, labels: Tensor, distribution: Tensor) -> T
     Args:
         logits: [P, 512].
         labels: [P] int64 joint class of the next byte and its merged bit.
-        distribution: [P, 512] the teacher's exact pairs under its own tokens; of a bit's two classes only the sum
-            counts.
+        distribution: [P, 512] the teacher's exact pairs under its own tokens, :func:`given_own_bits`; of a bit's two
+            classes only the sum counts.
     """
     result: Tensor = _BytesAndBit.apply(logits, labels, distribution)  # type: ignore[no-untyped-call]
     return result

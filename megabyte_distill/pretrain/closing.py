@@ -13,18 +13,27 @@ import torch
 
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_sentence
 from megabyte_distill.evaluation.plots import plot_boundaries, plot_losses
+from megabyte_distill.evaluation.report import MERGED_NOTE
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import World, regroup
 from megabyte_distill.pretrain.prepare import Prepared, data_sets
-from megabyte_distill.runs import GENERATES_FROM, RunStudents, load_run_teacher, load_students, stage_progress
+from megabyte_distill.runs import (
+    GENERATES_FROM,
+    RunStudents,
+    chunk_limit,
+    load_run_teacher,
+    load_students,
+    stage_progress,
+)
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
 
@@ -122,6 +131,7 @@ def _measure(
         chunk_bucket=config.chunk_bucket,
         max_bytes=settings.run.summary_bytes,
     )
+    limit = chunk_limit(loaded.checkpoint)
     evaluation = evaluate_run(
         loaded.student,
         teacher,
@@ -130,10 +140,11 @@ def _measure(
         aligned_student=students.aligned,
         unigram=unigram_nll(token_counts(training), prepared.token_bytes),
         paths=settings.run.summary_paths,
+        merge_limit=limit,
     )
     stages = _stage_rows(root)
     plots = [root / "losses.png", root / "boundaries.png"]
-    marked, sample = mark_sentence(loaded.student, rows[0]), _sample(loaded.student)
+    marked, sample = mark_sentence(loaded.student, merge_row(rows[0], limit)), _sample(loaded.student)
     if world.is_main:
         plot_losses(root / METRICS_FILE, plots[0])
         plot_boundaries(marked, plots[1])
@@ -207,10 +218,14 @@ def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     if not summary["is_bound"]:
         say("official dechunk reads p, which knows the next byte: the student's figures below are no bounds\n")
     paths = summary.get("paths") or {}
+    merged = summary.get("merged_bits_per_byte")
+    if merged is not None:
+        say(f"{MERGED_NOTE.format(whose='merged bits')}\n")
     figures = [
         ("teacher, canonical tokens", summary["teacher_bits_per_byte"]),
         ("student reading bytes through 1b's token head", summary["stage1_bits_per_byte"]),
-        ("student, joint, gold bits", summary["student_bits_per_byte"]),
+        ("student, joint, gold bits", summary["gold_bits_per_byte"]),
+        *([] if merged is None else [("student, joint, merged bits", merged)]),
         ("student, joint, the router's bits", summary["router_bits_per_byte"]),
         ("anchor: token unigram", summary["unigram_bits_per_byte"]),
         ("anchor: teacher on a constant embedding", summary["constant_embedding_bits_per_byte"]),

@@ -22,9 +22,11 @@ from megabyte_distill.conversion.model_config import (
 )
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
+from megabyte_distill.data.chunk_merging import SAMPLE_ROW_BYTES, sample_rows
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.data.mock import MockRowStream
+from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import RowPlan, RowStream
 from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -250,6 +252,15 @@ def stored_targets(
 def row_seed(seed: int, stage: str) -> int:
     """Of the order in which a stage of a run with this seed reads its data."""
     return seed + 1000 * (1 + STAGE_ORDER.index(stage))
+
+
+def chunk_sample(settings: Settings, prepared: Prepared) -> list[PackedRow]:
+    """Training text on which chunks are measured: the same in every stage, at any length of rows and for any seed."""
+    size = {"row_bytes": SAMPLE_ROW_BYTES, "chunk_bucket": 1, "seed": 0}
+    if settings.data.mock_data:
+        return sample_rows(MockRowStream(prepared.model_config.backbone.vocab_size, **size))
+    (train, weights), _ = data_sets(settings, prepared)
+    return sample_rows(RowStream(train, weights, **size))
 
 
 def row_streams(

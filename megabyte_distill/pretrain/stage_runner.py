@@ -16,15 +16,14 @@ from megabyte_distill.config.stage import MERGES_IN
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher_stages
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES
-from megabyte_distill.data.chunk_merging import ChunkSchedule, ChunkSizes, sample_rows
-from megabyte_distill.data.sampler import RowStream
+from megabyte_distill.data.chunk_merging import ChunkSchedule, ChunkSizes
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import set_trainable
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import joined, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.pretrain.prepare import Prepared, row_streams, starting_point, stored_targets
+from megabyte_distill.pretrain.prepare import Prepared, chunk_sample, row_streams, starting_point, stored_targets
 from megabyte_distill.runs import StageProgress, backbone_overrides, build_model, stage_progress, training_dtype
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.invariants import Invariants
@@ -147,7 +146,7 @@ class StageRunner:
         has_losses = any(part.post_process for part in virtual_stages(student))
         stored = stored_targets(settings, config, self.prepared, train, has_losses=has_losses)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
-        sizes = self._chunk_sizes(stage.name, config, train)
+        sizes = self._chunk_sizes(stage.name, config)
         objective = stage.objective(config, teacher, self.prepared.token_bytes)
         return Loop(
             stage=stage.name,
@@ -183,11 +182,11 @@ class StageRunner:
             invariants=self._invariants(student, objective) if settings.run.check_invariants else None,
         )
 
-    def _chunk_sizes(self, name: str, config: StageConfig, train: RowStream) -> ChunkSchedule | None:
-        """How chunks grow in a stage, from the beginning of its rows: a resumed run finds the same."""
+    def _chunk_sizes(self, name: str, config: StageConfig) -> ChunkSchedule | None:
+        """How chunks grow in a stage: the same length is the same limit in all of them, and in a resumed run."""
         if config.target_bytes_per_chunk is None or name not in MERGES_IN:
             return None
-        schedule = ChunkSchedule(config, ChunkSizes(sample_rows(train)))
+        schedule = ChunkSchedule(config, ChunkSizes(chunk_sample(self.settings, self.prepared)))
         last = schedule.limit(config.train_iters)
         reached = schedule.sizes.mean(1.0 if last is None else last)
         self._say(

@@ -44,6 +44,9 @@ class StopReason(str, Enum):
 class RowSource(Protocol):
     """Where micro-batches come from; the same order whatever the number of ranks."""
 
+    chunk_limit: float | None
+    """What the last update's tokens were merged with."""
+
     def next_micro_batches(self, iteration: int) -> list[PackedRow]:
         """This rank's micro-batches of the next update, behind ``iteration`` others of the stage."""
 
@@ -130,7 +133,9 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     _window: _Window = field(default_factory=_Window)
     _flops: float | None = None
-    """Of one update, on the average rank; counted on this process's first."""
+    """Of one update, on the average rank; counted on this process's first and wherever chunks become longer."""
+    _counted_at: float | None = None
+    """What tokens were merged with there."""
 
     def resume(self, checkpoint: Path, *, with_optimizer: bool = True, with_rng: bool = True) -> None:
         """Continue from a checkpoint of this stage: optimizer, counters and position in the data.
@@ -231,11 +236,11 @@ class Loop:
         iteration, interval = self.progress.iteration, self.run_config.rerun_check
         arguments = (self.trained, self.objective, micro_batches)
         rerun = Rerun(*arguments, self.world) if interval and (iteration + 1) % interval == 0 else None
-        counts = self.run_config.log_throughput and self._flops is None
+        counts = self.run_config.log_throughput and (self._flops is None or self._counted_at != self.rows.chunk_limit)
         with FlopCount() if counts else contextlib.nullcontext() as count:
             report = train_step(*arguments, iteration, self.world, inspect=None if rerun is None else rerun.compare)
         if count is not None:
-            self._flops = self._mean_over_ranks(count.flops)
+            self._flops, self._counted_at = self._mean_over_ranks(count.flops), self.rows.chunk_limit
         if rerun is not None and rerun.differences:
             self.progress.nondeterministic += 1
             if self.world.is_main:

@@ -162,8 +162,8 @@ class _Probe:
         size, row = tensor.shape[0], self._row
         if size == row.byte_ids.shape[0]:
             return f", first at byte {index} of it: {self._locate(index)}"
-        ends = row.token_ends.nonzero().flatten()
-        if size == row.tokens.shape[0] and index < ends.shape[0]:
+        ends = row.bits.nonzero().flatten()
+        if size == -(-ends.shape[0] // row.chunk_bucket) * row.chunk_bucket and index < ends.shape[0]:
             byte = int(ends[index])
             return f", first at chunk {index}, which by gold boundaries ends at byte {byte} of it: {self._locate(byte)}"
         return f", first at index {index}"

@@ -53,11 +53,12 @@ class MicroBatches:
         self._stream, self._config, self._world, self._document_mask = stream, config, world, document_mask
         self._stored_targets, self._chunk_sizes = stored_targets, chunk_sizes
         self._last: list[Any] = []
-        self._limit: float | None = None
+        self.chunk_limit: float | None = None
+        """What the last update's tokens were merged with."""
 
-    def next_micro_batches(self, iteration: int = 0) -> list[PackedRow]:
+    def next_micro_batches(self, iteration: int) -> list[PackedRow]:
         """The next update's micro-batches of this rank; ``iteration`` updates of the stage lie before it."""
-        self._limit = None if self._chunk_sizes is None else self._chunk_sizes.limit(iteration)
+        self.chunk_limit = None if self._chunk_sizes is None else self._chunk_sizes.limit(iteration)
         self._last = self._stream.next_rows(self._config.global_batch_size)
         mine = self._last[self._world.data_parallel_rank :: self._world.data_parallel_size]
         rows = [self._stream.materialize(plan) for plan in mine]
@@ -67,7 +68,7 @@ class MicroBatches:
             rows = [without_document_mask(row) for row in rows]
         size = self._config.micro_batch_size
         joined = (concatenate_rows(rows[first : first + size]) for first in range(0, len(rows), size))
-        return [merge_row(row, self._limit).to(self._world.device) for row in joined]
+        return [merge_row(row, self.chunk_limit).to(self._world.device) for row in joined]
 
     def describe_last(self) -> str:
         """Data set and document numbers of the last update."""
@@ -92,7 +93,7 @@ class MicroBatches:
     def state_dict(self) -> dict[str, Any]:
         """Position behind the last update."""
         position = self._stream.state_dict()
-        return position if self._chunk_sizes is None else {**position, CHUNK_LIMIT: self._limit}
+        return position if self._chunk_sizes is None else {**position, CHUNK_LIMIT: self.chunk_limit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position."""
@@ -117,9 +118,9 @@ class HeldOutRows:
         if stream is None:
             return
         source = MicroBatches(stream, config, world, document_mask=document_mask)
-        self._batches = [source.next_micro_batches() for _ in range(config.eval_iters)]
+        self._batches = [source.next_micro_batches(0) for _ in range(config.eval_iters)]
 
-    def __call__(self, iteration: int = 0) -> list[list[PackedRow]]:
+    def __call__(self, iteration: int) -> list[list[PackedRow]]:
         """The batches, their chunks as long as those of the update behind ``iteration`` others."""
         limit = None if self._chunk_sizes is None else self._chunk_sizes.limit(iteration)
         return [[merge_row(row, limit) for row in rows] for rows in self._batches]

@@ -7,19 +7,21 @@ import json
 import pytest
 import torch
 
+from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.mock import MockDataset, mock_table
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import evaluation_rows
 from megabyte_distill.data.text_mask import text_positions
 from megabyte_distill.evaluation import report
-from megabyte_distill.evaluation.bits_per_byte import Bits, Comparison, Measures, compare, evaluate_run
+from megabyte_distill.evaluation.bits_per_byte import Comparison, Measures, compare, evaluate_run
 from megabyte_distill.evaluation.bootstrap import Bootstrap
 from megabyte_distill.evaluation.comparison_plots import plot_sets
+from megabyte_distill.evaluation.document_counts import Bits
 from megabyte_distill.evaluation.held_out import openings
 from megabyte_distill.inference.scoring import score_official, segment_texts
 from megabyte_distill.inference.tokenizations import score_tokenizations
 from megabyte_distill.model.backbone import Backbone
-from megabyte_distill.model.student import Gold, RouterDecides, Student
+from megabyte_distill.model.student import Given, Gold, RouterDecides, Student
 from tests.tiny_student import VOCAB_SIZE, tiny_backbone, tiny_student
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -107,16 +109,18 @@ def test_next_bytes_are_told_under_the_chosen_bits(
 ) -> None:
     right = size = 0
     for row in sets["one"]:
-        logits = student(row, Gold() if bits is Bits.GOLD else RouterDecides()).logits
+        choice = {Bits.GOLD: Gold(), Bits.ROUTER: RouterDecides(), Bits.MERGED: Given(merge_row(row, 2.5).bits)}[bits]
+        logits = student(row, choice).logits
         chances = logits.softmax(-1)
         guess = (chances[:, :256] + chances[:, 256:]).argmax(-1)
         mask = text_positions(row)
         right += int((guess == row.labels % 256)[mask].sum())
         size += int(mask.sum())
-    part = compare(student, teacher, {"one": sets["one"]}, Measures(bits=bits, paths=0)).total
+    part = compare(student, teacher, {"one": sets["one"]}, Measures(bits=bits, paths=0, merge_limit=2.5)).total
     assert part.next_byte_accuracy == pytest.approx(right / size)
     assert part.student_bits_per_byte == getattr(part, f"{bits.value}_bits_per_byte")
-    assert part.gold_bits_per_byte != part.router_bits_per_byte
+    each = {part.gold_bits_per_byte, part.router_bits_per_byte, part.merged_bits_per_byte}
+    assert len(each) == 3 and None not in each
     assert part.teacher_next_byte_accuracy is None
 
 

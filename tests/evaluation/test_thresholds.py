@@ -9,7 +9,7 @@ from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import evaluation_rows
-from megabyte_distill.evaluation.bits_per_byte import Measures, compare
+from megabyte_distill.evaluation.bits_per_byte import Measures, compare, headline_bits
 from megabyte_distill.evaluation.bootstrap import Bootstrap
 from megabyte_distill.evaluation.report import table
 from megabyte_distill.evaluation.thresholds import parse_thresholds, sweep
@@ -69,6 +69,19 @@ def test_a_comparison_has_the_table_and_its_headline_the_threshold(student: Stud
     assert found.total.boundary_f1 == pytest.approx(line.gold_f1) and line.merged_f1 is None
     printed = table(found)
     assert "router, p > 0.6" in printed and "steps/byte" in printed
+
+
+def test_a_student_of_merged_chunks_is_judged_by_them(student: Student, rows: list[PackedRow]) -> None:
+    measures = Measures(paths=0, bits=headline_bits(2.5), merge_limit=2.5, thresholds=(0.5,))
+    found = compare(student, tiny_backbone(), {"": rows}, measures)
+    gold, merged, router = found.thresholds
+    total = found.total
+    assert total.student_bits_per_byte == total.merged_bits_per_byte == pytest.approx(merged.bits_per_byte)
+    assert total.retention == pytest.approx(total.teacher_bits_per_byte / merged.bits_per_byte)
+    assert total.boundary_f1 == pytest.approx(router.merged_f1) and total.boundary_f1 != pytest.approx(router.gold_f1)
+    assert total.bytes_per_chunk == pytest.approx(merged.bytes_per_chunk) and gold.bytes_per_chunk < 2.2
+    printed = table(found)
+    assert "student, merged bits" in printed and "note: the student was taught chunks of several tokens" in printed
 
 
 def test_thresholds_are_read_in_order() -> None:

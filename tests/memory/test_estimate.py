@@ -114,6 +114,7 @@ RECOMPUTED = "--recompute-granularity full --recompute-byte-mixers"
     [
         *((stage, flags) for stage in STAGE_ORDER for flags in ("", "--bf16", RECOMPUTED)),
         ("1a", f"{RECOMPUTED} {ATTENTION}"),
+        ("2a", "--byte-targets exact --target-bytes-per-chunk 9"),
         ("1c", ATTENTION),
         ("2b", ATTENTION),
     ],

@@ -52,12 +52,18 @@ def test_second_start_prints_the_summary_and_trains_nothing(
     assert {path: path.stat().st_mtime_ns for path in closed.rglob("*.distcp")} == before
 
 
-def test_more_updates_replace_the_summary(job: Job, closed: Path) -> None:
+def test_more_updates_of_longer_chunks_replace_the_summary(
+    job: Job, closed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = json.loads((closed / "summary.json").read_text())
-    assert job.run(closed, "--summary-bytes", "1500", "--2b.train-iters", "6") == 0
+    assert job.run(closed, "--summary-bytes", "1500", "--2b.train-iters", "6", "--2b.target-bytes-per-chunk", "9") == 0
     after = json.loads((closed / "summary.json").read_text())
     assert after["bytes_per_stage"]["2b"] == 6 * 2 * 256
-    assert after["student_bits_per_byte"] != before["student_bits_per_byte"]
+    assert before["bits"] == "gold" and before["merged_bits_per_byte"] is None
+    assert after["bits"] == "merged" and after["student_bits_per_byte"] == after["merged_bits_per_byte"]
+    assert after["bytes_per_chunk"] > before["bytes_per_chunk"] + 1
+    shown = capsys.readouterr().out
+    assert "student, joint, merged bits" in shown and "was taught chunks of several tokens" in shown
 
 
 def test_fresh_starts_over(job: Job, closed: Path, capsys: pytest.CaptureFixture[str]) -> None:

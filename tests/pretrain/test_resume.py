@@ -83,6 +83,8 @@ def test_growing_chunks_go_on_where_they_were(
     assert [chunk_limit(run / "2a" / f"iter_000000{n}") for n in (2, 4)] == [
         chunk_limit(tmp_path / "whole" / "2a" / f"iter_000000{n}") for n in (2, 4)
     ]
+    limits = [chunk_limit(run / stage / "iter_0000004") for stage in ("1c", "2a")]
+    assert limits[0] == limits[1] is not None
     lengths = [metrics(run)["2a", update, "bytes per chunk"] for update in (2, 3, 4)]
     assert lengths == sorted(lengths) and lengths[0] + 1 < lengths[-1]
 

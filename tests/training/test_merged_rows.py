@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import cast
 
 import torch
@@ -32,10 +33,15 @@ def stream(seed: int = 2) -> MockRowStream:
     return MockRowStream(500, row_bytes=128, chunk_bucket=8, seed=seed)
 
 
+@cache
+def sizes() -> ChunkSizes:
+    return ChunkSizes(sample_rows(stream(seed=0)))
+
+
 def source(world: World = ALONE, micro_batch_size: int = 2) -> MicroBatches:
     rows = stream()
     config = replace(CONFIG, micro_batch_size=micro_batch_size)
-    return MicroBatches(rows, config, world, chunk_sizes=ChunkSchedule(config, ChunkSizes(sample_rows(rows))))
+    return MicroBatches(rows, config, world, chunk_sizes=ChunkSchedule(config, sizes()))
 
 
 def mean(rows: list[PackedRow]) -> float:
@@ -76,12 +82,12 @@ def test_a_resumed_source_goes_on_with_the_same_rows() -> None:
 
 
 def test_held_out_rows_have_the_length_of_their_update() -> None:
-    sizes = ChunkSchedule(CONFIG, ChunkSizes(sample_rows(stream())))
-    plain = HeldOutRows(stream(seed=5), CONFIG, ALONE)()
-    held_out = HeldOutRows(stream(seed=5), CONFIG, ALONE, chunk_sizes=sizes)
+    schedule = ChunkSchedule(CONFIG, sizes())
+    plain = HeldOutRows(stream(seed=5), CONFIG, ALONE)(0)
+    held_out = HeldOutRows(stream(seed=5), CONFIG, ALONE, chunk_sizes=schedule)
     for update in (0, 2, 9):
         for row, given in zip(held_out(update)[0], plain[0], strict=True):
-            assert torch.equal(row.bits, merge_row(given, sizes.limit(update)).bits)
+            assert torch.equal(row.bits, merge_row(given, schedule.limit(update)).bits)
 
 
 def test_a_position_says_nothing_of_chunks_where_none_are_merged() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.student import set_trainable
@@ -107,7 +108,8 @@ def test_a_kernel_that_overflows_is_found_with_how_much_of_it(world: World) -> N
     )
 
 
-def test_a_chunk_is_told_by_the_byte_that_ends_it(world: World) -> None:
+@pytest.mark.parametrize("limit", [None, 2.5])
+def test_a_chunk_is_told_by_the_byte_that_ends_it(world: World, limit: float | None) -> None:
     trained, objective = small_trainer(world)
     name = "backbone.decoder.layers.1.pre_mlp_layernorm"
 
@@ -115,8 +117,9 @@ def test_a_chunk_is_told_by_the_byte_that_ends_it(world: World) -> None:
         return output.index_fill(0, torch.tensor([2], device=output.device), math.nan)
 
     trained.module.get_submodule(name).register_forward_hook(hook)
-    said = found(trained, objective, ROWS[:1], world)
-    byte = int(ROWS[0].bits.nonzero()[2, 0])
+    row = merge_row(ROWS[0], limit)
+    said = found(trained, objective, [row], world)
+    byte = int(row.bits.nonzero()[2, 0])
     assert f"the output of {name} has 32 NaN of" in said
     assert f"first at chunk 2, which by gold boundaries ends at byte {byte} of it: <0, {byte}>" in said
 
@@ -214,7 +217,7 @@ def test_a_byte_is_told_by_row_document_and_place(world: World) -> None:
     stream = MockRowStream(90, row_bytes=64, chunk_bucket=8, seed=3)
     second = replace(world, data_parallel_rank=1, data_parallel_size=2)
     source = MicroBatches(stream, config, second)
-    batches = source.next_micro_batches()
+    batches = source.next_micro_batches(0)
     documents = stream.datasets[0]
     for micro_batch, batch in enumerate(batches):
         for byte in range(128):

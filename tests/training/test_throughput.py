@@ -114,3 +114,14 @@ def test_the_log_line_shows_it_where_it_is_asked_for(
     assert job.run(tmp_path / "with", *flags, "--log-throughput") == 0
     shown = shown_throughput(capsys.readouterr().out)
     assert len(shown) == 4 and all(0 < value < 100 for value in shown)
+
+
+def test_longer_chunks_are_counted_anew(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--stages", "2a", "--eval-iters", "0", "--log-throughput", "--log-interval", "1")
+    growing = ("--target-bytes-per-chunk", "16", "--target-bytes-per-chunk-iters", "3")
+    assert job.run(tmp_path / "run", *flags, *growing) == 0
+    printed = capsys.readouterr().out
+    seconds = [float(found) / 1000 for found in re.findall(r"per iteration \(ms\): ([\d.]+) \|", printed)]
+    tera = [rate * time for rate, time in zip(shown_throughput(printed), seconds, strict=True)]
+    assert len(tera) == 4 and tera[1] < 0.98 * tera[0]
+    assert tera[3] == pytest.approx(tera[2], rel=0.01)  # both at the target
