@@ -43,7 +43,7 @@ DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce")
 GATHERED_LATE = (*DISTRIBUTED, "--overlap-param-gather", "--ddp-bucket-size", "1000", "--check-invariants", "1")
 
 
-@pytest.mark.parametrize("optimizer", [(), DISTRIBUTED, GATHERED_LATE])
+@pytest.mark.parametrize("optimizer", [(), pytest.param(DISTRIBUTED, marks=pytest.mark.slow), GATHERED_LATE])
 def test_two_ranks_give_the_losses_of_one(job: Job, alone: Path, tmp_path: Path, optimizer: tuple[str, ...]) -> None:
     run = tmp_path / "run"
     done = run_as_ranks(str(SCRIPT), *job.flags(run, *FLAGS, *optimizer), processes=2)
@@ -56,7 +56,9 @@ def test_accumulating_micro_batches_gives_the_losses_of_large_ones(job: Job, alo
     assert_close(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("flags", [("--stages", "1b"), ("--stages", "2b", "--bf16")])
+@pytest.mark.parametrize(
+    "flags", [pytest.param(("--stages", "1b"), marks=pytest.mark.slow), ("--stages", "2b", "--bf16")]
+)
 def test_the_distributed_optimizer_resumes_to_the_last_digit(job: Job, tmp_path: Path, flags: tuple[str, ...]) -> None:
     """megatron alone would not: see training/distributed_adam.py."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

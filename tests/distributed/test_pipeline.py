@@ -128,7 +128,7 @@ def test_a_bf16_run_goes_on_where_a_pipeline_stage_trains_less(job: Job, tmp_pat
     assert_same_run(changed, straight, [stage])
 
 
-@pytest.mark.parametrize("stage", ["1a", "2a"])
+@pytest.mark.parametrize("stage", [pytest.param("1a", marks=pytest.mark.slow), "2a"])
 def test_the_distributed_optimizer_goes_on_where_a_pipeline_stage_trains_nothing(
     job: Job, tmp_path: Path, stage: str
 ) -> None:

@@ -68,6 +68,7 @@ def test_no_access_is_out_of_bounds_and_nothing_undefined(tmp_path: Path) -> Non
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_read_of_one_row_too_many_is_seen(tmp_path: Path) -> None:
     library = build.build_cpu(
         tmp_path / "lib", sources=mutated_sources(ONE_ROW_TOO_FAR, tmp_path / "csrc"), extra_flags=FLAGS

@@ -99,7 +99,7 @@ def test_a_rank_that_fails_is_named_by_the_other_one_too(job: Job, tmp_path: Pat
         assert cause in ended(ranks[0], within=SOON)
 
 
-@pytest.mark.parametrize("sleeper", [0, 1])
+@pytest.mark.parametrize("sleeper", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_hangs_is_found_at_the_timeout_and_both_end(job: Job, tmp_path: Path, sleeper: int) -> None:
     minutes = 0.1
     flags = job.flags(tmp_path / "run", *ENDLESS, "--distributed-timeout-minutes", str(minutes))

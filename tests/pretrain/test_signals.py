@@ -61,7 +61,9 @@ def test_a_plain_process_stops_with_a_checkpoint_and_exit_code_0(
     assert (run / "1a" / "latest_checkpointed_iteration.txt").exists()
 
 
-@pytest.mark.parametrize(("processes", "more"), [(1, ()), (2, ("--async-save", "--save-interval", "1"))])
+@pytest.mark.parametrize(
+    ("processes", "more"), [pytest.param(1, (), marks=pytest.mark.slow), (2, ("--async-save", "--save-interval", "1"))]
+)
 def test_torchrun_passes_the_signal_on_and_the_run_goes_on(
     job: Job, finished: Path, tmp_path: Path, processes: int, more: tuple[str, ...]
 ) -> None:
