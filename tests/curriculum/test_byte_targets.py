@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from megabyte_distill.config.stage import ByteTargets, StageConfig, TargetsFrom
 from megabyte_distill.curriculum.byte_sft import BYTE_LOSS, EXCLUDED, MEASURE, REPLACED, ByteSft
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Gold, Parts, Student
 from megabyte_distill.objectives.byte_tree import ByteTree
-from megabyte_distill.objectives.exact_targets import exact_targets
+from megabyte_distill.objectives.exact_targets import ExactTargets, exact_targets
 from tests.tiny_student import VOCAB_SIZE, padded_row, tiny_backbone, tiny_student
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -27,6 +29,28 @@ def objective(
     torch.manual_seed(3)
     config = replace(StageConfig(), byte_targets=targets, kd_loss_alpha=alpha, kd_temperature=temperature)
     return ByteSft(config, tiny_backbone().requires_grad_(False), TABLE, trains_router=trains_router)
+
+
+@torch.no_grad()
+def targets_of(states: Tensor, model: Backbone, row: PackedRow) -> ExactTargets:
+    """The exact targets of a token model's states [M, E] on a row's tokens."""
+    return exact_targets(
+        ByteTree.of(TABLE),
+        states,
+        head=model.own_logits,
+        byte_ids=row.byte_ids,
+        bits=row.token_ends,
+        labels=row.labels,
+        wanted=row.loss_mask,
+    )
+
+
+@torch.no_grad()
+def targets_of_teacher(row: PackedRow) -> ExactTargets:
+    """Those of the teacher of :func:`objective`."""
+    torch.manual_seed(3)
+    teacher = tiny_backbone()
+    return targets_of(teacher(teacher.embed(row.tokens), row.cu_chunks), teacher, row)
 
 
 @pytest.fixture
@@ -46,18 +70,8 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
 ) -> None:
     exact = objective(ByteTargets.EXACT, temperature=temperature)
     loss = exact.losses(student, row)[BYTE_LOSS]
-    torch.manual_seed(3)
-    teacher = tiny_backbone()
+    target = targets_of_teacher(row)
     with torch.no_grad():
-        target = exact_targets(
-            ByteTree.of(TABLE),
-            teacher(teacher.embed(row.tokens), row.cu_chunks),
-            head=teacher.own_logits,
-            byte_ids=row.byte_ids,
-            bits=row.bits,
-            labels=row.labels,
-            wanted=row.loss_mask,
-        )
         log_p = (student(row).logits / temperature).log_softmax(-1)
         # by way of logits, as Hinton writes it
         wanted = (target.distribution[row.loss_mask].double().log() / temperature).softmax(-1)
@@ -76,16 +90,7 @@ def test_the_students_own_targets_are_of_its_backbone_on_its_chunks_and_get_no_g
     found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
     outputs = student(row, Gold(), Parts.ENCODER | Parts.BACKBONE | Parts.DECODER)
-    with torch.no_grad():
-        target = exact_targets(
-            ByteTree.of(TABLE),
-            outputs.hidden,
-            head=student.backbone.own_logits,
-            byte_ids=row.byte_ids,
-            bits=row.bits,
-            labels=row.labels,
-            wanted=row.loss_mask,
-        ).distribution
+    target = targets_of(outputs.hidden, student.backbone, row).distribution
     (-target * outputs.logits.log_softmax(-1))[row.loss_mask].sum().backward()
     assert not any(name.startswith("backbone.embedding") for name in found), "the tied head only says what is wanted"
     for name, grad in found.items():

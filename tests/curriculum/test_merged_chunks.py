@@ -23,12 +23,10 @@ from megabyte_distill.objectives.boundary import (
     boundary_bce,
     boundary_positions,
 )
-from megabyte_distill.objectives.byte_tree import ByteTree
-from megabyte_distill.objectives.exact_targets import exact_targets
 from megabyte_distill.objectives.joint_ce import joint_bits_pair, joint_nll
 from megabyte_distill.objectives.truncated_targets import truncated
-from tests.curriculum.test_byte_targets import TABLE, objective
-from tests.tiny_student import padded_row, tiny_backbone, tiny_student
+from tests.curriculum.test_byte_targets import TABLE, objective, targets_of_teacher
+from tests.tiny_student import padded_row, tiny_student
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -51,22 +49,6 @@ def row(tokens: PackedRow) -> PackedRow:
     return merged
 
 
-def teachers_pairs(row: PackedRow) -> Tensor:
-    """[P, 512] the exact targets of the tokens, of the teacher of :func:`objective`."""
-    torch.manual_seed(3)
-    teacher = tiny_backbone()
-    with torch.no_grad():
-        return exact_targets(
-            ByteTree.of(TABLE),
-            teacher(teacher.embed(row.tokens), row.cu_chunks),
-            head=teacher.own_logits,
-            byte_ids=row.byte_ids,
-            bits=row.token_ends,
-            labels=row.labels,
-            wanted=row.loss_mask,
-        ).distribution
-
-
 def log_pairs(student: Student, row: PackedRow) -> Tensor:
     """[P, 2, 256] log-probabilities under the row's own chunks."""
     with torch.no_grad():
@@ -80,7 +62,7 @@ def test_the_student_has_fewer_chunks_and_the_teacher_all_its_tokens(
     chunks = int(row.bits.sum())
     assert outputs.layout.ends[:chunks].tolist() == row.bits.nonzero()[:, 0].tolist()
     assert outputs.hidden.shape[0] == -(-chunks // row.chunk_bucket) * row.chunk_bucket
-    assert torch.equal(teachers_pairs(row), teachers_pairs(tokens))
+    assert torch.equal(targets_of_teacher(row).distribution, targets_of_teacher(tokens).distribution)
 
 
 def test_hard_labels_are_the_merged_bits(student: Student, row: PackedRow) -> None:
@@ -98,7 +80,7 @@ def test_exact_targets_are_the_teachers_bytes_and_the_merged_bit(student: Studen
     loss = exact.losses(student, row)[BYTE_LOSS]
     log_p = log_pairs(student, row)
     of_byte = log_p.logsumexp(1)
-    target = teachers_pairs(row).view(-1, 2, 256).sum(1)
+    target = targets_of_teacher(row).distribution.view(-1, 2, 256).sum(1)
     target[row.token_ends & ~row.bits, BOS_BYTE] = 0.0  # the text goes on
     target /= target.sum(-1, keepdim=True)
     assert row.forced_ends is not None and row.forced_ends.any()
@@ -128,11 +110,11 @@ def test_a_mixture_weighs_both_with_gradients(student: Student, row: PackedRow) 
 
 def test_targets_from_a_cache_are_the_teachers(student: Student, row: PackedRow) -> None:
     online = float(objective(ByteTargets.EXACT).losses(student, row)[BYTE_LOSS])
-    stored = replace(row, stored=truncated(teachers_pairs(row), 512))
+    stored = replace(row, stored=truncated(targets_of_teacher(row).distribution, 512))
     config = replace(StageConfig(), byte_targets=ByteTargets.EXACT, logits_load_dir="somewhere")
     cached = ByteSft(config, None, TABLE, trains_router=False)
     assert float(cached.losses(student, stored)[BYTE_LOSS]) == pytest.approx(online, rel=1e-4)
-    few = replace(row, stored=truncated(teachers_pairs(row), 4))
+    few = replace(row, stored=truncated(targets_of_teacher(row).distribution, 4))
     assert float(cached.losses(student, few)[BYTE_LOSS]) == pytest.approx(online, rel=0.1)
 
 
@@ -151,6 +133,8 @@ def test_the_router_learns_the_merged_ends(student: Student, row: PackedRow) -> 
 def test_rows_as_they_are_have_the_loss_and_measures_they_had(student: Student, tokens: PackedRow) -> None:
     exact = objective(ByteTargets.EXACT)
     loss = exact.losses(student, merge_row(tokens, None))[BYTE_LOSS].detach()
-    expected = -(teachers_pairs(tokens) * log_pairs(student, tokens).flatten(1))[tokens.loss_mask].sum()
+    expected = -(targets_of_teacher(tokens).distribution * log_pairs(student, tokens).flatten(1))[
+        tokens.loss_mask
+    ].sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     assert BYTES_PER_CHUNK not in exact.measures()
