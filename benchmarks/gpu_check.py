@@ -1,6 +1,6 @@
 """Everything that needs a GPU in one go of a few minutes: are the fused kernels right and fast, does training run.
 
-    bash benchmarks/gpu_check.sh [--only ops,timing,step,curriculum,fp8] [--minutes 6]
+    bash benchmarks/gpu_check.sh [--only ops,timing,step,curriculum,fp8] [--operators F1,F4] [--minutes 6]
 
 Prints as it goes; a section that fails or runs out of time does not stop the others. The last line is one JSON object.
 """
@@ -27,7 +27,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by dete
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from kernel_cases import CASES, Case, Sizes  # noqa: E402
+from kernel_cases import CASES, Case, MakeCase, Sizes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megabyte_distill import optional  # noqa: E402
@@ -46,6 +46,15 @@ REPEATS = 20
 SLEEP_CYCLES = 5_000_000
 """About 3 ms in which the host queues a whole forward and backward pass, so that its own time is not measured."""
 _SPEED = re.compile(r"stage (\w+) iteration +\d+/ *\d+ .*?bytes/s: (\d+)")
+
+
+_chosen = [""]
+"""Beginnings of the names of the operators to look at."""
+
+
+def selected_cases() -> Iterator[tuple[str, MakeCase]]:
+    """What ``--operators`` asks for."""
+    return ((name, make) for name, make in CASES.items() if name.startswith(tuple(_chosen)))
 
 
 class Clock:
@@ -110,7 +119,7 @@ def check_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
     torch.manual_seed(seed)
     print(f"seed {seed}")
     results: dict[str, Any] = {}
-    for name, make in CASES.items():
+    for name, make in selected_cases():
         problems = []
         for dtype in (torch.float32, torch.bfloat16):
             for sizes in SIZES:
@@ -189,7 +198,7 @@ def time_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
     header = "".join(f"{name:>9}" for name in ("floor ms", "eager", "compile", "fused"))
     print(f"{'operator, bf16':28}{header}{'of copy rate':>14}{'vs compile':>12}{'host':>9}")
     results: dict[str, Any] = {"copy_rate": rate}
-    for name, make in CASES.items():
+    for name, make in selected_cases():
         try:
             cases = [make(Sizes(), torch.bfloat16, device) for _ in range(2)]
             results[name] = time_one(name, cases, rate, device, clock)
@@ -314,7 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas (all)")
     parser.add_argument("--minutes", type=float, default=6.0, help="time for everything together (6)")
+    parser.add_argument("--operators", default="", help="F1,F4: only those whose names begin so (all)")
     arguments = parser.parse_args(argv)
+    _chosen[:] = arguments.operators.split(",")
     if not torch.cuda.is_available():
         print("no GPU is visible here: nothing to check", file=sys.stderr)
         return 2

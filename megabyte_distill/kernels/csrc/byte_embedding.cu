@@ -15,8 +15,11 @@ namespace {
 
 constexpr int kIds = 256;            // at most, in a table
 constexpr int kFlatThreads = 256;    // of blocks that need no sum over the width
-constexpr int kFlatRows = 32;        // of such a block: an id for each lane
-constexpr int kInFlight = 4;         // rows whose loads are under way together
+constexpr int kGatherRows = 2;       // of a block that gathers
+template <class T>
+constexpr int kInFlight = 16 / int(sizeof(T));  // rows whose loads are under way together where they are summed: 64 bytes
+constexpr int kSumNumbers = 4;                  // of a row a thread sums
+constexpr int kSumBlocks = 5;                   // of a multiprocessor, which limits registers; the caller counts on it
 constexpr int kOrderThreads = 256;   // one an id
 constexpr int kOrderWarps = kOrderThreads / 32;
 constexpr int kOrderBlocks = 64;     // at most
@@ -45,28 +48,22 @@ __global__ void __launch_bounds__(kFlatThreads)
     gather_rows(const int64_t* __restrict__ ids, const T* __restrict__ table, const T* __restrict__ added,
                 Out* __restrict__ out, int64_t rows, int64_t width, int64_t ids_in_table) {
   constexpr int N = kNumbers<Out>;
-  const int64_t first = int64_t(blockIdx.x) * kFlatRows, column = flat_column<N>();
-  const int lane = threadIdx.x & 31;
-  const int64_t mine = first + lane < rows ? __ldg(ids + first + lane) : -1;
-  for (int at = 0; at < kFlatRows && first + at < rows; at += kInFlight) {
-    float x[kInFlight][N], more[kInFlight][N];
+  const int64_t first = int64_t(blockIdx.x) * kGatherRows, column = flat_column<N>();
+  if (column >= width) return;
+  float x[kGatherRows][N], more[kGatherRows][N];
 #pragma unroll
-    for (int r = 0; r < kInFlight; ++r) {
-      const int64_t id = __shfl_sync(kAll, mine, at + r), row = first + at + r;
+  for (int r = 0; r < kGatherRows; ++r) {
+    const int64_t row = first + r, id = row < rows ? __ldg(ids + row) : -1;
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[r][i] = nan(), more[r][i] = 0.f;
-      if (row < rows && column < width) {
-        if (in_table(id, ids_in_table)) load_some(table + id * width + column, x[r]);
-        if (ADDED) load_some(added + row * width + column, more[r]);
-      }
-    }
+    for (int i = 0; i < N; ++i) x[r][i] = nan(), more[r][i] = 0.f;
+    if (ADDED && row < rows) load_some(added + row * width + column, more[r]);
+    if (in_table(id, ids_in_table)) load_some(table + id * width + column, x[r]);
+  }
 #pragma unroll
-    for (int r = 0; r < kInFlight; ++r) {
-      const int64_t row = first + at + r;
+  for (int r = 0; r < kGatherRows; ++r) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[r][i] += more[r][i];
-      if (row < rows && column < width) store_some(out + row * width + column, x[r]);
-    }
+    for (int i = 0; i < N; ++i) x[r][i] += more[r][i];
+    if (first + r < rows) store_streaming(out + (first + r) * width + column, x[r]);
   }
 }
 
@@ -251,14 +248,34 @@ __device__ __forceinline__ void finish_run(Out* sums, float* parts, const int* r
   for (int i = 0; i < N; ++i) sum[i] = 0.f;
 }
 
+// kSumNumbers numbers as they lie in memory, zeros at first.
+template <class T>
+struct Four;
+template <>
+struct Four<float> {
+  float4 values = make_float4(0.f, 0.f, 0.f, 0.f);
+  __device__ __forceinline__ void load(const float* from) { values = __ldg(reinterpret_cast<const float4*>(from)); }
+  __device__ __forceinline__ void unpack(float (&to)[kSumNumbers]) const {
+    to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
+  }
+};
+template <>
+struct Four<bf16> {
+  uint2 bits = make_uint2(0u, 0u);
+  __device__ __forceinline__ void load(const bf16* from) { bits = __ldg(reinterpret_cast<const uint2*>(from)); }
+  __device__ __forceinline__ void unpack(float (&to)[kSumNumbers]) const {
+    to[0] = bf16_low(bits.x), to[1] = bf16_high(bits.x), to[2] = bf16_low(bits.y), to[3] = bf16_high(bits.y);
+  }
+};
+
 // sums[id] = sum of the rows of one piece of the order; parts [pieces, 2, width]: of the run that began before the piece,
 // of the one that goes on behind it. With COPY every row also goes to copy in Out's dtype.
 template <class In, class Out, bool COPY>
-__global__ void __launch_bounds__(kFlatThreads)
+__global__ void __launch_bounds__(kFlatThreads, kSumBlocks)
     sum_by_id(const In* __restrict__ from, const int64_t* __restrict__ ids, const int* __restrict__ order,
               const int* __restrict__ run_starts, Out* __restrict__ sums, float* __restrict__ parts,
               Out* __restrict__ copy, int64_t width, int piece) {
-  constexpr int N = kNumbers<In>;
+  constexpr int N = kSumNumbers, R = kInFlight<In>;
   const int64_t column = flat_column<N>(), first = int64_t(blockIdx.x) * piece;
   const int64_t end = min(first + piece, int64_t(__ldg(run_starts + kIds)));
   float sum[N];
@@ -268,27 +285,27 @@ __global__ void __launch_bounds__(kFlatThreads)
   for (int64_t base = first; base < end; base += 32) {
     const int64_t place = base + (threadIdx.x & 31);
     const int my_row = place < end ? __ldg(order + place) : 0, my_id = place < end ? int(__ldg(ids + my_row)) : -1;
-    for (int at = 0; at < 32 && base + at < end; at += kInFlight) {
-      float x[kInFlight][N];
-      int64_t row[kInFlight];
-      int id[kInFlight];
+    for (int at = 0; at < 32 && base + at < end; at += R) {
+      Four<In> four[R];
 #pragma unroll
-      for (int r = 0; r < kInFlight; ++r) {
-        row[r] = __shfl_sync(kAll, my_row, at + r), id[r] = __shfl_sync(kAll, my_id, at + r);
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[r][i] = 0.f;
-        if (base + at + r < end && column < width) load_some(from + row[r] * width + column, x[r]);
+      for (int r = 0; r < R; ++r) {
+        const int64_t row = __shfl_sync(kAll, my_row, at + r);
+        if (base + at + r < end && column < width) four[r].load(from + row * width + column);
       }
 #pragma unroll
-      for (int r = 0; r < kInFlight; ++r) {
+      for (int r = 0; r < R; ++r) {
+        const int64_t row = __shfl_sync(kAll, my_row, at + r);
+        const int id = __shfl_sync(kAll, my_id, at + r);
         if (base + at + r >= end) break;
-        if (id[r] != current) {
+        if (id != current) {
           if (current >= 0) finish_run(sums, parts, run_starts, current, first, end, width, column, sum);
-          current = id[r];
+          current = id;
         }
+        float x[N];
+        four[r].unpack(x);
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] += x[r][i];
-        if (COPY && column < width) store_some(copy + row[r] * width + column, x[r]);
+        for (int i = 0; i < N; ++i) sum[i] += x[i];
+        if (COPY && column < width) store_some(copy + row * width + column, x);
       }
     }
   }
@@ -429,7 +446,7 @@ struct Order {
 template <class In, class Out>
 int sum_rows_by_id(const In* from, const Order& order, Out* sums, float* parts, Out* copy, int64_t width, void* stream) {
   int threads, code = 0;
-  const dim3 grid = flat_grid(ceil_div<int64_t>(order.rows, order.piece), width, kNumbers<In>, &threads);
+  const dim3 grid = flat_grid(ceil_div<int64_t>(order.rows, order.piece), width, kSumNumbers, &threads);
   if (order.rows) {
     const auto kernel = copy ? sum_by_id<In, Out, true> : sum_by_id<In, Out, false>;
     code = launch(kernel, grid, dim3(threads), 0, stream, from, order.ids, order.places, order.run_starts, sums, parts, copy,
@@ -452,7 +469,7 @@ MBK_API int mbk_byte_embedding_stream(const int64_t* ids, const void* table, con
   return for_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     int threads;
-    const dim3 grid = flat_grid(ceil_div<int64_t>(rows, kFlatRows), width, kNumbers<float>, &threads);
+    const dim3 grid = flat_grid(ceil_div<int64_t>(rows, kGatherRows), width, kNumbers<float>, &threads);
     const auto kernel = added ? gather_rows<T, float, true> : gather_rows<T, float, false>;
     return launch(kernel, grid, dim3(threads), 0, stream, ids, static_cast<const T*>(table), static_cast<const T*>(added),
                   stream_out, rows, width, ids_in_table);
@@ -472,7 +489,7 @@ MBK_API int mbk_byte_embedding_normed(const int64_t* ids, const void* table, con
                             static_cast<const T*>(weight), static_cast<T*>(normed_table), scale, width, float(eps));
     if (code || rows == 0) return code;
     int threads;
-    const dim3 grid = flat_grid(ceil_div<int64_t>(rows, kFlatRows), width, kNumbers<T>, &threads);
+    const dim3 grid = flat_grid(ceil_div<int64_t>(rows, kGatherRows), width, kNumbers<T>, &threads);
     return launch(gather_rows<T, T, false>, grid, dim3(threads), 0, stream, ids, static_cast<const T*>(normed_table),
                   static_cast<const T*>(nullptr), static_cast<T*>(normed), rows, width, ids_in_table);
   });

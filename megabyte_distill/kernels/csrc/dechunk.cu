@@ -3,9 +3,9 @@
 //   s_m = (1 - w_m) s_{m-1} + w_m h_m       w_m = p at the chunk's end, clamped; s starts anew with each segment
 //   z_t = read_t + residual_t               read_t = h or s of the last chunk that ended at or before t, by mode
 //
-// A block holds a run of chunks with the bytes that read them, over the whole width or, where that is large, a tile of
-// it; sums over the width need no atomics. No state passes between blocks: a block first walks back over the scalar decays until their product no longer
-// matters (or a segment begins), and warms its state up from there; the backward pass does the same ahead.
+// A block holds the chunks that end in its span of the bytes, with the bytes that read them, over the whole width or, where
+// that is large, a tile of it; sums over the width need no atomics. No state passes between blocks: a block begins with the sum of the chunks in front, each times the product of the
+// decays in between, as far back as that product matters (or a segment begins); the backward pass does the same ahead.
 // Then it walks its bytes, a few rows at a time while the next few are on their way; chunks change in between.
 #include "kernel.h"
 
@@ -16,7 +16,8 @@ enum Mode : int64_t { kHard, kCausal, kOfficial };
 
 constexpr float kClamp = 1e-4f;     // as ops.P_CLAMP
 constexpr int kPending = 32;        // bytes whose sums over the width a block collects between two barriers
-constexpr int kMaxRun = 64;         // chunks of a block
+constexpr int kMaxSpan = 512;       // bytes of a block, and so chunks that end in it
+constexpr int kThreads = 256;       // of a block at most, kVec columns each
 
 // A product of decays below this leaves nothing of a state: far less than a rounding of the dtype.
 template <class T>
@@ -39,6 +40,10 @@ struct Layout {
 __device__ __forceinline__ bool is_real(const Layout& at, int64_t m) {
   return m < at.chunks && __ldg(at.chunk_of_byte + __ldg(at.ends + m)) == m;
 }
+// The first byte that reads chunk m; behind all bytes where m is padding.
+__device__ __forceinline__ int64_t begin_of(const Layout& at, int64_t m) {
+  return is_real(at, m) ? __ldg(at.ends + m) : at.bytes;
+}
 __device__ __forceinline__ float weight_of(const Layout& at, int64_t m, int64_t mode) {
   if (mode == kCausal && at.starts[m]) return 1.f;
   return min(max(__ldg(at.p + __ldg(at.ends + m)), kClamp), 1.f - kClamp);
@@ -48,55 +53,68 @@ __device__ __forceinline__ float decay_of(const Layout& at, int64_t m, int64_t m
   return at.starts[m] || !is_real(at, m) ? 0.f : 1.f - weight_of(at, m, mode);
 }
 
-// Lanes hold decays of consecutive chunks in walking order: the first lane up to which their product is forgotten, or 32;
-// carry is the product so far.
-__device__ __forceinline__ int first_forgotten(float decay, float& carry, float forgotten) {
+// Factors of consecutive chunks in walking order, one a lane: their product up to and with the own lane.
+__device__ __forceinline__ float product_so_far(float factor) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int offset = 1; offset < 32; offset <<= 1) {
-    const float before = __shfl_up_sync(kAll, decay, offset);
-    if (lane >= offset) decay *= before;
+    const float before = __shfl_up_sync(kAll, factor, offset);
+    if (lane >= offset) factor *= before;
   }
-  const unsigned hits = __ballot_sync(kAll, carry * decay < forgotten);
-  carry *= __shfl_sync(kAll, decay, 31);
+  return factor;
+}
+// The first lane for which something holds, or 32.
+__device__ __forceinline__ int first_lane(bool holds) {
+  const unsigned hits = __ballot_sync(kAll, holds);
   return hits ? __ffs(int(hits)) - 1 : 32;
 }
-// First chunk whose state the state of chunk m needs; every warp alike.
-__device__ __forceinline__ int64_t look_back(const Layout& at, int64_t m, int64_t mode, float forgotten) {
-  float carry = 1.f;
-  for (int64_t base = m;; base -= 32) {
-    const int64_t own = base - (threadIdx.x & 31);
-    const int lane = first_forgotten(own > 0 ? decay_of(at, own, mode) : 0.f, carry, forgotten);
-    if (lane < 32) return max(int64_t(0), base - lane);
+
+// Official mode: the first byte from ``begin``, where chunk m ends, up to ``end`` that no longer reads m, because its
+// segment has no chunk yet.
+__device__ __forceinline__ int64_t stop_of(const Layout& at, int64_t m, int64_t begin, int64_t end) {
+  if (begin >= end || __ldg(at.chunk_of_byte + end - 1) == m) return end;
+  while (begin + 1 < end) {
+    const int64_t middle = (begin + end) / 2;
+    (__ldg(at.chunk_of_byte + middle) == m ? begin : end) = middle;
   }
-}
-// First chunk from m on whose gradient no longer reaches chunk m - 1.
-__device__ __forceinline__ int64_t look_ahead(const Layout& at, int64_t m, int64_t mode, float forgotten) {
-  float carry = 1.f;
-  for (int64_t base = m;; base += 32) {
-    const int64_t own = base + (threadIdx.x & 31);
-    const int lane = first_forgotten(own < at.chunks ? decay_of(at, own, mode) : 0.f, carry, forgotten);
-    if (lane < 32) return min(at.chunks, base + lane);
-  }
+  return end;
 }
 
-// The scalars of a block's chunks [first, end), in shared memory.
+// How many chunks end before ``byte``. Every warp alike.
+__device__ __forceinline__ int64_t chunks_before(const Layout& at, int64_t byte) {
+  if (byte == 0) return 0;
+  const int64_t last = __ldg(at.chunk_of_byte + byte - 1);
+  if (last >= 0) return last + 1;
+  int64_t low = 0, high = at.chunks;  // the byte's segment has no chunk yet: 32 probes at a time
+  while (low < high) {
+    const int64_t step = ceil_div<int64_t>(high - low, 32), probe = low + ((threadIdx.x & 31) + 1) * step - 1;
+    const int64_t hits = __popc(__ballot_sync(kAll, probe < high && is_real(at, probe) && __ldg(at.ends + probe) < byte));
+    high = min(high, low + (hits + 1) * step - 1);
+    low += hits * step;
+  }
+  return low;
+}
+
+// The scalars of a block's chunks [first, end), none of them padding, in shared memory.
 struct Run {
-  int64_t* begins;  // [kMaxRun + 1] first byte of a chunk; bytes [begins[i], begins[i + 1]) read it or nothing
-  float* weight;    // [kMaxRun]
-  float* decay;     // [kMaxRun]
+  int* begins;    // [span + 1] first byte of a chunk; bytes [begins[i], begins[i + 1]) read it or nothing
+  int* stops;     // [span] official: bytes [stops[i], begins[i + 1]) read nothing
+  float* weight;  // [span]
+  float* decay;   // [span]
   int64_t first, end;
-  static constexpr size_t kBytes = sizeof(int64_t) * (kMaxRun + 1) + 2 * sizeof(float) * kMaxRun;
+  static constexpr size_t bytes_of(int64_t span) { return sizeof(int) * (2 * span + 1) + 2 * sizeof(float) * span; }
 
-  __device__ __forceinline__ Run(unsigned char* memory, const Layout& at, int64_t mode, int run) {
-    begins = reinterpret_cast<int64_t*>(memory);
-    weight = reinterpret_cast<float*>(begins + kMaxRun + 1);
-    decay = weight + kMaxRun;
-    first = int64_t(blockIdx.x) * run;
-    end = min(first + run, at.chunks);
+  __device__ __forceinline__ Run(unsigned char* memory, const Layout& at, int64_t mode, int span) {
+    begins = reinterpret_cast<int*>(memory);
+    stops = begins + span + 1;
+    weight = reinterpret_cast<float*>(stops + span);
+    decay = weight + span;
+    const int64_t from = int64_t(blockIdx.x) * span;
+    first = chunks_before(at, from), end = chunks_before(at, min(from + span, at.bytes));
     for (int64_t i = threadIdx.x; i <= end - first; i += blockDim.x) {
-      const int64_t m = first + i;
-      begins[i] = is_real(at, m) ? __ldg(at.ends + m) : at.bytes;
+      const int64_t m = first + i, begin = begin_of(at, m);
+      begins[i] = int(begin);
+      if (m < end && mode == kOfficial) stops[i] = int(stop_of(at, m, begin, begin_of(at, m + 1)));
       if (m < end && mode != kHard) weight[i] = weight_of(at, m, mode), decay[i] = decay_of(at, m, mode);
     }
     __syncthreads();
@@ -158,56 +176,63 @@ struct ForwardRows {
   T* states;            // [M, width] or null
 };
 
-// The state in front of chunk `first`, from as far back as it reaches.
+// state += row * factor over `count` rows, the factor of row i in lane i; row(i) says which it is. Every warp alike.
+template <class T, class Which>
+__device__ __forceinline__ void add_rows(Numbers& state, const T* rows, int64_t width, float factor, int count, Which row) {
+  constexpr int R = 2 * kGroup<T>;
+  for (int i = 0; i < count; i += R) {
+    Row<T> x[R];
+    float by[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      by[r] = __shfl_sync(kAll, factor, min(i + r, 31));
+      if (i + r < count && by[r] != 0.f) x[r].load(rows, row(i + r), width);
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+      if (i + r < count && by[r] != 0.f) blend<T>(state, 1.f, by[r], x[r]);
+  }
+}
+
+// The state in front of chunk `first`: the chunks before it, the nearest first, until too little is left of them in `first`.
 template <class T, int64_t MODE>
 __device__ __forceinline__ void warm_up(const Layout& at, const T* h, int64_t first, int64_t width, Numbers& state) {
-  constexpr int R = kGroup<T>;
-  const int64_t back = look_back(at, first, MODE, kForgotten<T>);
-  for (int64_t m = back; m < first; m += R) {
-    Row<T> row[R];
-    float decay[R], weight[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-      if (m + r < first) {
-        row[r].load(h, m + r, width);
-        decay[r] = m + r == back ? 0.f : decay_of(at, m + r, MODE);
-        weight[r] = weight_of(at, m + r, MODE);
-      }
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-      if (m + r < first) blend<T>(state, decay[r], weight[r], row[r]);
+  float kept = 1.f, left = first > 0 ? decay_of(at, first, MODE) : 0.f;  // of chunk base + 1's state; of base's in `first`
+  for (int64_t base = first - 1; left >= kForgotten<T>; base -= 32) {
+    const int64_t m = base - (threadIdx.x & 31);
+    const float product = product_so_far(m > 0 ? decay_of(at, m, MODE) : 0.f);
+    const float before = __shfl_up_sync(kAll, product, 1);
+    const float factor = m < 0 ? 0.f : kept * ((threadIdx.x & 31) ? before : 1.f) * weight_of(at, m, MODE);
+    const int count = min(32, first_lane(left * product < kForgotten<T>) + 1);
+    add_rows(state, h, width, factor, count, [&](int i) { return base - i; });
+    const float all = __shfl_sync(kAll, product, 31);
+    kept *= all, left *= all;
   }
 }
 
 template <class T, int64_t MODE>
-__global__ void __launch_bounds__(kRowThreads, 1) dechunk_forward(Layout at, ForwardRows<T> rows, int64_t width, int run) {
+__global__ void __launch_bounds__(kThreads) dechunk_forward(Layout at, ForwardRows<T> rows, int64_t width, int span) {
   constexpr int R = kGroup<T>;
-  const Run own(shared_memory<unsigned char>(), at, MODE, run);
+  const Run own(shared_memory<unsigned char>(), at, MODE, span);
   const int count = int(own.end - own.first);
   float state[kVec];
   fill(state, 0.f);
   if (MODE != kHard && count > 0) warm_up<T, MODE>(at, rows.h, own.first, width, state);
-  int64_t t = own.first ? own.begins[0] : 0;  // the bytes in front of all chunks are the first block's
-  const int64_t end = own.begins[max(count, 0)];
-  int i = -1;
-  int64_t next_begin = own.begins[0];
+  int t = blockIdx.x ? own.begins[0] : 0;  // the bytes in front of all chunks are the first block's
+  const int end = own.begins[max(count, 0)];
+  int i = -1, stop = t, next_begin = own.begins[0];
   Row<T> h, next_h, ahead[R];
-  int64_t chunk[R];  // official: what each byte reads; the others never read nothing
-  const auto fetch = [&](int64_t from) {
+  const auto fetch = [&](int from) {
 #pragma unroll
     for (int r = 0; r < R; ++r)
-      if (from + r < end) {
-        ahead[r].load(rows.residual, from + r, width);
-        if (MODE == kOfficial) chunk[r] = __ldg(at.chunk_of_byte + from + r);
-      }
+      if (from + r < end) ahead[r].load(rows.residual, from + r, width);
   };
   if (next_begin < end) next_h.load(rows.h, own.first, width);
   fetch(t);
   for (; t < end; t += R) {
     Row<T> residual[R];
-    int64_t reads[R];
 #pragma unroll
-    for (int r = 0; r < R; ++r) residual[r] = ahead[r], reads[r] = chunk[r];
+    for (int r = 0; r < R; ++r) residual[r] = ahead[r];
     fetch(t + R);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -216,12 +241,13 @@ __global__ void __launch_bounds__(kRowThreads, 1) dechunk_forward(Layout at, For
         ++i;
         h = next_h;
         next_begin = own.begins[i + 1];
+        if (MODE == kOfficial) stop = own.stops[i];
         if (next_begin < end) next_h.load(rows.h, own.first + i + 1, width);
         blend<T>(state, MODE == kHard ? 0.f : own.decay[i], MODE == kHard ? 1.f : own.weight[i], h);
         if (MODE != kHard && rows.states) store_row<T>(rows.states, own.first + i, width, state);
       }
       float z[kVec];
-      if (i < 0 || (MODE == kOfficial && reads[r] != own.first + i)) {
+      if (i < 0 || (MODE == kOfficial && t + r >= stop)) {
         fill(z, rows.null_group ? 0.f : __uint_as_float(0x7fc00000u));
         if (rows.null_group) {
           Row<T> null;
@@ -259,10 +285,10 @@ struct BackwardRows {
 struct Pending {
   float* values;  // [2][kPending][32 warps]
   int count = 0;
-  int64_t top;  // the byte whose sums come first; the others follow downwards
+  int top;  // the byte whose sums come first; the others follow downwards
   static constexpr size_t kBytes = 2 * kPending * 32 * sizeof(float);
 
-  __device__ __forceinline__ Pending(float* memory, int64_t top) : values(memory), top(top) {}
+  __device__ __forceinline__ Pending(float* memory, int top) : values(memory), top(top) {}
   // The sums of the next `n` bytes downwards.
   __device__ __forceinline__ void add(const float (&reads)[4], const float (&ends)[4], int n) {
     const int lane = threadIdx.x & 31, g = lane >> 3, place = (count + g) * 32 + int(threadIdx.x >> 5);
@@ -286,64 +312,57 @@ struct Pending {
   }
 };
 
-// The gradient of the state of chunk first - 1 from all chunks behind, times nothing yet: ds of chunk `first` and the
-// decay that it is to be multiplied by.
+// The gradient of the state of chunk first - 1 from all chunks behind: each byte's dz times the decays up to its chunk, the
+// nearest first, until too little of it comes back.
 template <class T, int64_t MODE>
-__device__ __forceinline__ float warm_up_ahead(const Layout& at, const T* dz, int64_t first, int64_t width,
-                                               Numbers& ds) {
-  constexpr int R = kGroup<T>;
-  float decay = 0.f;
-  for (int64_t m = look_ahead(at, first, MODE, kForgotten<T>) - 1; m >= first; --m) {
-    scale(ds, decay);
-    const int64_t begin = __ldg(at.ends + m);
-    const int64_t end = is_real(at, m + 1) ? __ldg(at.ends + m + 1) : at.bytes;
-    for (int64_t t = MODE == kCausal ? begin + 1 : begin; t < end; t += R) {
-      Row<T> row[R];
-      bool reads[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        reads[r] = t + r < end && (MODE != kOfficial || __ldg(at.chunk_of_byte + t + r) == m);
-        if (reads[r]) row[r].load(dz, t + r, width);
-      }
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-        if (reads[r]) blend<T>(ds, 1.f, 1.f, row[r]);
+__device__ __forceinline__ void warm_up_ahead(const Layout& at, const T* dz, int64_t first, int64_t width, Numbers& ds) {
+  float kept = 1.f;
+  for (int64_t base = first; base < at.chunks && kept >= kForgotten<T>; base += 32) {
+    const int64_t m = base + (threadIdx.x & 31);
+    const float product = product_so_far(m < at.chunks ? decay_of(at, m, MODE) : 0.f);
+    const int count = first_lane(kept * product < kForgotten<T>);
+    if (!count) return;
+    const int64_t begin = __ldg(at.ends + base);
+    const int64_t end = begin_of(at, base + count);
+    for (int64_t from = begin; from < end; from += 32) {
+      const int64_t t = from + (threadIdx.x & 31), chunk = t < end ? __ldg(at.chunk_of_byte + t) : -1;
+      float factor = kept * __shfl_sync(kAll, product, int(max(chunk - base, int64_t(0))));
+      if (chunk < base || (MODE == kCausal && __ldg(at.ends + chunk) == t)) factor = 0.f;  // reads nothing, or h
+      add_rows(ds, dz, width, factor, int(min(int64_t(32), end - from)), [&](int i) { return from + i; });
     }
-    decay = decay_of(at, m, MODE);
+    if (count < 32) return;
+    kept *= __shfl_sync(kAll, product, 31);
   }
-  return decay;
 }
 
 template <class T, int64_t MODE, bool SCALARS>
-__global__ void __launch_bounds__(kRowThreads, 1) dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int run) {
+__global__ void __launch_bounds__(kThreads) dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int span) {
   constexpr int R = kGroup<T>;
   constexpr bool kStates = MODE != kHard;
   unsigned char* memory = shared_memory<unsigned char>();
-  const Run own(memory + Pending::kBytes, at, MODE, run);
+  const Run own(memory + Pending::kBytes, at, MODE, span);
   float ds[kVec];
   float aside[kVec];  // causal: dz of the byte that read h; official: of all that read null_group
   fill(ds, 0.f), fill(aside, 0.f);
   int i = int(own.end - own.first) - 1;
-  for (; i >= 0 && own.begins[i] >= at.bytes; --i) store_row<T>(rows.dh, own.first + i, width, ds);  // padding
-  const int64_t lowest = own.first ? own.begins[0] : 0;
-  int64_t t = (i < 0 ? own.begins[0] : own.begins[i + 1]) - 1;
+  for (int64_t m = at.chunks - 1 - blockIdx.x; m >= 0 && !is_real(at, m); m -= gridDim.x)
+    store_row<T>(rows.dh, m, width, ds);  // padding
+  const int lowest = blockIdx.x ? own.begins[0] : 0;
+  int t = (i < 0 ? own.begins[0] : own.begins[i + 1]) - 1;
   if (kStates && own.end < at.chunks && i >= 0)
-    scale(ds, warm_up_ahead<T, MODE>(at, rows.dz, own.end, width, ds));
+    warm_up_ahead<T, MODE>(at, rows.dz, own.end, width, ds);
 
   Row<T> h, state, before, next_h, next_before, ahead[R];
   const auto fetch_chunk = [&](int64_t m) {  // h of m, and the state in front of it
     if (SCALARS && m >= own.first) next_h.load(rows.h, m, width);
     if (SCALARS && kStates && m >= own.first && m > 0) next_before.load(rows.states, m - 1, width);
   };
-  int64_t chunk[R];
-  const auto fetch_bytes = [&](int64_t from) {
+  const auto fetch_bytes = [&](int from) {
 #pragma unroll
     for (int r = 0; r < R; ++r)
-      if (from - r >= lowest) {
-        ahead[r].load(rows.dz, from - r, width);
-        if (MODE == kOfficial) chunk[r] = __ldg(at.chunk_of_byte + from - r);
-      }
+      if (from - r >= lowest) ahead[r].load(rows.dz, from - r, width);
   };
+  int stop = MODE == kOfficial && i >= 0 ? own.stops[i] : 0;
   fetch_bytes(t);
   fetch_chunk(own.first + i);
   if (SCALARS && kStates && i >= 0) state.load(rows.states, own.first + i, width);
@@ -354,10 +373,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) dechunk_backward(Layout at, Ba
   float* const d_p = rows.d_p ? rows.d_p + blockIdx.y * at.bytes : nullptr;
   for (; t >= lowest; t -= R) {
     Row<T> packed[R];
-    int64_t reads[R];
     float to_read[4] = {0.f, 0.f, 0.f, 0.f}, to_end[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int r = 0; r < R; ++r) packed[r] = ahead[r], reads[r] = chunk[r];
+    for (int r = 0; r < R; ++r) packed[r] = ahead[r];
     fetch_bytes(t - R);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -366,7 +384,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) dechunk_backward(Layout at, Ba
       fill(dz, 0.f);
       blend<T>(dz, 0.f, 1.f, packed[r]);
       const bool ends_chunk = i >= 0 && t - r == own.begins[i];
-      if (i < 0 || (MODE == kOfficial && reads[r] != own.first + i)) {
+      if (i < 0 || (MODE == kOfficial && t - r >= stop)) {
         if (MODE == kOfficial) add(aside, dz);
         if (SCALARS && rows.null_group) {
           Row<T> null;
@@ -395,12 +413,13 @@ __global__ void __launch_bounds__(kRowThreads, 1) dechunk_backward(Layout at, Ba
         }
         scale(ds, kStates ? own.decay[i] : 0.f);
         --i;
+        if (MODE == kOfficial && i >= 0) stop = own.stops[i];
         h = next_h, state = before, before = next_before;
         fetch_chunk(m - 2);
       }
     }
     if (SCALARS) {
-      sums.add(to_read, to_end, int(min(int64_t(R), t - lowest + 1)));
+      sums.add(to_read, to_end, min(R, t - lowest + 1));
       if (sums.count + R > kPending) sums.flush(d_confidence, d_p);
     }
   }
@@ -425,15 +444,16 @@ int for_mode(int64_t mode, F f) {
   if (mode == kOfficial) return f(std::integral_constant<int64_t, kOfficial>{});
   return fail(kBadArgument, "the mode code is neither 0 (hard) nor 1 (causal) nor 2 (official)");
 }
-// Chunk runs by tiles of the width.
-dim3 grid_of(int64_t chunks, int64_t run, int64_t width, int64_t tile) {
-  return dim3(unsigned(max(int64_t(1), ceil_div(chunks, run))), unsigned(ceil_div(width, tile)));
+// Spans of the bytes by tiles of the width.
+dim3 grid_of(int64_t bytes, int64_t span, int64_t width, int64_t tile) {
+  return dim3(unsigned(max(int64_t(1), ceil_div(bytes, span))), unsigned(ceil_div(width, tile)));
 }
-int refuse(int64_t run, int64_t width, int64_t tile) {
-  if (run < 1 || run > kMaxRun) return fail(kBadArgument, "a block takes 1 to 64 chunks");
+int refuse(int64_t bytes, int64_t span, int64_t width, int64_t tile) {
+  if (bytes > INT32_MAX) return fail(kBadArgument, "there are more bytes than 2^31 - 1");
+  if (span < 1 || span > kMaxSpan) return fail(kBadArgument, "a block takes 1 to 512 bytes");
   if (width < kVec || width % kVec) return fail(kBadArgument, "the width is not a multiple of 8");
-  if (tile < 32 * kVec || tile > kRowThreads * kVec || tile % (32 * kVec))
-    return fail(kBadArgument, "a tile is not a multiple of 256 up to 4096");
+  if (tile < 32 * kVec || tile > kThreads * kVec || tile % (32 * kVec))
+    return fail(kBadArgument, "a tile is not a multiple of 256 up to 2048");
   return 0;
 }
 
@@ -441,13 +461,13 @@ int refuse(int64_t run, int64_t width, int64_t tile) {
 }  // namespace mbk
 
 // h [chunks, width], p [bytes] fp32, residual [bytes, width], null_group [width] or null; the layout as in struct Layout.
-// Out: z [bytes, width]; states [chunks, width] or null. run: chunks of a block, at most 64; tile: its part of the width.
+// Out: z [bytes, width]; states [chunks, width] or null. span: bytes of a block, at most 512; tile: its part of the width.
 MBK_API int mbk_dechunk_forward(const void* h, const float* p, const void* residual, const void* null_group,
                                 const int64_t* ends, const int64_t* chunk_of_byte, const uint8_t* starts, void* z,
-                                void* states, int64_t chunks, int64_t bytes, int64_t width, int64_t run, int64_t tile,
+                                void* states, int64_t chunks, int64_t bytes, int64_t width, int64_t span, int64_t tile,
                                 int64_t mode, int64_t dtype, void* stream) {
   using namespace mbk;
-  if (const int code = refuse(run, width, tile)) return code;
+  if (const int code = refuse(bytes, span, width, tile)) return code;
   if (bytes == 0) return 0;
   return for_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -455,24 +475,24 @@ MBK_API int mbk_dechunk_forward(const void* h, const float* p, const void* resid
       const Layout at{ends, chunk_of_byte, starts, p, chunks, bytes};
       const ForwardRows<T> rows{static_cast<const T*>(h), static_cast<const T*>(residual),
                                 static_cast<const T*>(null_group), static_cast<T*>(z), static_cast<T*>(states)};
-      return launch(dechunk_forward<T, decltype(which)::value>, grid_of(chunks, run, width, tile), dim3(unsigned(tile / kVec)),
-                    Run::kBytes, stream, at, rows, width, int(run));
+      return launch(dechunk_forward<T, decltype(which)::value>, grid_of(bytes, span, width, tile), dim3(unsigned(tile / kVec)),
+                    Run::bytes_of(span), stream, at, rows, width, int(span));
     });
   });
 }
 
 // dz [bytes, width]. Out: dh [chunks, width]; d_confidence, d_p [bytes] fp32 and d_null [width], null where not wanted.
 // states: of the forward pass, where a scalar gradient is wanted outside hard mode. Scratch in fp32: null_sums
-// [ceil(chunks / run), width] where d_null is wanted; tile_sums [2, tiles, bytes] where a scalar gradient is wanted and
+// [ceil(bytes / span), width] where d_null is wanted; tile_sums [2, tiles, bytes] where a scalar gradient is wanted and
 // the width has several tiles.
 MBK_API int mbk_dechunk_backward(const void* dz, const void* h, const void* states, const float* p, const void* null_group,
                                  const int64_t* ends, const int64_t* chunk_of_byte, const uint8_t* starts, void* dh,
                                  float* d_confidence, float* d_p, void* d_null, float* null_sums, float* tile_sums,
-                                 int64_t chunks, int64_t bytes, int64_t width, int64_t run, int64_t tile, int64_t mode,
+                                 int64_t chunks, int64_t bytes, int64_t width, int64_t span, int64_t tile, int64_t mode,
                                  int64_t dtype, void* stream) {
   using namespace mbk;
-  if (const int code = refuse(run, width, tile)) return code;
-  const dim3 grid = grid_of(chunks, run, width, tile);
+  if (const int code = refuse(bytes, span, width, tile)) return code;
+  const dim3 grid = grid_of(bytes, span, width, tile);
   float* const confidence_sums = tile_sums && d_confidence ? tile_sums : d_confidence;
   float* const p_sums = tile_sums && d_p ? tile_sums + grid.y * bytes : d_p;
   return for_dtype(dtype, [&](auto tag) {
@@ -483,7 +503,7 @@ MBK_API int mbk_dechunk_backward(const void* dz, const void* h, const void* stat
       const BackwardRows<T> rows{static_cast<const T*>(dz), static_cast<const T*>(h), static_cast<const T*>(states),
                                  static_cast<const T*>(null_group), static_cast<T*>(dh), confidence_sums, p_sums, null_sums};
       const auto kernel = d_confidence || d_p ? dechunk_backward<T, kMode, true> : dechunk_backward<T, kMode, false>;
-      return launch(kernel, grid, dim3(unsigned(tile / kVec)), Pending::kBytes + Run::kBytes, stream, at, rows, width, int(run));
+      return launch(kernel, grid, dim3(unsigned(tile / kVec)), Pending::kBytes + Run::bytes_of(span), stream, at, rows, width, int(span));
     });
     const dim3 blocks(unsigned(max(int64_t(1), ceil_div<int64_t>(bytes, 256))));
     for (int which = 0; which < 2 && tile_sums && !code; ++which) {

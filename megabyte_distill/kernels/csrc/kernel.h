@@ -175,6 +175,18 @@ __device__ __forceinline__ void store_some(bf16* to, const float (&from)[4]) {
 }
 template <class T>
 __device__ __forceinline__ void store_some(T* to, const float (&from)[kVec]) { store(to, from); }
+// As store_some, for what is read again only when much else has gone through the cache.
+__device__ __forceinline__ void store_streaming(float* to, const float (&from)[4]) {
+  __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+}
+__device__ __forceinline__ void store_streaming(float* to, const float (&from)[kVec]) {
+  __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+  __stcs(reinterpret_cast<float4*>(to) + 1, make_float4(from[4], from[5], from[6], from[7]));
+}
+__device__ __forceinline__ void store_streaming(bf16* to, const float (&from)[kVec]) {
+  __stcs(reinterpret_cast<uint4*>(to), make_uint4(bf16_pair(from[0], from[1]), bf16_pair(from[2], from[3]),
+                                                  bf16_pair(from[4], from[5]), bf16_pair(from[6], from[7])));
+}
 __device__ __forceinline__ void fill(float (&to)[kVec], float value) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) to[i] = value;

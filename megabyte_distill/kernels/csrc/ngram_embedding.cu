@@ -15,37 +15,34 @@ constexpr int kTables = 8;  // most there can be
 constexpr int kUnroll = 4;
 constexpr int kPiece = 64;  // places of the sorted order that a block adds up for a row that has them all
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1) ngram_embedding_fwd(
+template <class T, int TABLES>
+__global__ void __launch_bounds__(kThreads) ngram_embedding_fwd(
     const int64_t* __restrict__ byte_ids, const int64_t* __restrict__ indices, const T* __restrict__ table,
-    const T* __restrict__ ngram_table, float* __restrict__ stream, int64_t width, int64_t vocabulary, int64_t ngram_rows,
-    int tables) {
+    const T* __restrict__ ngram_table, float* __restrict__ stream, int64_t width, int64_t vocabulary, int64_t ngram_rows) {
   const int64_t at = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kVec, row = blockIdx.x;
   if (at >= width) return;
   // all indices before the first row, and no branch between the rows: everything is in flight at once
-  int64_t id = byte_ids[row], index[kTables];
+  int64_t id = __ldg(byte_ids + row), index[TABLES];
 #pragma unroll
-  for (int k = 0; k < kTables; ++k) index[k] = k < tables ? indices[row * tables + k] : 0;
+  for (int k = 0; k < TABLES; ++k) index[k] = __ldg(indices + row * TABLES + k);
   bool inside = id >= 0 && id < vocabulary;
   if (!inside) id = 0;
 #pragma unroll
-  for (int k = 0; k < kTables; ++k) {
+  for (int k = 0; k < TABLES; ++k) {
     const bool known = index[k] >= 0 && index[k] < ngram_rows;
     if (!known) index[k] = 0;
     inside = inside && known;
   }
-  float sum[kVec], more[kTables][kVec];
+  float sum[kVec], more[TABLES][kVec];
   load(table + id * width + at, sum);
 #pragma unroll
-  for (int k = 0; k < kTables; ++k)
-    if (k < tables) load(ngram_table + index[k] * width + at, more[k]);
+  for (int k = 0; k < TABLES; ++k) load(ngram_table + index[k] * width + at, more[k]);
 #pragma unroll
-  for (int k = 0; k < kTables; ++k)
+  for (int k = 0; k < TABLES; ++k)
 #pragma unroll
-    for (int i = 0; i < kVec; ++i)
-      if (k < tables) sum[i] += more[k][i];
+    for (int i = 0; i < kVec; ++i) sum[i] += more[k][i];
   if (!inside) fill(sum, NAN);
-  store(stream + row * width + at, sum);
+  store_streaming(stream + row * width + at, sum);
 }
 
 // sum += the rows of d_stream that readers[first .. end) names.
@@ -69,7 +66,7 @@ __device__ __forceinline__ void add_rows(const float* __restrict__ d_stream, con
 
 // pieces[n] = the sum over readers[n * kPiece .. (n + 1) * kPiece) where one row of the table has all of it.
 __global__ void __launch_bounds__(kThreads, 1) ngram_embedding_pieces(
-    const float* __restrict__ d_stream, const int64_t* __restrict__ readers, const int64_t* __restrict__ sorted,
+    const float* __restrict__ d_stream, const int64_t* __restrict__ readers, const int* __restrict__ sorted,
     float* __restrict__ pieces, int64_t width) {
   const int64_t at = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kVec, first = int64_t(blockIdx.x) * kPiece;
   if (at >= width || sorted[first] != sorted[first + kPiece - 1]) return;
@@ -116,9 +113,15 @@ dim3 block_of(int64_t width) {
 dim3 grid_of(int64_t rows, int64_t width) {
   return dim3(unsigned(rows), unsigned(ceil_div<int64_t>(width / kVec, block_of(width).x)));
 }
-int bad_shape(int64_t width, int64_t tables) {
-  if (width > 0 && width % kVec == 0 && tables > 0 && tables <= kTables) return 0;
-  return fail(kBadArgument, "n-gram embedding: needs a width that is a multiple of 8 and 1 to 8 tables");
+// f(integral_constant<int, TABLES>) for a number of tables.
+template <int TABLES = 1, class F>
+int for_tables(int64_t tables, F f) {
+  if (tables == TABLES) return f(std::integral_constant<int, TABLES>{});
+  if constexpr (TABLES < kTables) return for_tables<TABLES + 1>(tables, f);
+  return fail(kBadArgument, "n-gram embedding: needs 1 to 8 tables");
+}
+int refuse(int64_t width) {
+  return width > 0 && width % kVec == 0 ? 0 : fail(kBadArgument, "n-gram embedding: needs a width that is a multiple of 8");
 }
 
 }  // namespace
@@ -131,23 +134,25 @@ MBK_API int mbk_ngram_embedding_forward(const int64_t* byte_ids, const int64_t* 
                                         int64_t vocabulary, int64_t ngram_rows, int64_t tables, int64_t dtype,
                                         void* stream) {
   using namespace mbk;
-  if (const int bad = bad_shape(width, tables)) return bad;
+  if (const int code = refuse(width)) return code;
   if (rows == 0) return 0;
   return for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch(ngram_embedding_fwd<T>, grid_of(rows, width), block_of(width), 0, stream, byte_ids, indices,
-                  static_cast<const T*>(table), static_cast<const T*>(ngram_table), residual_stream, width, vocabulary,
-                  ngram_rows, int(tables));
+    return for_tables(tables, [&](auto count) {
+      return launch(ngram_embedding_fwd<T, decltype(count)::value>, grid_of(rows, width), block_of(width), 0, stream, byte_ids,
+                    indices, static_cast<const T*>(table), static_cast<const T*>(ngram_table), residual_stream, width,
+                    vocabulary, ngram_rows);
+    });
   });
 }
 // d_stream: [rows, width] fp32. sorted: [places], the rows of the table that are read, ascending; readers: [places], the
 // bytes that read them. runs: [ngram_rows + 1]. pieces: [places / 64, width] fp32 to work in. d_ngram_table: [ngram_rows,
 // width].
-MBK_API int mbk_ngram_embedding_backward(const float* d_stream, const int64_t* sorted, const int64_t* readers,
+MBK_API int mbk_ngram_embedding_backward(const float* d_stream, const int* sorted, const int64_t* readers,
                                          const int64_t* runs, float* pieces, void* d_ngram_table, int64_t width,
                                          int64_t places, int64_t ngram_rows, int64_t dtype, void* stream) {
   using namespace mbk;
-  if (const int bad = bad_shape(width, 1)) return bad;
+  if (const int code = refuse(width)) return code;
   if (ngram_rows == 0) return 0;
   if (places >= kPiece)
     if (const int error = launch(ngram_embedding_pieces, grid_of(places / kPiece, width), block_of(width), 0, stream,

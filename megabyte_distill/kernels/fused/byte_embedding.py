@@ -22,8 +22,12 @@ from megabyte_distill.kernels.library import Library, library_for, prepared
 
 MAX_IDS = 256
 """Rows of a table, one for each value of a byte: the kernels sort bytes by counting."""
-_LONG, _MEDIUM = 65_536, 16_384
 _ORDER_BLOCKS = 64
+_PIECES_OF_MULTIPROCESSOR = 5
+"""Of the backward pass: enough to keep it busy, few enough that all run at once."""
+_MULTIPROCESSORS_OF_CPU = 8
+"""Stands for a GPU's where the kernels run on a CPU."""
+_LANES = 32
 
 
 def fused_byte_embedding(
@@ -59,9 +63,13 @@ def refusal(
 FUSED = FusedOp(run=fused_byte_embedding, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}, up to {MAX_IDS} ids")
 
 
-def _rows_per_piece(rows: int) -> int:
-    """Rows of the sorted order that one block of the backward pass sums: enough blocks first, then few partial sums."""
-    return 64 if rows >= _LONG else 32 if rows >= _MEDIUM else 16
+def _rows_per_piece(rows: int, device: torch.device) -> int:
+    """Rows of the sorted order that one block of the backward pass sums, a multiple of a warp's lanes."""
+    on_gpu = device.type == "cuda"
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else _MULTIPROCESSORS_OF_CPU
+    )
+    return _LANES * max(1, -(-rows // (_PIECES_OF_MULTIPROCESSOR * processors * _LANES)))
 
 
 @torch.library.custom_op("megabyte::byte_embedding", mutates_args=())
@@ -241,7 +249,7 @@ def _added_normed_backward(
 
 def _plan(byte_ids: Tensor, table: Tensor) -> tuple[Library, int, Tensor]:
     """(library, rows of a piece of the sorted order, room for the partial sums of its pieces)."""
-    piece = _rows_per_piece(byte_ids.shape[0])
+    piece = _rows_per_piece(byte_ids.shape[0], byte_ids.device)
     return library_for(table), piece, scratch(table, -(-byte_ids.shape[0] // piece), 2, table.shape[1])
 
 

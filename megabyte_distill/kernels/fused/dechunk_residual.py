@@ -78,19 +78,19 @@ def refusal(
 FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")
 
 
-FORWARD_TILE, BACKWARD_TILE = 1024, 4096
+FORWARD_TILE, BACKWARD_TILE = 1024, 2048
 """Columns of a block at most. The backward pass sums over the width, so it takes all of it where it can."""
 
 
-def _chunks_of_block(chunks: int, mode: int, *, backward: bool) -> int:
-    """Few enough that a row fills a GPU, many enough that warming up the EMA (about 10 chunks) stays cheap.
+def _span(rows: int, mode: int, *, backward: bool) -> int:
+    """Bytes of a block: few enough that a row fills a GPU, many enough that warming up the EMA stays cheap.
 
-    Ahead of a block lie the bytes of those chunks, behind it only the chunks: the backward pass takes longer runs.
+    That takes about 10 chunks. Ahead of a block lie the bytes of those chunks, behind it only the chunks: the backward pass takes longer spans.
     """
     if mode == MODE_CODES[DechunkMode.HARD]:
-        return 16 if chunks >= 16_384 else 8
-    run = 32 if chunks >= 16_384 else 16 if chunks >= 4_096 else 8
-    return 2 * run if backward else run
+        return 32
+    span = 128 if rows >= 65_536 else 64 if rows >= 16_384 else 32
+    return 2 * span if backward else span
 
 
 def _tile(width: int, at_most: int) -> int:
@@ -130,7 +130,7 @@ def _forward(
         chunks,
         residual.shape[0],
         width,
-        _chunks_of_block(chunks, mode, backward=False),
+        _span(residual.shape[0], mode, backward=False),
         _tile(width, FORWARD_TILE),
         mode,
         dtype_code(h),
@@ -171,8 +171,9 @@ def _backward(
     chunks, width = h.shape
     want_p, want_confidence, want_null = wants
     dh, d_p, d_confidence, d_null = _backward_shapes(h, p, wants)
-    run, tile = _chunks_of_block(chunks, mode, backward=True), _tile(width, BACKWARD_TILE)
-    blocks, tiles = max(1, -(-chunks // run)), -(-width // tile)
+    rows = p.shape[0]
+    span, tile = _span(rows, mode, backward=True), _tile(width, BACKWARD_TILE)
+    blocks, tiles = max(1, -(-rows // span)), -(-width // tile)
     library_for(h).call(
         "dechunk_backward",
         prepared(dz),
@@ -188,11 +189,11 @@ def _backward(
         d_p if want_p else None,
         d_null if want_null else None,
         scratch(h, blocks, width) if want_null else None,
-        scratch(h, 2, tiles, p.shape[0]) if tiles > 1 and (want_p or want_confidence) else None,
+        scratch(h, 2, tiles, rows) if tiles > 1 and (want_p or want_confidence) else None,
         chunks,
-        p.shape[0],
+        rows,
         width,
-        run,
+        span,
         tile,
         mode,
         dtype_code(h),

@@ -77,8 +77,9 @@ def _(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> 
 def _backward(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
     """Gradient of the n-gram table [N, D]."""
     size, width = ngram_table.shape
-    values, order = indices.flatten().sort(stable=True)
-    runs = torch.searchsorted(values, torch.arange(size + 1, device=indices.device))
+    # a radix sort takes as many passes as a key has bytes
+    values, order = indices.flatten().to(torch.int32).sort(stable=True)
+    runs = torch.searchsorted(values, torch.arange(size + 1, device=indices.device, dtype=torch.int32))
     d_ngram_table = ngram_table.new_empty(size, width)
     library_for(ngram_table).call(
         "ngram_embedding_backward",
