@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -42,16 +42,11 @@ warnings.simplefilter("ignore")
 from megabyte_distill.config import STAGE_ORDER, parse_arguments  # noqa: E402 - after the path is set
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 
-if TYPE_CHECKING:
-    from megabyte_distill.data.packing import PackedRow
-
 EXAMPLE = ROOT / "examples" / "tiny"
-ROW_BYTES = 2048
-"""Of the rows that figures are taken on: the context of teacher and student."""
 TRIED_UPDATES = 3
 LEAST_UPDATES = 4
 FIRST_OVERHEAD = 10.0
-"""Seconds a stage takes beside its updates (loading, saving), until one has been measured."""
+"""Seconds a stage takes beside its updates (trying, loading, saving), until one has been measured."""
 SLACK = 1.1
 """How much slower updates are than tried ones, until a stage has been measured: rows are read as well."""
 SHARES: Mapping[str, float] = {"1a": 0.30, "1b": 0.12, "1c": 0.08, "2a": 0.32, "2b": 0.18}
@@ -137,8 +132,8 @@ class Plan:
 
     def updates(self, stage: str, tried: float, now: float) -> int:
         """Of the next stage, whose updates took ``tried`` seconds in a trial."""
-        left = self.end - self.kept - now
-        part = left * self.shares[stage] / sum(self.shares.values()) - self.overhead
+        left = self.end - self.kept - now - self.overhead * len(self.shares)
+        part = left * self.shares[stage] / sum(self.shares.values())
         return max(LEAST_UPDATES, int(part / (tried * self.slack)))
 
     def learn(self, stage: str, tried: float, updates: int, training: float, whole: float) -> None:
@@ -147,7 +142,8 @@ class Plan:
         # of a few updates the first, which is slow, says nothing of the others
         if updates > 20:
             self.slack = max(1.0, training / updates / tried)
-        self.overhead = whole - training
+        # later stages hold more and save more
+        self.overhead = max(self.overhead, whole - training)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +153,6 @@ class Trained:
     updates: int
     bytes: int
     seconds: float
-    tried_seconds: float | None
-    """Of one update, before the stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,13 +203,17 @@ class Bench:
 
         return {name: int(ByteTokenDataset(str(self.data(name))).sizes().sum()) for name in ("train", "heldout")}
 
-    def held_out_rows(self) -> list[PackedRow]:
-        """The rows that figures are taken on."""
-        from megabyte_distill.data.dataset import ByteTokenDataset
-        from megabyte_distill.evaluation.held_out import held_out_rows
+    def figures_of(self, stages: Sequence[str]) -> dict[str, Any]:
+        """What stage 1 reached, where it is among the stages, and the student where stage 2 is."""
+        from benchmarks.run_figures import figure_rows, measure_stage1, measure_student
 
-        held_out = ByteTokenDataset(str(self.data("heldout")))
-        return held_out_rows([held_out], row_bytes=ROW_BYTES, max_bytes=self.form.text_bytes)
+        rows, found = figure_rows(str(self.data("heldout")), self.form.text_bytes), {}
+        if {"1a", "1c"} & set(stages):
+            found["stage1"] = measure_stage1(self.run, rows, stages)
+        if {"2a", "2b"} & set(stages):
+            found["student"] = measure_student(self.run, rows, str(self.data("train")))
+        release()
+        return found
 
     def stage_flags(self, stage: str) -> list[str]:
         """The training command's, but for the number of updates."""
@@ -227,8 +225,24 @@ class Bench:
             *self.flags,
         ]
 
-    def tried(self, stage: str) -> float:
-        """Seconds of an update of fresh weights on the training text."""
+    def tried(self, stage: str) -> tuple[float, int]:
+        """(seconds, rows of a micro-batch) of an update of fresh weights on the training text; fewer rows than the
+        settings' where the memory of the device does not hold those.
+        """
+        settings = parse_arguments(self.stage_flags(stage), world_size=1)
+        config = settings.stages[stage]
+        rows = config.micro_batch_size
+        while True:
+            try:
+                return self._tried(stage, rows) * (config.global_batch_size // rows), rows
+            except torch.OutOfMemoryError:
+                if rows % 2:
+                    raise
+                rows //= 2
+            finally:
+                release()
+
+    def _tried(self, stage: str, rows: int) -> float:
         from benchmarks.gpu_training import Trial, timed
         from megabyte_distill.conversion.model_config import read_model_config
         from megabyte_distill.conversion.teacher_folder import find_teacher
@@ -239,7 +253,7 @@ class Bench:
         from megabyte_distill.kernels.selection import choose
         from megabyte_distill.parallel.process_groups import world
 
-        settings = parse_arguments(self.stage_flags(stage), world_size=1)
+        settings = parse_arguments([*self.stage_flags(stage), *micro_batch(stage, rows)], world_size=1)
         config = settings.stages[stage]
         with world() as here:
             choose(KernelMode.AUTO, here.device)
@@ -252,30 +266,27 @@ class Bench:
             table = TokenBytes.load(find_teacher(self.teacher).tokenizer / TOKEN_BYTES_FILE)
             trial = Trial(settings, read_model_config(self.teacher).backbone, stage, here, (stream, table))
             trial.update()
-            seconds = sorted(timed(trial.update, here.device) for _ in range(TRIED_UPDATES))[TRIED_UPDATES // 2]
-            del trial
-            release()
-        return seconds
+            return sorted(timed(trial.update, here.device) for _ in range(TRIED_UPDATES))[TRIED_UPDATES // 2]
 
-    def train(self, stage: str, updates: int, tried_seconds: float | None) -> Trained:
-        """One stage by the training command; RuntimeError where it fails."""
+    def train(self, stage: str, updates: int, further: Sequence[str]) -> Trained:
+        """One stage by the training command, with further flags; RuntimeError where it fails."""
         from megabyte_distill.pretrain.main import main as train
         from megabyte_distill.runs import stage_progress
         from megabyte_distill.training.checkpoint import read_loop_state
 
-        flags = [*self.stage_flags(stage), f"--{stage}.train-iters", str(updates)]
+        flags = [*self.stage_flags(stage), f"--{stage}.train-iters", str(updates), *further]
         if train([*flags, "--log-interval", str(max(1, updates // 5))]) != 0:
             raise RuntimeError(f"stage {stage} failed; its log says why")
         release()
         progress = stage_progress(self.run, stage)
         assert progress is not None
         state = read_loop_state(progress.checkpoint)["progress"]
-        return Trained(
-            updates=progress.iteration,
-            bytes=state["consumed_bytes"],
-            seconds=state["seconds"],
-            tried_seconds=tried_seconds,
-        )
+        return Trained(updates=progress.iteration, bytes=state["consumed_bytes"], seconds=state["seconds"])
+
+
+def micro_batch(stage: str, rows: int) -> list[str]:
+    """Flags of a stage's micro-batches of so many rows."""
+    return [f"--{stage}.micro-batch-size", str(rows)]
 
 
 def release() -> None:
@@ -283,90 +294,6 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@torch.no_grad()
-def measure_stage1(bench: Bench, stages: Sequence[str]) -> dict[str, float]:
-    """What the encoder after 1a is to the teacher as it was, and the router's ends after 1c, on held-out text."""
-    from megabyte_distill.evaluation.anchors import score_constant_embedding
-    from megabyte_distill.inference.scoring import score_tokens
-    from megabyte_distill.model.router import decide
-    from megabyte_distill.model.student import Gold, Parts
-    from megabyte_distill.objectives.alignment import alignment_squared_error, table_variance
-    from megabyte_distill.objectives.boundary import boundary_counts
-    from megabyte_distill.parallel.process_groups import world
-    from megabyte_distill.runs import load_run_teacher, load_student
-
-    sums: dict[str, float] = {}
-
-    def add(**values: Any) -> None:
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-
-    with world() as here:
-        teacher = load_run_teacher(bench.run).backbone.to(here.device)
-        encoder = load_student(bench.run, "1a").student if "1a" in stages else None
-        router = load_student(bench.run, "1c").student if "1c" in stages else None
-        for row in (row.to(here.device) for row in bench.held_out_rows()):
-            own = score_tokens(teacher, row)
-            add(bytes=own.bytes.sum(), own=own.bits.sum(), nothing=score_constant_embedding(teacher, row).bits.sum())
-            if encoder is not None:
-                chunks = encoder(row, Gold(), Parts.ENCODER).chunks
-                error = alignment_squared_error(chunks, teacher.embed(row.tokens))[row.token_mask]
-                add(read=score_tokens(teacher, row, chunks).bits.sum(), error=error.double().sum(), tokens=len(error))
-            if router is not None:
-                p = router(row, Gold(), Parts.ENCODER | Parts.ROUTER).p
-                add(**boundary_counts(decide(p, row.byte_ids, official=router.is_official), row))
-        variance = float(table_variance(teacher.embedding_table, teacher.columns))
-    release()
-    return stage1_figures(sums, variance)
-
-
-def stage1_figures(sums: Mapping[str, float], variance: float) -> dict[str, float]:
-    """Of the sums over held-out text; ``variance``: of the teacher's embedding table."""
-    size = sums["bytes"]
-    found = {
-        "text_bytes": size,
-        "teacher_bits_per_byte": sums["own"] / size,
-        "constant_embedding_bits_per_byte": sums["nothing"] / size,
-    }
-    if "read" in sums:
-        found |= {
-            "reading_bits_per_byte": sums["read"] / size,
-            "reading_retention": sums["own"] / sums["read"],
-            "alignment_mse_relative": sums["error"] / sums["tokens"] / variance,
-        }
-    if "gold" in sums:
-        found |= {
-            "boundary_precision": sums["hits"] / max(sums["predicted"], 1.0),
-            "boundary_recall": sums["hits"] / sums["gold"],
-            "boundary_f1": 2 * sums["hits"] / (sums["predicted"] + sums["gold"]),
-        }
-    return found
-
-
-def measure_student(bench: Bench) -> dict[str, Any]:
-    """The figures of tools/evaluate.py, but for those by paths."""
-    from megabyte_distill.data.dataset import ByteTokenDataset
-    from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
-    from megabyte_distill.evaluation.bits_per_byte import evaluate_run
-    from megabyte_distill.parallel.process_groups import world
-    from megabyte_distill.runs import load_run_teacher, load_students
-
-    with world():
-        students = load_students(bench.run)
-        training = ByteTokenDataset(str(bench.data("train")))
-        found = evaluate_run(
-            students.last.student,
-            load_run_teacher(bench.run).backbone,
-            bench.held_out_rows(),
-            stage1_student=students.distilled,
-            aligned_student=students.aligned,
-            unigram=unigram_nll(token_counts([training]), students.last.token_bytes),
-            paths=0,
-        )
-    release()
-    return found.as_dict()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -431,25 +358,30 @@ class Report:
 
 
 def train_all(bench: Bench, stages: Sequence[str], arguments: argparse.Namespace, report: Report) -> None:
-    """Every stage, each with the updates that are asked for or fit, and the figures of stage 1 behind it."""
+    """Every stage, each with the updates that are asked for or fit, and behind 1a and 1c what they reached."""
     seconds = 60.0 * (arguments.minutes or 0.0)
     plan = Plan(
         end=report.started + seconds,
         kept=bench.form.measuring * seconds,
         shares={name: SHARES[name] for name in stages},
     )
+    told = [name for name in stages if name in ("1a", "1c")]
     for name in stages:
-        begun, tried = time.monotonic(), None
+        begun, tried, further = time.monotonic(), 0.0, []
         updates = arguments.updates
         if updates is None:
-            tried = bench.tried(name)
+            tried, rows = bench.tried(name)
+            further = micro_batch(name, rows)
             updates = plan.updates(name, tried, time.monotonic())
             print(f"{name}: {1e3 * tried:.0f} ms an update in a trial: {updates:,} updates", flush=True)
-        done = bench.train(name, updates, tried)
-        if tried is not None:
+        done = bench.train(name, updates, further)
+        if tried:
             plan.learn(name, tried, updates, done.seconds, time.monotonic() - begun)
         report.add(stages={**report.results["stages"], name: asdict(done)})
         print(line(name, done), flush=True)
+        if name in told[-1:]:
+            report.add(**bench.figures_of(told))
+            print(table(report.results), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -472,11 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(bytes_of=bench.sizes())
         print(f"converted and preprocessed after {60 * report.results['minutes']:.0f} s", flush=True)
         train_all(bench, stages, arguments, report)
-        if {"1a", "1c"} & set(stages):
-            report.add(stage1=measure_stage1(bench, stages))
-            print(table(report.results), flush=True)
         if {"2a", "2b"} & set(stages):
-            report.add(student=measure_student(bench))
+            report.add(**bench.figures_of([name for name in stages if name in ("2a", "2b")]))
             print(table(report.results), flush=True)
         print(json.dumps(report.results))
     return 0
