@@ -177,16 +177,11 @@ class Bench:
         """Stem of a data set, ``train`` or ``heldout``."""
         return self.folder / "data" / f"{name}_text_document"
 
-    def prepare(self, hf_model: Path, texts: Mapping[str, Sequence[Path]]) -> None:
-        """Convert and preprocess what is not there yet."""
-        from megabyte_distill.conversion.hf_import import import_teacher
+    def preprocess(self, hf_model: Path, texts: Mapping[str, Sequence[Path]]) -> None:
+        """Make the data sets that are not there yet."""
         from megabyte_distill.data.encoding import EncodeJob
         from megabyte_distill.data.preprocess import PreprocessOptions, preprocess
-        from megabyte_distill.parallel.process_groups import world
 
-        if not self.teacher.exists():
-            with world():
-                import_teacher(hf_model, self.teacher)
         for name, inputs in texts.items():
             if not self.data(name).with_suffix(".json").exists():
                 self.data(name).parent.mkdir(parents=True, exist_ok=True)
@@ -196,6 +191,13 @@ class Bench:
                     job=EncodeJob(tokenizer_model=str(hf_model)),
                     options=PreprocessOptions(overwrite=True, workers=os.cpu_count() or 1),
                 )
+
+    def convert(self, hf_model: Path) -> None:
+        """Convert the teacher, unless that is done; needs process groups, as all that follows."""
+        from megabyte_distill.conversion.hf_import import import_teacher
+
+        if not self.teacher.exists():
+            import_teacher(hf_model, self.teacher)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of text of each data set."""
@@ -251,22 +253,22 @@ class Bench:
         from megabyte_distill.data.sampler import RowStream
         from megabyte_distill.data.token_bytes import TokenBytes
         from megabyte_distill.kernels.selection import choose
-        from megabyte_distill.parallel.process_groups import world
+        from megabyte_distill.parallel.process_groups import current_world
 
         settings = parse_arguments([*self.stage_flags(stage), *micro_batch(stage, rows)], world_size=1)
         config = settings.stages[stage]
-        with world() as here:
-            choose(KernelMode.AUTO, here.device)
-            stream = RowStream(
-                [ByteTokenDataset(str(self.data("train")))],
-                row_bytes=config.seq_length,
-                chunk_bucket=config.chunk_bucket,
-                seed=1,
-            )
-            table = TokenBytes.load(find_teacher(self.teacher).tokenizer / TOKEN_BYTES_FILE)
-            trial = Trial(settings, read_model_config(self.teacher).backbone, stage, here, (stream, table))
-            trial.update()
-            return sorted(timed(trial.update, here.device) for _ in range(TRIED_UPDATES))[TRIED_UPDATES // 2]
+        here = current_world()
+        choose(KernelMode.AUTO, here.device)
+        stream = RowStream(
+            [ByteTokenDataset(str(self.data("train")))],
+            row_bytes=config.seq_length,
+            chunk_bucket=config.chunk_bucket,
+            seed=1,
+        )
+        table = TokenBytes.load(find_teacher(self.teacher).tokenizer / TOKEN_BYTES_FILE)
+        trial = Trial(settings, read_model_config(self.teacher).backbone, stage, here, (stream, table))
+        trial.update()
+        return sorted(timed(trial.update, here.device) for _ in range(TRIED_UPDATES))[TRIED_UPDATES // 2]
 
     def train(self, stage: str, updates: int, further: Sequence[str]) -> Trained:
         """One stage by the training command, with further flags; RuntimeError where it fails."""
@@ -390,6 +392,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, flags = parser.parse_known_args(argv)
     if arguments.minutes is None and arguments.updates is None:
         arguments.updates = LEAST_UPDATES if arguments.quick else parser.error("give --minutes or --updates")
+    from megabyte_distill.pretrain.failure import quiet_known_warnings
+
+    quiet_known_warnings()  # before megatron is imported, which warns
+    from megabyte_distill.parallel.process_groups import world
+
     stages = [name for name in STAGE_ORDER if name in arguments.stages.split(",")]
     cuda = torch.cuda.is_available()
     name = arguments.form or ("quick" if arguments.quick else "cuda" if cuda else "cpu")
@@ -400,7 +407,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.cuda.get_device_name() if cuda else "CPU"
         report = Report(folder / "results.json", device=device, torch=torch.__version__, form=name, flags=flags)
         bench = Bench(folder=folder, form=form, flags=tuple(flags))
-        bench.prepare(*texts_of(arguments, folder))
+        hf_model, texts = texts_of(arguments, folder)
+        bench.preprocess(hf_model, texts)
+        # one world for everything: process groups on a GPU are not taken down and made again between stages
+        stack.enter_context(world())
+        bench.convert(hf_model)
         report.add(bytes_of=bench.sizes())
         print(f"converted and preprocessed after {60 * report.results['minutes']:.0f} s", flush=True)
         train_all(bench, stages, arguments, report)
