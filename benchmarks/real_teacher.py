@@ -111,7 +111,7 @@ FORMS: Mapping[str, Form] = {
             "2b": ("--lr", "5e-4", "--backbone-lr", "1e-4"),
         },
         text_bytes=40_000,
-        measuring=0.15,
+        measuring=0.1,
     ),
     "quick": Form(common=("--preset", "tiny"), text_bytes=4_096, measuring=0.2),
 }
