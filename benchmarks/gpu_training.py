@@ -36,6 +36,8 @@ from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
 from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
 from megabyte_distill.data.micro_batch import concatenate_rows  # noqa: E402
 from megabyte_distill.data.mock import MockRowStream, mock_table  # noqa: E402
+from megabyte_distill.data.sampler import RowStream  # noqa: E402
+from megabyte_distill.data.token_bytes import TokenBytes  # noqa: E402
 from megabyte_distill.kernels.selection import choose  # noqa: E402
 from megabyte_distill.model.backbone import Backbone, transformer_config  # noqa: E402
 from megabyte_distill.model.student import set_trainable  # noqa: E402
@@ -88,7 +90,15 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 class Trial:
     """One stage of one model, ready to be updated."""
 
-    def __init__(self, settings: Settings, backbone: BackboneConfig, name: str, here: World) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        backbone: BackboneConfig,
+        name: str,
+        here: World,
+        text: tuple[RowStream, TokenBytes] | None = None,
+    ) -> None:
+        """``text``: rows and their token table in place of random ones."""
         config, stage, dtype = settings.stages[name], STAGES[name], training_dtype(settings)
         overrides = {**backbone_overrides(settings, config), "perform_initialization": False}
         byte_side = settings.model.byte_side_for(backbone.hidden_size)
@@ -103,10 +113,11 @@ class Trial:
                 teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(here.device, dtype)
                 _draw(teacher)
                 teacher.requires_grad_(False).eval()
-        stream = MockRowStream(
-            backbone.vocab_size, row_bytes=config.seq_length, chunk_bucket=config.chunk_bucket, seed=1
+        stream, table = text or (
+            MockRowStream(backbone.vocab_size, row_bytes=config.seq_length, chunk_bucket=config.chunk_bucket, seed=1),
+            mock_table(backbone.vocab_size),
         )
-        self.objective = stage.objective(config, teacher, mock_table(backbone.vocab_size))
+        self.objective = stage.objective(config, teacher, table)
         self.trained = wrap_for_training(student, student.config, config, bf16=settings.run.bf16)
         student.train()
         self.rows = [
