@@ -29,6 +29,7 @@ from megabyte_distill.training.checkpoint import load_checkpoint, save_checkpoin
 from megabyte_distill.training.optimizer import wrap_for_training
 from megabyte_distill.training.step import evaluate, train_step
 from megabyte_distill.training.throughput import FlopCount
+from tests.fp8_rounding import round_as_fp8
 from tests.tiny_student import BACKBONE, BYTE_SIDE, enlarged, random_rows
 
 WHY = optional.engine_problem()
@@ -114,19 +115,21 @@ def test_bf16_is_as_near_to_fp32_as_the_local_layers(family: str, world: World, 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp8_is_near_bf16(family: str, recipe: str, world: World, tmp_path: Path) -> None:
+def test_fp8_errs_as_its_rounding_does(family: str, recipe: str, world: World, tmp_path: Path) -> None:
+    """Against bf16, beside local layers that are rounded by hand: 0.28 for Llama's wide weights, 0.08 for OLMo's."""
     skip_unless_it_runs(recipe, world)
     config, device = FAMILIES[family], world.device
     plain = enlarged(backbone_on(device, config, **engine()))
-    fp8 = with_weights_of(plain, backbone_on(device, config, **engine(recipe)), tmp_path)
+    fp8 = with_weights_of(plain, backbone_on(device, config, **engine(recipe)), tmp_path / "fp8")
+    by_hand = round_as_fp8(with_weights_of(plain, backbone_on(device, config), tmp_path / "local"))
     x, upstream = (torch.randn(256, config.hidden_size, device=device) for _ in range(2))
     expected = states_and_slopes(plain, x, upstream)
     for _ in range(3):  # the delayed recipe learns its factors
         requantize_weights(fp8)
         got = states_and_slopes(fp8, x, upstream)
     errors = [distance(a, b) for a, b in zip(got, expected, strict=True)]
-    print("FP8", family, recipe, errors)
-    assert 0 < errors[0] < 0.2 and 0 < errors[1] < 0.4, errors
+    allowed = [1.5 * distance(a, b) for a, b in zip(states_and_slopes(by_hand, x, upstream), expected, strict=True)]
+    assert 0 < errors[0] < allowed[0] and 0 < errors[1] < allowed[1], (errors, allowed)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])

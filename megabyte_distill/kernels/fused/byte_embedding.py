@@ -66,9 +66,7 @@ FUSED = FusedOp(run=fused_byte_embedding, refusal=refusal, limits=f"fp32 or bf16
 def _rows_per_piece(rows: int, device: torch.device) -> int:
     """Rows of the sorted order that one block of the backward pass sums, a multiple of a warp's lanes."""
     on_gpu = device.type == "cuda"
-    processors = (
-        torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else _MULTIPROCESSORS_OF_CPU
-    )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else _MULTIPROCESSORS_OF_CPU
     return _LANES * max(1, -(-rows // (_PIECES_OF_MULTIPROCESSOR * processors * _LANES)))
 
 

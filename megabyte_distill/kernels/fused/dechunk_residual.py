@@ -82,15 +82,17 @@ FORWARD_TILE, BACKWARD_TILE = 1024, 2048
 """Columns of a block at most. The backward pass sums over the width, so it takes all of it where it can."""
 
 
-def _span(rows: int, mode: int, *, backward: bool) -> int:
-    """Bytes of a block: few enough that a row fills a GPU, many enough that warming up the EMA stays cheap.
+_BLOCKS = 256
+"""Two of the widest for each multiprocessor of an H100 or H200: all of a row's blocks run at once."""
+_SHORTEST, _LONGEST = 32, 256
+"""Bytes. A longer span would leave a long row's last blocks alone; a shorter one only warms up."""
 
-    That takes about 10 chunks. Ahead of a block lie the bytes of those chunks, behind it only the chunks: the backward pass takes longer spans.
-    """
+
+def _span(rows: int, mode: int) -> int:
+    """Bytes of a block. Warming up the EMA takes the bytes of about 10 chunks more, which hard mode does not have."""
     if mode == MODE_CODES[DechunkMode.HARD]:
-        return 32
-    span = 128 if rows >= 65_536 else 64 if rows >= 16_384 else 32
-    return 2 * span if backward else span
+        return _SHORTEST
+    return max(_SHORTEST, min(_LONGEST, rows // _BLOCKS))
 
 
 def _tile(width: int, at_most: int) -> int:
@@ -130,7 +132,7 @@ def _forward(
         chunks,
         residual.shape[0],
         width,
-        _span(residual.shape[0], mode, backward=False),
+        _span(residual.shape[0], mode),
         _tile(width, FORWARD_TILE),
         mode,
         dtype_code(h),
@@ -172,7 +174,7 @@ def _backward(
     want_p, want_confidence, want_null = wants
     dh, d_p, d_confidence, d_null = _backward_shapes(h, p, wants)
     rows = p.shape[0]
-    span, tile = _span(rows, mode, backward=True), _tile(width, BACKWARD_TILE)
+    span, tile = _span(rows, mode), _tile(width, BACKWARD_TILE)
     blocks, tiles = max(1, -(-rows // span)), -(-width // tile)
     library_for(h).call(
         "dechunk_backward",
