@@ -238,10 +238,11 @@ def fastest(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
 def along_the_length(text: Text, repeats: int) -> dict[str, float]:
     """A byte's cost near byte 8,192 over that near byte 512, inside chunks and at their ends.
 
-    ``…_beyond_attention``: the same of a backbone that attends to the last 64 chunks alone, at either place, so that
-    all else is compared: what else would grow with the length shows there. Both places write the same bytes, and the
-    four arms go on in turns. Processor time, of each byte the least of the repeats; the first bytes of a turn, which
-    find the processor's caches full of another arm's numbers, do not count.
+    ``…_beyond_attention``: the same of a backbone that attends to the last 64 chunks alone, at either place; whatever
+    else grows with the length shows there. ``late_to_early_at_ends_read``: the weights, keys and values that the step
+    of a chunk's end reads, counted, which is what attention explains. Both places write the same bytes, and the four
+    arms go on in turns. Processor time, of each byte the least of the repeats; the first bytes of a turn, which find
+    the processor's caches full of another arm's numbers, do not count.
     """
     students = {"": make_student("tiny"), "_beyond_attention": make_student("tiny", window=WINDOW)}
     places = (EARLY, LATE)
@@ -259,7 +260,17 @@ def along_the_length(text: Text, repeats: int) -> dict[str, float]:
         f"late_to_early_{name}{kind}": round(float(best[kind, LATE][which].sum() / best[kind, EARLY][which].sum()), 2)
         for name, which in (("inside_chunks", counts & ~is_end), ("at_ends", counts & is_end))
         for kind in students
-    }
+    } | {"late_to_early_at_ends_read": round(numbers_read(text, LATE) / numbers_read(text, EARLY), 2)}
+
+
+def numbers_read(text: Text, place: int) -> int:
+    """By the step of a chunk's end amid what is measured behind so many bytes, in the tiny shape."""
+    shape, student = LLAMA["tiny"], make_student("tiny")
+    unread = ("router.", "byte_encoder.embedding.", "byte_decoder.embedding.", "backbone.model.embed_tokens.")
+    weights = sum(own.numel() for name, own in student.named_parameters() if not name.startswith(unread))
+    _, bits = text.opening(place + SPAN // 2)
+    keys = shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    return weights + 2 * keys * (1 + sum(bits))
 
 
 class RowAt:
