@@ -19,7 +19,6 @@ import argparse
 import json
 import lzma
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +45,12 @@ SAMPLED = Sampling()
 DRAFTS, DEMO_DRAFTS = 8, 16
 """Bytes drafted behind a chunk's end: where speed is measured, and where backbone passes are counted."""
 PROMPT = 32
+EARLY, LATE, SPAN = 384, 7936, 256
+"""Bytes read before, and bytes measured behind them: around byte 512 and up to byte 8,192."""
+TURN, UNCOUNTED, ROUNDS = 32, 8, 8
+"""Bytes of one arm, how many of them do not count, and how often all is done again."""
+WINDOW = 64
+"""Chunks; fewer than stand in front of byte 384."""
 PIECES = re.compile(rb" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+")
 SEEN_RUNS = (209, 398, 44, 21, 69, 60, 58, 11, 30, 20, 58, 4, 3, 9, 3, 1, 1)
 """Backbone passes of the demo's model that found 0, 1, … 16 drafts right: greedy, k = 16, 24 held-out prompts."""
@@ -96,9 +101,16 @@ class Text:
             [self._bits[begin : begin + PROMPT].tolist() for begin in begins],
         )
 
-    def classes(self, prompts: np.ndarray, places: np.ndarray, drafted: np.ndarray) -> torch.Tensor:
-        """The pair at each row's place; a draft is right or wrong as the pass that will verify it shall find."""
-        at = prompts * 9973 + PROMPT + places
+    def opening(self, size: int) -> tuple[bytes, list[bool]]:
+        """The text's first bytes and their bits."""
+        return self.raw[:size], self._bits[:size].tolist()
+
+    def classes(
+        self, prompts: np.ndarray, places: np.ndarray, drafted: np.ndarray, begin: int = PROMPT
+    ) -> torch.Tensor:
+        """The pair at each row's place, new bytes counted from ``begin`` on; a draft is right or wrong as the pass that
+        will verify it shall find."""
+        at = prompts * 9973 + begin + places
         is_wrong = drafted >= self._right[at - np.maximum(drafted, 0)]
         return torch.from_numpy((self._bytes[at] ^ is_wrong) + 256 * self._bits[at])
 
@@ -107,12 +119,14 @@ class Following(Engine):
     """An engine that computes everything and writes a given text."""
 
     text: Text
+    begin_at: int = PROMPT
+    """Where in the text the first new byte stands."""
 
     def pick(
         self, log_probabilities: Any, sampling: Any, uniform: Any, *, prompts: Any, places: Any, drafted: Any
     ) -> Any:
         log_probabilities.argmax(-1)
-        return self.text.classes(prompts, places, drafted)
+        return self.text.classes(prompts, places, drafted, self.begin_at)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,13 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = (1, 8) if arguments.quick else (1, 8, 32)
         figures |= beside_the_teacher(name, text, count, batches, repeats)
     if not arguments.quick:
-        figures |= along_the_length(text)
+        figures |= along_the_length(text, ROUNDS)
     print(json.dumps(figures | real))
     return 0
 
 
-def make_student(name: str) -> Student:
-    """Random weights in the shapes named."""
+def make_student(name: str, window: int | None = None) -> Student:
+    """Random weights in the shapes named; with ``window``, no layer attends to more than so many chunks."""
     shape = LLAMA[name]
     backbone = BackboneConfig(
         family="llama",
@@ -158,6 +172,8 @@ def make_student(name: str) -> Student:
         norm_eps=1e-5,
         rope_theta=1e4,
         tied_embeddings=True,
+        sliding_window=window,
+        sliding_layers=tuple(range(shape["num_hidden_layers"])) if window else (),
     )
     return Student(ByteSideConfig(backbone_width=shape["hidden_size"], **SIDE[name]), TorchBackbone(backbone)).eval()
 
@@ -219,26 +235,60 @@ def fastest(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     return best
 
 
-def along_the_length(text: Text, length: int = 8192) -> dict[str, float]:
-    """A byte's cost near byte 8,192 over that near byte 512, inside chunks and at their ends, where attention is."""
-    engine = following(make_student("tiny"), text)
-    prompts, bits = text.prompts(1)
-    inside: list[list[float]] = [[], []]
-    ends: list[list[float]] = [[], []]
-    settings = GenerationSettings(max_new_bytes=length, sampling=GREEDY)
-    before, passes = time.perf_counter(), 0
-    for place, _ in enumerate(engine.begin(prompts, settings, prompt_bits=bits)):
-        now = time.perf_counter()
-        is_end = engine.counts.backbone_passes > passes
-        half = 0 if 256 <= place < 768 else 1 if place >= length - 512 else None
-        if half is not None:
-            (ends if is_end else inside)[half].append(now - before)
-        before, passes = now, engine.counts.backbone_passes
-    ratios = {"inside_chunks": inside, "at_ends": ends}
+def along_the_length(text: Text, repeats: int) -> dict[str, float]:
+    """A byte's cost near byte 8,192 over that near byte 512, inside chunks and at their ends.
+
+    ``…_beyond_attention``: the same of a backbone that attends to the last 64 chunks alone, at either place; whatever
+    else grows with the length shows there. ``late_to_early_at_ends_read``: the weights, keys and values that the step
+    of a chunk's end reads, counted, which is what attention explains. Both places write the same bytes, and the four
+    arms go on in turns. Processor time, of each byte the least of the repeats; the first bytes of a turn, which find
+    the processor's caches full of another arm's numbers, do not count.
+    """
+    students = {"": make_student("tiny"), "_beyond_attention": make_student("tiny", window=WINDOW)}
+    places = (EARLY, LATE)
+    best = {(kind, place): np.full(SPAN, np.inf) for kind in students for place in places}
+    is_end = np.zeros(SPAN, bool)
+    for repeat in range(repeats):
+        runs = {(kind, place): RowAt(students[kind], text, place) for kind, place in best}
+        for first in range(0, SPAN, TURN):
+            for arm, run in sorted(runs.items(), reverse=repeat % 2 == 1):
+                for place in range(first, first + TURN):
+                    seconds, is_end[place] = run.next_byte()
+                    best[arm][place] = min(best[arm][place], seconds)
+    counts = np.arange(SPAN) % TURN >= UNCOUNTED
     return {
-        f"late_to_early_{name}": round(statistics.median(late) / statistics.median(early), 2)
-        for name, (early, late) in ratios.items()
-    }
+        f"late_to_early_{name}{kind}": round(float(best[kind, LATE][which].sum() / best[kind, EARLY][which].sum()), 2)
+        for name, which in (("inside_chunks", counts & ~is_end), ("at_ends", counts & is_end))
+        for kind in students
+    } | {"late_to_early_at_ends_read": round(numbers_read(text, LATE) / numbers_read(text, EARLY), 2)}
+
+
+def numbers_read(text: Text, place: int) -> int:
+    """By the step of a chunk's end amid what is measured behind so many bytes, in the tiny shape."""
+    shape, student = LLAMA["tiny"], make_student("tiny")
+    unread = ("router.", "byte_encoder.embedding.", "byte_decoder.embedding.", "backbone.model.embed_tokens.")
+    weights = sum(own.numel() for name, own in student.named_parameters() if not name.startswith(unread))
+    _, bits = text.opening(place + SPAN // 2)
+    keys = shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    return weights + 2 * keys * (1 + sum(bits))
+
+
+class RowAt:
+    """A row that has read so many bytes and writes on, the same bytes wherever it stands."""
+
+    def __init__(self, student: Student, text: Text, place: int) -> None:
+        self._engine = following(student, text)
+        self._engine.begin_at = EARLY
+        prompt, bits = text.opening(place)
+        settings = GenerationSettings(max_new_bytes=SPAN + 1, sampling=GREEDY)
+        self._bytes = iter(self._engine.begin([prompt], settings, prompt_bits=[bits]))
+        next(self._bytes)  # chosen by what read the prompt
+
+    def next_byte(self) -> tuple[float, bool]:
+        """Seconds of processor time, and whether the backbone ran."""
+        before, started = self._engine.counts.backbone_passes, time.process_time()
+        next(self._bytes)
+        return time.process_time() - started, self._engine.counts.backbone_passes > before
 
 
 def of_a_real_model(run: Path, quick: bool) -> dict[str, Any]:

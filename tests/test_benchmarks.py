@@ -195,6 +195,16 @@ def test_the_generation_benchmark_writes_its_text_and_drafts_fare_as_it_says() -
     assert right == pytest.approx(sum(min(run, 8) * share for run, share in enumerate(shares)), abs=0.5)
 
 
+def test_rows_that_are_timed_early_and_late_write_the_same_chunks() -> None:
+    from benchmarks.generation import EARLY, RowAt, Text, make_student
+
+    text, student = Text((1,)), make_student("tiny", window=8)
+    _, bits = text.opening(EARLY + 30)
+    for place in (EARLY, 2 * EARLY):
+        row = RowAt(student, text, place)
+        assert [row.next_byte()[1] for _ in range(30)] == bits[EARLY:]
+
+
 @pytest.mark.slow
 def test_the_fused_operators_move_what_they_must(tmp_path: Path) -> None:
     if shutil.which("g++") is None:

@@ -105,6 +105,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "family": "olmo3", "qk_norm": QkNorm.FULL, "post_norm": True, "sliding_window": 3, "sliding_layers": (0,),
         "rope_scaling": YARN, "rope_scaling_kind": RopeScaling.YARN,
     },
+    # heads of a group in two parts, values and windows that end inside a vector
+    "llama": {
+        "num_attention_heads": 6, "num_query_groups": 1, "head_dim": 40, "sliding_window": 21, "sliding_layers": (1,),
+    },
 }  # fmt: skip
 
 

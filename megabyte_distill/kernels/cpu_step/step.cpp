@@ -9,14 +9,13 @@
 #include <memory>
 #include <vector>
 
+#include "attention.h"
 #include "vector.h"
 
 #define MBS_API extern "C" __attribute__((visibility("default")))
 
 namespace mbs {
 namespace {
-
-using Numbers = std::vector<float>;
 
 // A description: whole numbers (pointers among them) and real ones.
 struct Reader {
@@ -34,11 +33,6 @@ struct Reader {
     return d;
   }
 };
-
-inline float* room(Numbers& buffer, int64_t size) {
-  if (int64_t(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
-}
 
 struct Norm {
   const float* weight;
@@ -85,26 +79,6 @@ inline void rotate(float* head, int64_t half, const float* by) {
     const float first = head[i], second = head[half + i];
     head[i] = first * by[i] - second * by[half + i];
     head[half + i] = second * by[i] + first * by[half + i];
-  }
-}
-// One head of one position against `count` keys and values, each a row of `width` numbers.
-inline void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t width,
-                   float* out) {
-  static thread_local Numbers scores;
-  float *own = room(scores, count + kLanes), most = -INFINITY;
-  const float scale = 1.0f / std::sqrt(float(width));
-  for (int64_t j = 0; j < count; j++) {
-    own[j] = dot(query, keys + j * width, width) * scale;
-    most = std::max(most, own[j]);
-  }
-  each(count, own, [&](int64_t i, int c) { return exp(load(own + i, c) - most); });
-  float sum = 0;
-  for (int64_t j = 0; j < count; j++) sum += own[j];
-  std::fill_n(out, width, 0.0f);
-  for (int64_t j = 0; j < count; j++) {
-    const float weight = own[j] / sum;
-    const float* value = values + j * width;
-    each(width, out, [&](int64_t i, int c) { return load(out + i, c) + load(value + i, c) * weight; });
   }
 }
 
@@ -330,12 +304,16 @@ struct AttentionBlock : Block {
   const float* frequencies;
   int64_t width, heads;
   Numbers turns;
-  // State: keys and values of the last bytes in a ring, [2][heads][window][head_dim].
+  // State: keys of the last bytes in a ring, head by head, then their values.
   explicit AttentionBlock(Reader& in, int64_t slots)
       : norm(in), query(in.dense()), key(in.dense()), value(in.dense()), out(in.dense()), head_dim(in.number()),
         window(in.number()), frequencies(in.pointer()), width(query.out), heads(width / head_dim) {
-    state_size = 2 * window * width;
+    state_size = heads * (keys_size(padded(window), head_dim) + values_size(padded(window), head_dim));
     state.resize(slots * state_size);
+  }
+  float* keys_of(float* ring, int64_t head) const { return ring + head * keys_size(padded(window), head_dim); }
+  float* values_of(float* ring, int64_t head) const {
+    return keys_of(ring, heads) + head * values_size(padded(window), head_dim);
   }
   int64_t scratch() const override { return 0; }
   void prepare(const Bytes& bytes) override {
@@ -363,18 +341,16 @@ struct AttentionBlock : Block {
           rotate(own, head_dim / 2, turns.data() + at * head_dim);
           rotate(own + width, head_dim / 2, turns.data() + at * head_dim);
           remember(own, ring, head, read);
-          const float *keys = ring + head * window * head_dim, *values = keys + heads * window * head_dim;
-          attend(own, keys, values, std::min(read + 1, window), head_dim, mixed + at * width + head * head_dim);
+          const Past past{keys_of(ring, head), values_of(ring, head), 0, std::min(read + 1, window), head_dim};
+          attend(1, &own, past, mixed + at * width + head * head_dim);
         }
     dense(out, count, mixed, width, x, out.out, true);
 #pragma omp barrier
   }
   // Key and value of one head, which lie behind its query; what they replace is out of reach.
   void remember(const float* own, float* ring, int64_t head, int64_t read) const {
-    for (int64_t kind = 0; kind < 2; kind++) {
-      const int64_t line = (kind * heads + head) * window + read % window;
-      std::copy_n(own + (1 + kind) * width, head_dim, ring + line * head_dim);
-    }
+    store_key(own + width, read % window, head_dim, keys_of(ring, head));
+    store_value(own + 2 * width, read % window, head_dim, values_of(ring, head));
   }
   void replay(int64_t row, int64_t length, int64_t slot, int64_t read, int64_t count) override {
     for (int64_t t = 0; t < count; t++)
@@ -487,8 +463,8 @@ struct Layer {
       at += own.out;
     }
   }
-  // Keys and values by slot: [2][groups][capacity][head_dim].
-  std::vector<Numbers> stored;
+  // By slot, for `capacity` positions: keys group by group, and their values.
+  std::vector<Numbers> keys, values;
   std::vector<int64_t> capacity;
 };
 
@@ -508,21 +484,25 @@ struct Backbone {
   Reader& with_layers(Reader& in, int64_t slots) {
     for (auto& layer : layers) {
       layer = std::make_unique<Layer>(in);
-      layer->stored.resize(slots);
+      layer->keys.resize(slots);
+      layer->values.resize(slots);
       layer->capacity.assign(slots, 0);
     }
     return in;
   }
   void grow(Layer& layer, int64_t slot, int64_t needed) {
-    const int64_t old = layer.capacity[slot], lines = 2 * int64_t(layer.key.size());
+    const int64_t old = layer.capacity[slot], groups = int64_t(layer.key.size());
     if (needed <= old) return;
-    const int64_t larger = std::max({int64_t(64), 2 * old, needed});
-    Numbers grown(lines * larger * head_dim);
-    for (int64_t line = 0; line < lines; line++)
-      std::copy_n(layer.stored[slot].data() + line * old * head_dim, old * head_dim,
-                  grown.data() + line * larger * head_dim);
-    layer.stored[slot].swap(grown);
+    const int64_t larger = std::max({int64_t(64), 2 * old, padded(needed)});
+    spread(layer.keys[slot], groups, keys_size(old, head_dim), keys_size(larger, head_dim));
+    spread(layer.values[slot], groups, values_size(old, head_dim), values_size(larger, head_dim));
     layer.capacity[slot] = larger;
+  }
+  static void spread(Numbers& stored, int64_t groups, int64_t old, int64_t larger) {
+    Numbers grown(groups * larger);
+    for (int64_t group = 0; group < groups; group++)
+      std::copy_n(stored.data() + group * old, old, grown.data() + group * larger);
+    stored.swap(grown);
   }
   // Cosines and sines [N][full, sliding][2][head_dim / 2].
   void turn_all(int64_t count, const int64_t* places) {
@@ -550,20 +530,24 @@ struct Backbone {
     const float* by = turns.data() + (n * 2 + (layer.window ? 1 : 0)) * head_dim;
     for (int64_t head : layer.query) rotate(row + head, head_dim / 2, by);
     const int64_t groups = int64_t(layer.key.size()), capacity = layer.capacity[slot];
-    float* stored = layer.stored[slot].data();
     for (int64_t group = 0; group < groups; group++) {
       rotate(row + layer.key[group], head_dim / 2, by);
-      std::copy_n(row + layer.key[group], head_dim, stored + (group * capacity + at) * head_dim);
-      std::copy_n(row + layer.value[group], head_dim, stored + ((groups + group) * capacity + at) * head_dim);
+      store_key(row + layer.key[group], at, head_dim, layer.keys[slot].data() + group * keys_size(capacity, head_dim));
+      store_value(row + layer.value[group], at, head_dim,
+                  layer.values[slot].data() + group * values_size(capacity, head_dim));
     }
   }
-  void attend_head(const Layer& layer, const float* row, int64_t head, int64_t slot, int64_t at, float* out) const {
+  // `heads` of them from `head` on, of one group.
+  void attend_heads(const Layer& layer, const float* row, int64_t head, int64_t heads, int64_t slot, int64_t at,
+                    float* out) const {
     const int64_t groups = int64_t(layer.key.size()), group = head / (int64_t(layer.query.size()) / groups);
     const int64_t capacity = layer.capacity[slot];
-    const float* keys = layer.stored[slot].data() + group * capacity * head_dim;
-    const int64_t first = layer.window && at >= layer.window ? at - layer.window + 1 : 0;
-    attend(row + layer.query[head], keys + first * head_dim, keys + (groups * capacity + first) * head_dim,
-           at + 1 - first, head_dim, out);
+    const Past past{layer.keys[slot].data() + group * keys_size(capacity, head_dim),
+                    layer.values[slot].data() + group * values_size(capacity, head_dim),
+                    layer.window && at >= layer.window ? at - layer.window + 1 : 0, at + 1, head_dim};
+    const float* queries[kHeads];
+    for (int64_t i = 0; i < heads; i++) queries[i] = row + layer.query[head + i];
+    attend(int(heads), queries, past, out);
   }
   void run(int64_t count, const int64_t* slots, const int64_t* places, const float* in, float* out, int threads) {
     for (auto& layer : layers)
@@ -609,11 +593,17 @@ struct Backbone {
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < count; n++) place(layer, qkv.data() + n * columns, n, slots[n], places[n]);
+    const int64_t groups = int64_t(layer.key.size()), sharing = heads / groups;
+    // a group's heads go together, unless there are threads that would have nothing to do
+    const int64_t most = count * groups < omp_get_num_threads() ? 1 : kHeads, parts = (sharing + most - 1) / most;
 #pragma omp for collapse(2) schedule(static)
     for (int64_t n = 0; n < count; n++)
-      for (int64_t head = 0; head < heads; head++)
-        attend_head(layer, qkv.data() + n * columns, head, slots[n], places[n],
-                    attended.data() + (n * heads + head) * head_dim);
+      for (int64_t part = 0; part < groups * parts; part++) {
+        const int64_t begin = part % parts * sharing / parts, end = (part % parts + 1) * sharing / parts;
+        const int64_t head = part / parts * sharing + begin;
+        attend_heads(layer, qkv.data() + n * columns, head, end - begin, slots[n], places[n],
+                     attended.data() + (n * heads + head) * head_dim);
+      }
     add(layer.out, layer.attention_norm, count, attended.data(), heads * head_dim);
     entered = enter(layer.mlp_norm, count);
     int64_t at = 0;
