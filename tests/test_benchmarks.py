@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, controls, curriculum_runs, data_efficiency, real_teacher, run_figures
+from benchmarks import ablations, controls, curriculum_runs, data_efficiency, mamba_scan, real_teacher, run_figures
 from megabyte_distill.config import parse_arguments
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -165,6 +165,12 @@ def test_a_comparison_of_runs_runs_and_takes_what_is_done(name: str, tmp_path: P
         assert done.returncode == 0, done.stderr[-2000:]
         assert ("were done by an earlier call" in done.stdout) == is_again
         assert json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_scan_is_timed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mamba_scan.main(["--quick"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name for name in found if name != "device"} >= {f"torch_{block}" for block in mamba_scan.BLOCKS}
 
 
 @pytest.mark.slow

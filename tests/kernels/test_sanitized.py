@@ -20,8 +20,8 @@ CASES = "(equals and (ragged or 63)) or no_bytes or outside"
 ONE_ROW_TOO_FAR = Mutant(
     source=DECHUNK,
     file=DECHUNK,
-    old="      if (t + r + R < end) ahead",
-    new="      if (t + r + R <= end) ahead",
+    old="      if (from + r < end) ahead",
+    new="      if (from + r <= end) ahead",
     check=dechunk_agrees,  # type: ignore[arg-type]
 )
 """Harmless to every result: only a sanitizer sees it."""
