@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT)]
 os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 
 import torch  # noqa: E402 - after the path is set
-from kernel_cases import segment_offsets  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.kernel_cases import segment_offsets  # noqa: E402
 from megabyte_distill.kernels.fused import mamba_scan  # noqa: E402
 from megabyte_distill.kernels.segments import Segments  # noqa: E402
 from megabyte_distill.kernels.ssm_scan import ssm_scan  # noqa: E402

@@ -11,6 +11,7 @@ from torch import Tensor
 from megabyte_distill.config.model import DechunkMode
 from megabyte_distill.kernels import ops, reference
 from megabyte_distill.kernels.chunk_index import index_chunks
+from megabyte_distill.kernels.fused import dechunk_residual
 from megabyte_distill.kernels.library import Library, calls
 from tests.kernels.comparison import (
     assert_agrees,
@@ -87,6 +88,16 @@ def test_equals_the_loop_at_the_edges_of_p(fused: Library, scale: float, mode: D
 @pytest.mark.parametrize("width", [8, 264, 1024, 4104])
 def test_equals_the_loop_at_every_width(fused: Library, width: int, dtype: torch.dtype, mode: DechunkMode) -> None:
     assert_agrees(*case("ragged" if width < 4000 else "63 bytes", width, mode, dtype))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("span", [1, 33, 256, 512])
+def test_equals_the_loop_whatever_bytes_a_block_holds(
+    fused: Library, span: int, mode: DechunkMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dechunk_residual, "_span", lambda rows, mode: span)
+    for shape, scale in (("ragged", 1e-5), ("1000 bytes", 1e-2), ("1000 bytes", 1.0)):
+        assert_agrees(*case(shape, 8, mode, torch.float32, scale))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -92,7 +92,7 @@ def _span(rows: int, mode: int) -> int:
     """Bytes of a block. Warming up the EMA takes the bytes of about 10 chunks more, which hard mode does not have."""
     if mode == MODE_CODES[DechunkMode.HARD]:
         return _SHORTEST
-    return max(_SHORTEST, min(_LONGEST, rows // _BLOCKS))
+    return max(_SHORTEST, min(_LONGEST, rows // _BLOCKS // _SHORTEST * _SHORTEST))
 
 
 def _tile(width: int, at_most: int) -> int:
