@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by dete
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from kernel_cases import CASES, Case, MakeCase, Sizes  # noqa: E402
+from kernel_cases import CASES, UNTIMED, Case, MakeCase, Sizes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megabyte_distill import optional  # noqa: E402
@@ -48,20 +48,22 @@ SLEEP_CYCLES = 5_000_000
 _SPEED = re.compile(r"stage (\w+) iteration +\d+/ *\d+ .*?bytes/s: (\d+)")
 
 
-_chosen = [""]
-"""Beginnings of the names of the operators to look at."""
+def cases_named(operators: str) -> dict[str, MakeCase]:
+    """Those whose names begin with one of the words, which commas separate; ValueError where a word begins none."""
+    words = operators.split(",")
+    cases = CASES | UNTIMED
+    unknown = [word for word in words if not any(name.startswith(word) for name in cases)]
+    if unknown:
+        raise ValueError(f"--operators: got {', '.join(unknown)}, expected beginnings of {', '.join(cases)}")
+    return {name: make for name, make in cases.items() if name.startswith(tuple(words))}
 
 
-def selected_cases() -> Iterator[tuple[str, MakeCase]]:
-    """What ``--operators`` asks for."""
-    return ((name, make) for name, make in CASES.items() if name.startswith(tuple(_chosen)))
+class Check:
+    """What is to be looked at, and what is left of the time for all of it."""
 
-
-class Clock:
-    """What is left of the time for the whole check."""
-
-    def __init__(self, minutes: float) -> None:
+    def __init__(self, minutes: float, cases: Mapping[str, MakeCase]) -> None:
         self._end = time.monotonic() + 60 * minutes
+        self.cases = cases
 
     def left(self) -> float:
         """Seconds, at least 1."""
@@ -113,16 +115,16 @@ def wrong_in(case: Case, device: torch.device) -> list[str]:
     return problems
 
 
-def check_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
+def check_ops(device: torch.device, check: Check) -> dict[str, Any]:
     """Every operator, fp32 and bf16, ragged sizes and the full one, fresh random inputs."""
     seed = int(time.time())
     torch.manual_seed(seed)
     print(f"seed {seed}")
     results: dict[str, Any] = {}
-    for name, make in selected_cases():
+    for name, make in check.cases.items():
         problems = []
         for dtype in (torch.float32, torch.bfloat16):
-            for sizes in SIZES:
+            for sizes in (*SIZES, Sizes()):
                 try:
                     found = wrong_in(make(sizes, dtype, device), device)
                 except Exception as error:  # the next operator must still be checked
@@ -191,30 +193,32 @@ def timed(cases: Sequence[Case], compiled: bool) -> tuple[Time, Time]:
     return forward_time, median_time(both)
 
 
-def time_ops(device: torch.device, clock: Clock) -> dict[str, Any]:
+def time_ops(device: torch.device, check: Check) -> dict[str, Any]:
     """Every operator in bf16 at full size: eager, torch.compile, fused, and the least time its bytes need."""
     rate = copy_rate(device)
     print(f"copy rate {rate / 1e12:.2f} TB/s (bytes read and written); host: what it takes to queue the fused operator")
     header = "".join(f"{name:>9}" for name in ("floor ms", "eager", "compile", "fused"))
     print(f"{'operator, bf16':28}{header}{'of copy rate':>14}{'vs compile':>12}{'host':>9}")
     results: dict[str, Any] = {"copy_rate": rate}
-    for name, make in selected_cases():
+    for name, make in check.cases.items():
+        if name in UNTIMED:
+            continue
         try:
             cases = [make(Sizes(), torch.bfloat16, device) for _ in range(2)]
-            results[name] = time_one(name, cases, rate, device, clock)
+            results[name] = time_one(name, cases, rate, device, check)
         except Exception as error:
             traceback.print_exc()
             results[name] = f"{type(error).__name__}: {error}"
     return results
 
 
-def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device, clock: Clock) -> dict[str, Any]:
+def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device, check: Check) -> dict[str, Any]:
     times: dict[str, tuple[Time, Time]] = {}
     choose(KernelMode.FUSED, device)
     times["fused"] = timed(cases, compiled=False)
     choose(KernelMode.REFERENCE, device)
     times["eager"] = timed(cases, compiled=False)
-    if clock.left() > 60:
+    if check.left() > 60:
         torch._dynamo.reset()
         try:
             times["compile"] = timed(cases[:1], compiled=True)
@@ -234,9 +238,9 @@ def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device
     return {"floor_ms": floors, **times}
 
 
-def time_step(device: torch.device, clock: Clock) -> dict[str, Any]:
+def time_step(device: torch.device, check: Check) -> dict[str, Any]:
     """Updates at a published model's shape, fused and reference (benchmarks/gpu_training.py)."""
-    output, code = run_limited([sys.executable, "benchmarks/gpu_training.py"], clock.left())
+    output, code = run_limited([sys.executable, "benchmarks/gpu_training.py"], check.left())
     lines = output.strip().splitlines() or [""]
     if code:
         print(f"exit code {code}", *lines[-40:], sep="\n  ", flush=True)
@@ -246,7 +250,7 @@ def time_step(device: torch.device, clock: Clock) -> dict[str, Any]:
     return found
 
 
-def check_curriculum(device: torch.device, clock: Clock) -> dict[str, Any]:
+def check_curriculum(device: torch.device, check: Check) -> dict[str, Any]:
     """The whole curriculum on the embedded example in bf16, a few updates a stage, with the fused kernels."""
     results: dict[str, Any] = {}
     for kernels in ("fused", "reference"):
@@ -256,7 +260,7 @@ def check_curriculum(device: torch.device, clock: Clock) -> dict[str, Any]:
                 *("examples/pretrain_byte_kd.sh", "--smoke", "--bf16", "--kernels", kernels, "--save", f"{folder}/run"),
             ]
             started = time.monotonic()
-            output, code = run_limited(command, min(150.0, clock.left()))
+            output, code = run_limited(command, min(150.0, check.left()))
             seconds = time.monotonic() - started
             lines = output.splitlines()
             shown = lines if code else [line for line in lines if "iteration" in line or "kernels:" in line][-12:]
@@ -291,7 +295,7 @@ def speeds(output: str) -> dict[str, float]:
     return {stage: float(value) for stage, value in _SPEED.findall(output)}
 
 
-def check_fp8(device: torch.device, clock: Clock) -> dict[str, Any]:
+def check_fp8(device: torch.device, check: Check) -> dict[str, Any]:
     """One FP8 product through Transformer Engine, where it is installed."""
     if optional.usable("transformer_engine") is None:
         print("transformer_engine is not usable here")
@@ -308,7 +312,7 @@ def check_fp8(device: torch.device, clock: Clock) -> dict[str, Any]:
     return {"relative_error": error}
 
 
-SECTIONS: dict[str, Callable[[torch.device, Clock], dict[str, Any]]] = {
+SECTIONS: dict[str, Callable[[torch.device, Check], dict[str, Any]]] = {
     "ops": check_ops,
     "timing": time_ops,
     "step": time_step,
@@ -325,18 +329,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=6.0, help="time for everything together (6)")
     parser.add_argument("--operators", default="", help="F1,F4: only those whose names begin so (all)")
     arguments = parser.parse_args(argv)
-    _chosen[:] = arguments.operators.split(",")
+    try:
+        cases = cases_named(arguments.operators)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         print("no GPU is visible here: nothing to check", file=sys.stderr)
         return 2
-    clock, device = Clock(arguments.minutes), torch.device("cuda", torch.cuda.current_device())
+    check, device = Check(arguments.minutes, cases), torch.device("cuda", torch.cuda.current_device())
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
     print(f"{results['gpu']}, torch {torch.__version__}, kernels: {choose(KernelMode.AUTO, device)}", flush=True)
     failed = []
     for name in arguments.only.split(","):
-        print(f"\n== {name} ({clock.left():.0f} s left)", flush=True)
+        print(f"\n== {name} ({check.left():.0f} s left)", flush=True)
         try:
-            results[name] = SECTIONS[name](device, clock)
+            results[name] = SECTIONS[name](device, check)
         except Exception as error:  # the other sections must still run
             traceback.print_exc()
             results[name] = f"{type(error).__name__}: {error}"

@@ -124,8 +124,8 @@ def normed_embedding(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
-def dechunking(mode: DechunkMode) -> MakeCase:
-    """F4 in one of its modes, with the gradients that stage 2b takes."""
+def dechunking(mode: DechunkMode, *, rows_alone: bool = False) -> MakeCase:
+    """F4 in one of its modes, with the gradients that stage 2b takes, or those of h and the residual alone."""
 
     def make(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
         layout, width = text_like_layout(sizes.rows, mode, device), sizes.backbone_width
@@ -150,9 +150,12 @@ def dechunking(mode: DechunkMode) -> MakeCase:
                 null_group=null_group if mode is DechunkMode.OFFICIAL else None,
             )
 
+        def of_rows(h: Tensor, residual: Tensor) -> Tensor:
+            return run(h, p.detach(), confidence.detach(), residual, null_group.detach().to(h.dtype))
+
         return Case(
-            leaves=[h, p, confidence, residual, null_group],
-            run=run,
+            leaves=[h, residual] if rows_alone else [h, p, confidence, residual, null_group],
+            run=of_rows if rows_alone else run,
             upstream=upstream,
             forward_floor=_size(h, residual, upstream, p) + indices,
             # the residual's gradient is the result's own
@@ -288,3 +291,7 @@ CASES: dict[str, MakeCase] = {
     "F5 soft": cross_entropy(soft=True),
 }
 """Name, as printed → what makes it."""
+UNTIMED: dict[str, MakeCase] = {
+    f"F4 {mode.value}, rows alone": dechunking(mode, rows_alone=True) for mode in DechunkMode
+}
+"""Other kernels of the same operators: what is to be right too."""

@@ -26,21 +26,21 @@ os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 import torch  # noqa: E402 - after the path is set
 from torch import Tensor  # noqa: E402
 
+from benchmarks.gpu_check import median_time  # noqa: E402
 from benchmarks.kernel_cases import segment_offsets  # noqa: E402
 from megabyte_distill.kernels.fused import mamba_scan  # noqa: E402
 from megabyte_distill.kernels.segments import Segments  # noqa: E402
 from megabyte_distill.kernels.ssm_scan import ssm_scan  # noqa: E402
 
 BLOCKS = (64, 128, 256)
-"""Of bytes; torch's scan takes 128 for 256 on a GPU."""
-REPEATS = 20
+"""Bytes (--mamba-scan-chunk)."""
 
 
 def measure(run: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Milliseconds (the median) and, on a GPU, GiB beyond what was there."""
     run()
-    times = []
     if device.type != "cuda":
+        times = []
         for _ in range(3):
             started = time.perf_counter()
             run()
@@ -48,14 +48,8 @@ def measure(run: Callable[[], object], device: torch.device) -> dict[str, float]
         return {"ms": sorted(times)[1]}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return {"ms": sorted(times)[REPEATS // 2], "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
+    milliseconds = median_time(lambda _: run()).device
+    return {"ms": milliseconds, "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,3 +53,10 @@ def test_a_command_that_takes_too_long_ends_with_all_it_started(gpu_check: Modul
 
 def test_the_exit_code_of_a_command_is_kept(gpu_check: ModuleType) -> None:
     assert gpu_check.run_limited(["bash", "-c", "echo said; exit 3"], 30.0) == ("said\n", 3)
+
+
+def test_operators_are_chosen_by_how_their_names_begin(gpu_check: ModuleType) -> None:
+    assert {name[:2] for name in gpu_check.cases_named("F1,F4")} == {"F1", "F4"}
+    assert len(gpu_check.cases_named("")) > 14
+    with pytest.raises(ValueError, match="got f4, expected beginnings of F1 table, "):
+        gpu_check.cases_named("F1,f4")

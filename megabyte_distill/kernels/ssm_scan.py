@@ -19,9 +19,6 @@ from torch.nn import functional as F
 from megabyte_distill.kernels.dispatch import fused
 from megabyte_distill.kernels.segments import ScanBlocks, Segments
 
-_LARGEST_BLOCK_ON_GPU = 128
-"""Blocks of 256 bytes take a third more time and memory there (docs/gpu.md)."""
-
 
 def ssm_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: Segments, block: int) -> Tensor:
     """y_t = S_t c_t with S_t = exp(dt_t · a) S_{t−1} + dt_t · x_t b_tᵀ, S = 0 in front of every segment.
@@ -32,7 +29,7 @@ def ssm_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: S
         a: [H] negative.
         b, c: [P, N] input and output vectors, shared by all heads (one group).
         segments: of the P bytes.
-        block: bytes a block holds, here at most 128 on a GPU; changes speed and rounding only.
+        block: bytes a block holds; changes speed and rounding only.
 
     Returns:
         [P, H, F] in fp32 (fp64 where an input is fp64), also under autocast; in x's dtype where the kernels of
@@ -46,7 +43,7 @@ def ssm_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segments: S
     length = x.shape[0]
     if length == 0:
         return x.to(dtype)
-    size = max(1, min(block, _LARGEST_BLOCK_ON_GPU if x.is_cuda else block, length))
+    size = max(1, min(block, length))
     with _full_precision(x.device.type):
         x, dt, b, c = (_block(value.to(dtype), size) for value in (x, dt, b, c))
         y = _scan_blocks(x, dt, b, c, a.to(dtype), segments.scan_blocks(size))

@@ -47,9 +47,7 @@ def mutated_sources(mutant: Mutant, folder: Path) -> Path:
 
 def embedding_agrees(library: Library) -> None:
     """F1 with everything on: values, gradients, and the same in any order."""
-    # sorted by id, one run begins where a piece of 32 does and ends in another
-    byte_ids = torch.tensor([3, 32, 101, 200]).repeat_interleave(torch.tensor([32, 70, 1, 47]))[torch.randperm(150)]
-    upstream = torch.randn(150, 520)
+    byte_ids, upstream = embedding.few_hot_ids(150), torch.randn(150, 520)
     leaves = embedding.leaves(150, 520, "all", torch.float32)
 
     def run(*own: torch.Tensor) -> torch.Tensor:
@@ -136,6 +134,27 @@ MUTANTS: dict[str, Mutant] = {
         old="1e-5f : 1e-8f",
         new="1e-5f : 1e-1f",
         check=dechunk_agrees(DechunkMode.CAUSAL),
+    ),
+    "a block that also takes the chunk in front of its own": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="  if (last >= 0) return last + 1;",
+        new="  if (last >= 0) return last;",
+        check=dechunk_agrees(DechunkMode.HARD),
+    ),
+    "a warm-up that forgets the decay of the nearest chunk": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="((threadIdx.x & 31) ? before : 1.f)",
+        new="((threadIdx.x & 31) > 1 ? before : 1.f)",
+        check=dechunk_agrees(DechunkMode.CAUSAL),
+    ),
+    "a byte of a segment without a chunk that reads the one before": Mutant(
+        source=DECHUNK,
+        file=DECHUNK,
+        old="at.chunk_of_byte + end - 1) == m) return end;",
+        new="at.chunk_of_byte + end - 1) <= m) return end;",
+        check=dechunk_agrees(DechunkMode.OFFICIAL),
     ),
     "a chunk's last byte left out": Mutant(
         source=DECHUNK,

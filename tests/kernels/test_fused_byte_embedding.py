@@ -40,10 +40,10 @@ def leaves(rows: int, width: int, variant: str, dtype: torch.dtype) -> list[Tens
 def few_hot_ids(rows: int) -> Tensor:
     """Ids [rows] of which three make up almost everything, as in text: their runs cross many pieces.
 
-    Sixteen of id 3 come first in the sorted order, so that the run behind them begins where a piece does.
+    A piece's worth of id 3 comes first in the sorted order, so that the run behind it begins where a piece does.
     """
     byte_ids = torch.where(torch.rand(rows) < 0.9, torch.tensor([32, 101, 255])[torch.randint(0, 3, (rows,))], 32)
-    byte_ids[torch.randperm(rows)[: 16 if rows > 16 else 0]] = 3
+    byte_ids[torch.randperm(rows)[: 32 if rows > 32 else 0]] = 3
     return byte_ids
 
 
@@ -71,6 +71,18 @@ def test_is_the_same_in_any_order_of_threads(fused: Library, variant: str) -> No
         return values_and_gradients(lambda *given: ops.byte_embedding(byte_ids, *given), own, upstream)
 
     assert_same_in_any_order(fused, run)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pieces_of_several_turns_of_a_warp(fused: Library, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_embedding, "_rows_per_piece", lambda rows, device: 96)
+    byte_ids = few_hot_ids(700)
+    assert_agrees(
+        lambda *own: ops.byte_embedding(byte_ids, *own, eps=EPS),
+        lambda *own: definition(byte_ids, *own),
+        leaves(700, 24, variant, torch.float32),
+        torch.randn(700, 24),
+    )
 
 
 @pytest.mark.parametrize("variant", ["normed", "all"])

@@ -4,8 +4,9 @@
 //   z_t = read_t + residual_t               read_t = h or s of the last chunk that ended at or before t, by mode
 //
 // A block holds the chunks that end in its span of the bytes, with the bytes that read them, over the whole width or, where
-// that is large, a tile of it; sums over the width need no atomics. No state passes between blocks: a block begins with the sum of the chunks in front, each times the product of the
-// decays in between, as far back as that product matters (or a segment begins); the backward pass does the same ahead.
+// that is large, a tile of it; sums over the width need no atomics. No state passes between blocks: a block begins with
+// the sum of the chunks in front, each times the product of the decays in between, as far back as that product matters (or
+// a segment begins); the backward pass does the same ahead.
 // Then it walks its bytes, a few rows at a time while the next few are on their way; chunks change in between.
 #include "kernel.h"
 
@@ -95,7 +96,8 @@ __device__ __forceinline__ int64_t chunks_before(const Layout& at, int64_t byte)
   return low;
 }
 
-// The scalars of a block's chunks [first, end), none of them padding, in shared memory.
+// The scalars of a block's chunks [first, end), none of them padding, in shared memory. Where a chunk begins is read there
+// when it is asked for: ptxas 13.0 makes begins[i - 2] of a copy that is kept in a register while i counts down.
 struct Run {
   int* begins;    // [span + 1] first byte of a chunk; bytes [begins[i], begins[i + 1]) read it or nothing
   int* stops;     // [span] official: bytes [stops[i], begins[i + 1]) read nothing

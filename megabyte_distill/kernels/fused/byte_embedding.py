@@ -24,9 +24,9 @@ MAX_IDS = 256
 """Rows of a table, one for each value of a byte: the kernels sort bytes by counting."""
 _ORDER_BLOCKS = 64
 _PIECES_OF_MULTIPROCESSOR = 5
-"""Of the backward pass: enough to keep it busy, few enough that all run at once."""
-_MULTIPROCESSORS_OF_CPU = 8
-"""Stands for a GPU's where the kernels run on a CPU."""
+"""Of the backward pass (csrc's kSumBlocks): up to a width of 1,024 all run at once."""
+_MULTIPROCESSORS_OF_CPU = 132
+"""An H100's, where the kernels run on a CPU: they do there what they do on a GPU."""
 _LANES = 32
 
 
