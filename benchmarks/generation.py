@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = (1, 8) if arguments.quick else (1, 8, 32)
         figures |= beside_the_teacher(name, text, count, batches, repeats)
     if not arguments.quick:
+        torch.set_num_threads(1)
         figures |= along_the_length(text, ROUNDS)
     print(json.dumps(figures | real))
     return 0
@@ -242,19 +243,9 @@ def along_the_length(text: Text, repeats: int) -> dict[str, float]:
     else grows with the length shows there. ``late_to_early_at_ends_read``: the weights, keys and values that the step
     of a chunk's end reads, counted, which is what attention explains. Both places write the same bytes, and the four
     arms go on in turns. Processor time, of each byte the least of the repeats; the first bytes of a turn, which find
-    the processor's caches full of another arm's numbers, do not count. One thread: threads that wait for others spend
-    processor time too.
+    the processor's caches full of another arm's numbers, do not count. For one thread: threads that wait for others
+    spend processor time too.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return costs_along_the_length(text, repeats)
-    finally:
-        torch.set_num_threads(before)
-
-
-def costs_along_the_length(text: Text, repeats: int) -> dict[str, float]:
-    """:func:`along_the_length`, on the threads that are set."""
     students = {"": make_student("tiny"), "_beyond_attention": make_student("tiny", window=WINDOW)}
     places = (EARLY, LATE)
     best = {(kind, place): np.full(SPAN, np.inf) for kind in students for place in places}
