@@ -353,10 +353,10 @@ def train_all(bench: Bench, stages: Sequence[str], arguments: argparse.Namespace
             updates = plan.updates(name, update_seconds, begun, time.monotonic())
             print(f"{name}: {1e3 * update_seconds:.0f} ms an update in a trial: {updates:,} updates", flush=True)
         done = bench.train(name, updates, further)
-        whole = time.monotonic() - begun
-        done = replace(done, beside=whole - done.seconds)
+        # a stage that an earlier call began has the seconds of then among its own
+        done = replace(done, beside=max(0.0, time.monotonic() - begun - done.seconds))
         if arguments.updates is None:
-            plan.trained(name, update_seconds, updates, done.seconds, whole)
+            plan.trained(name, update_seconds, updates, done.seconds, done.beside)
         report.add(stages={**report.results["stages"], name: asdict(done)})
         print(line(name, done), flush=True)
         if part := parts.get(name):

@@ -58,14 +58,14 @@ class Plan:
         part = left * self.shares[stage] / sum(self.shares.values())
         return max(LEAST_UPDATES, int(part / (update_seconds * self.slack)))
 
-    def trained(self, stage: str, update_seconds: float, updates: int, training: float, whole: float) -> None:
-        """Take up what a stage cost: seconds in its updates, and from its beginning to its end."""
+    def trained(self, stage: str, update_seconds: float, updates: int, training: float, beside: float) -> None:
+        """Take up what a stage cost: seconds in its updates, and of all else from its beginning to its end."""
         del self.shares[stage]
         # of a few updates the first, which is slow, says nothing of the others
         if updates > 20:
             self.slack = max(1.0, training / updates / update_seconds)
         # later stages hold more and save more
-        self.beside = whole - training if self.is_guess else max(self.beside, whole - training)
+        self.beside = beside if self.is_guess else max(self.beside, beside)
         self.is_guess = False
 
     def measured(self, part: str, seconds: float) -> None:

@@ -30,7 +30,7 @@ def run_through(plan: Plan, beside: float, measuring: dict[str, float]) -> tuple
     parts = time_plan.measured_behind(list(plan.shares))
     for stage in list(plan.shares):
         given[stage] = plan.updates(stage, 1.0, now, now + beside / 2)
-        plan.trained(stage, 1.0, given[stage], float(given[stage]), given[stage] + beside)
+        plan.trained(stage, 1.0, given[stage], float(given[stage]), beside)
         now += given[stage] + beside
         if stage in parts:
             plan.measured(parts[stage], measuring[parts[stage]])
@@ -82,7 +82,7 @@ def test_time_for_figures_is_kept_once() -> None:
 def test_a_stages_own_cost_replaces_the_guess_and_then_only_grows() -> None:
     plan = plan_of(("1a", "1b", "1c"))
     for stage, beside, expected in (("1a", 2.0, 2.0), ("1b", 5.0, 5.0), ("1c", 3.0, 5.0)):
-        plan.trained(stage, 1.0, 10, 10.0, 10.0 + beside)
+        plan.trained(stage, 1.0, 10, 10.0, beside)
         assert plan.beside == expected
 
 
@@ -92,7 +92,7 @@ def test_a_long_trial_tells_that_the_others_take_as_long() -> None:
 
 def test_a_plan_learns_that_updates_are_slower_than_tried_ones() -> None:
     plan = plan_of(("1a", "1c"))
-    plan.trained("1a", 1.0, 100, 200.0, 230.0)
+    plan.trained("1a", 1.0, 100, 200.0, 30.0)
     assert plan.updates("1c", 1.0, 230.0, 231.0) == (1000 - 230 - 30) // 2
     assert plan_of(("1a",), seconds=10.0).updates("1a", 1.0, 20.0, 21.0) == LEAST_UPDATES
 
