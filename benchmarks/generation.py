@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = (1, 8) if arguments.quick else (1, 8, 32)
         figures |= beside_the_teacher(name, text, count, batches, repeats)
     if not arguments.quick:
+        torch.set_num_threads(1)
         figures |= along_the_length(text, ROUNDS)
     print(json.dumps(figures | real))
     return 0
@@ -242,7 +243,8 @@ def along_the_length(text: Text, repeats: int) -> dict[str, float]:
     else grows with the length shows there. ``late_to_early_at_ends_read``: the weights, keys and values that the step
     of a chunk's end reads, counted, which is what attention explains. Both places write the same bytes, and the four
     arms go on in turns. Processor time, of each byte the least of the repeats; the first bytes of a turn, which find
-    the processor's caches full of another arm's numbers, do not count.
+    the processor's caches full of another arm's numbers, do not count. For one thread: threads that wait for others
+    spend processor time too.
     """
     students = {"": make_student("tiny"), "_beyond_attention": make_student("tiny", window=WINDOW)}
     places = (EARLY, LATE)
@@ -256,16 +258,17 @@ def along_the_length(text: Text, repeats: int) -> dict[str, float]:
                     seconds, is_end[place] = run.next_byte()
                     best[arm][place] = min(best[arm][place], seconds)
     counts = np.arange(SPAN) % TURN >= UNCOUNTED
+    early, late = (numbers_read(students[""], text, place) for place in places)
     return {
         f"late_to_early_{name}{kind}": round(float(best[kind, LATE][which].sum() / best[kind, EARLY][which].sum()), 2)
         for name, which in (("inside_chunks", counts & ~is_end), ("at_ends", counts & is_end))
         for kind in students
-    } | {"late_to_early_at_ends_read": round(numbers_read(text, LATE) / numbers_read(text, EARLY), 2)}
+    } | {"late_to_early_at_ends_read": round(late / early, 2)}
 
 
-def numbers_read(text: Text, place: int) -> int:
-    """By the step of a chunk's end amid what is measured behind so many bytes, in the tiny shape."""
-    shape, student = LLAMA["tiny"], make_student("tiny")
+def numbers_read(student: Student, text: Text, place: int) -> int:
+    """By the step of a chunk's end amid what is measured behind so many bytes, of a student in the tiny shape."""
+    shape = LLAMA["tiny"]
     unread = ("router.", "byte_encoder.embedding.", "byte_decoder.embedding.", "backbone.model.embed_tokens.")
     weights = sum(own.numel() for name, own in student.named_parameters() if not name.startswith(unread))
     _, bits = text.opening(place + SPAN // 2)

@@ -7,9 +7,11 @@
 
 DIR is a Hugging Face folder that `tools/convert_checkpoint.py import` takes; the texts are what
 `tools/preprocess_bytes.py --input` takes. The teacher is converted, the text preprocessed, each stage trained by the
-training command and the result measured. Before a stage, a few updates tell how many of them fit into its share of
-the time that is left; --updates says it instead. A GPU trains in bf16, a CPU in fp32 with a smaller byte side
-(FORMS in this file); training's flags behind the script's own go over both.
+training command and the result measured; --minutes is the time for training and measuring alone. Before a stage, a few
+updates tell how many of them fit into its share of the time that is left (benchmarks/time_plan.py); --updates says it
+instead. A GPU trains in bf16, a CPU in fp32 with a smaller byte side (FORMS in this file); training's flags behind the
+script's own go over both. A --work-dir keeps the converted teacher and the preprocessed text for later calls with the
+same ones.
 
 Reported: the teacher's bits per byte when it reads the encoder's states in place of its own embeddings, beside its own
 and beside those of an embedding that says nothing (1a); the router's ends against the tokenizer's (1c); the student's
@@ -39,18 +41,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 warnings.simplefilter("ignore")
 
-from megabyte_distill.config import STAGE_ORDER, parse_arguments  # noqa: E402 - after the path is set
+from benchmarks import kept_inputs  # noqa: E402 - after the path is set
+from benchmarks.time_plan import LEAST_UPDATES, Plan, measured_behind  # noqa: E402
+from megabyte_distill.config import STAGE_ORDER, ConfigError, parse_arguments  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "tiny"
-TRIED_UPDATES = 3
-LEAST_UPDATES = 4
-FIRST_OVERHEAD = 10.0
-"""Seconds a stage takes beside its updates (trying, loading, saving), until one has been measured."""
-SLACK = 1.1
-"""How much slower updates are than tried ones, until a stage has been measured: rows are read as well."""
-SHARES: Mapping[str, float] = {"1a": 0.30, "1b": 0.12, "1c": 0.08, "2a": 0.32, "2b": 0.18}
-"""Of the time for training."""
+TRIED_UPDATES, TRIED_SECONDS = 3, 1.0
+"""Updates of a trial, fewer where they have taken so long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +59,7 @@ class Form:
     stages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     text_bytes: int
     measuring: float
-    """Share of the time that is kept for measuring."""
+    """Share of the time that is kept for measuring, until some has been timed."""
 
     def flags(self, stage: str) -> list[str]:
         """Of one stage."""
@@ -69,8 +67,8 @@ class Form:
 
 
 def _conv(width: int, ffn: int, head: int, router: int, ngram_rows: int) -> tuple[str, ...]:
-    """Convolutions: without Mamba-2's own kernels they are the fastest mixer. The n-gram tables hold what a tokenizer's
-    vocabulary asks to be learned by heart, at the price of a look-up.
+    """Convolutions, which need no package of kernels. The n-gram tables hold what a tokenizer's vocabulary asks to be
+    learned by heart, at the price of a look-up.
     """
     return (
         *("--preset", "tiny", "--byte-mixer", "conv", "--byte-width", str(width), "--conv-ffn-hidden-size", str(ffn)),
@@ -117,35 +115,6 @@ FORMS: Mapping[str, Form] = {
 }
 
 
-@dataclass(slots=True)
-class Plan:
-    """How many updates a stage gets of the time that is left."""
-
-    end: float
-    """On time.monotonic()."""
-    kept: float
-    """Seconds for measuring."""
-    shares: dict[str, float]
-    """Of the stages still to come."""
-    slack: float = SLACK
-    overhead: float = FIRST_OVERHEAD
-
-    def updates(self, stage: str, tried: float, now: float) -> int:
-        """Of the next stage, whose updates took ``tried`` seconds in a trial."""
-        left = self.end - self.kept - now - self.overhead * len(self.shares)
-        part = left * self.shares[stage] / sum(self.shares.values())
-        return max(LEAST_UPDATES, int(part / (tried * self.slack)))
-
-    def learn(self, stage: str, tried: float, updates: int, training: float, whole: float) -> None:
-        """Take up what a stage cost: seconds in its updates, and from its beginning to its end."""
-        del self.shares[stage]
-        # of a few updates the first, which is slow, says nothing of the others
-        if updates > 20:
-            self.slack = max(1.0, training / updates / tried)
-        # later stages hold more and save more
-        self.overhead = max(self.overhead, whole - training)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
     """What a stage cost."""
@@ -153,9 +122,12 @@ class Trained:
     updates: int
     bytes: int
     seconds: float
+    """Of its updates."""
+    beside: float = 0.0
+    """Seconds of everything else: trial, loading, saving."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Bench:
     """The teacher and texts of a benchmark, the run that is trained, and the flags it is trained with."""
 
@@ -205,15 +177,15 @@ class Bench:
 
         return {name: int(ByteTokenDataset(str(self.data(name))).sizes().sum()) for name in ("train", "heldout")}
 
-    def figures_of(self, stages: Sequence[str]) -> dict[str, Any]:
-        """What stage 1 reached, where it is among the stages, and the student where stage 2 is."""
+    def figures_of(self, part: str, stages: Sequence[str]) -> dict[str, Any]:
+        """What the stages reached: of ``stage1`` those among them, or of the ``student``."""
         from benchmarks.run_figures import figure_rows, measure_stage1, measure_student
 
-        rows, found = figure_rows(str(self.data("heldout")), self.form.text_bytes), {}
-        if {"1a", "1c"} & set(stages):
-            found["stage1"] = measure_stage1(self.run, rows, stages)
-        if {"2a", "2b"} & set(stages):
-            found["student"] = measure_student(self.run, rows, str(self.data("train")))
+        rows = figure_rows(str(self.data("heldout")), self.form.text_bytes)
+        if part == "stage1":
+            found = measure_stage1(self.run, rows, stages)
+        else:
+            found = measure_student(self.run, rows, str(self.data("train")))
         release()
         return found
 
@@ -227,7 +199,7 @@ class Bench:
             *self.flags,
         ]
 
-    def tried(self, stage: str) -> tuple[float, int]:
+    def time_update(self, stage: str) -> tuple[float, int]:
         """(seconds, rows of a micro-batch) of an update of fresh weights on the training text; fewer rows than the
         settings' where the memory of the device does not hold those.
         """
@@ -236,7 +208,7 @@ class Bench:
         rows = config.micro_batch_size
         while True:
             try:
-                return self._tried(stage, rows) * (config.global_batch_size // rows), rows
+                return self._time_update(stage, rows) * (config.global_batch_size // rows), rows
             except torch.OutOfMemoryError:
                 if rows % 2:
                     raise
@@ -244,7 +216,7 @@ class Bench:
             finally:
                 release()
 
-    def _tried(self, stage: str, rows: int) -> float:
+    def _time_update(self, stage: str, rows: int) -> float:
         from benchmarks.gpu_training import Trial, timed
         from megabyte_distill.conversion.model_config import read_model_config
         from megabyte_distill.conversion.teacher_folder import find_teacher
@@ -265,10 +237,13 @@ class Bench:
             chunk_bucket=config.chunk_bucket,
             seed=1,
         )
-        table = TokenBytes.load(find_teacher(self.teacher).tokenizer / TOKEN_BYTES_FILE)
-        trial = Trial(settings, read_model_config(self.teacher).backbone, stage, here, (stream, table))
-        trial.update()
-        return sorted(timed(trial.update, here.device) for _ in range(TRIED_UPDATES))[TRIED_UPDATES // 2]
+        token_bytes = TokenBytes.load(find_teacher(self.teacher).tokenizer / TOKEN_BYTES_FILE)
+        trial = Trial(settings, read_model_config(self.teacher).backbone, stage, here, (stream, token_bytes))
+        trial.update()  # the first one makes what the others find
+        taken = [timed(trial.update, here.device)]
+        while len(taken) < TRIED_UPDATES and sum(taken) < TRIED_SECONDS:
+            taken.append(timed(trial.update, here.device))
+        return sorted(taken)[len(taken) // 2]
 
     def train(self, stage: str, updates: int, further: Sequence[str]) -> Trained:
         """One stage by the training command, with further flags; RuntimeError where it fails."""
@@ -303,14 +278,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--hf-model", type=Path, metavar="DIR", help="Hugging Face folder of the teacher (the embedded one)")
-    add("--train", type=Path, nargs="+", metavar="FILE", help="training text (the embedded one)")
-    add("--held-out", type=Path, nargs="+", metavar="FILE", help="text that figures are taken on (the embedded one)")
+    add("--train", type=Path, nargs="+", metavar="FILE", help="training text (the embedded one), with --held-out")
+    add("--held-out", type=Path, nargs="+", metavar="FILE", help="text that figures are taken on, with --train")
     add("--stages", default=",".join(STAGE_ORDER), help="stages, separated by commas (1a,1b,1c,2a,2b)")
-    add("--minutes", type=float, help="time for everything, from the conversion to the last figure")
+    add("--minutes", type=float, help="time for training and measuring, behind the preparation")
     add("--updates", type=int, metavar="N", help="updates of every stage, whatever time they take")
     add("--form", choices=tuple(FORMS), help="flags of training (of the device: cuda or cpu)")
     add("--text-bytes", type=int, metavar="N", help="held-out text at most (of the form)")
-    add("--work-dir", type=Path, metavar="DIR", help="where everything is written (a temporary folder)")
+    add("--work-dir", type=Path, metavar="DIR", help="where everything is written, for these inputs alone (temporary)")
     add("--quick", action="store_true", help="a few updates of the tiny preset, under a minute on a CPU")
     return parser
 
@@ -331,13 +306,13 @@ def line(name: str, done: Trained) -> str:
     """A stage's line of the table."""
     return (
         f"  {name}  {done.updates:7,} updates  {done.bytes / 1e6:9.2f} MB  {done.seconds:8.1f} s  "
-        f"{done.bytes / done.seconds / 1e3:9.1f} kB/s"
+        f"{done.bytes / done.seconds / 1e3:9.1f} kB/s  {done.beside:6.1f} s beside"
     )
 
 
 def table(results: Mapping[str, Any]) -> str:
     """What was found, for a person."""
-    lines = [f"{results['device']}, form {results['form']}, {results['minutes']:.1f} minutes in all"]
+    lines = [f"{results['device']}, form {results['form']}, {results['minutes']:.1f} minutes behind the preparation"]
     lines += [line(name, Trained(**done)) for name, done in results["stages"].items()]
     for part in ("stage1", "student"):
         for name, value in results.get(part, {}).items():
@@ -351,7 +326,12 @@ class Report:
 
     def __init__(self, path: Path, **found: Any) -> None:
         self.path, self.started = path, time.monotonic()
-        self.results: dict[str, Any] = {**found, "stages": {}, "minutes": 0.0}
+        self.results: dict[str, Any] = {**found, "stages": {}, "measuring": {}, "minutes": 0.0}
+
+    def begin(self) -> None:
+        """Count minutes from now on; what was before is the preparation."""
+        now = time.monotonic()
+        self.results["preparing"], self.started = now - self.started, now
 
     def add(self, **found: Any) -> None:
         self.results |= found
@@ -360,53 +340,111 @@ class Report:
 
 
 def train_all(bench: Bench, stages: Sequence[str], arguments: argparse.Namespace, report: Report) -> None:
-    """Every stage, each with the updates that are asked for or fit, and behind 1a and 1c what they reached."""
-    seconds = 60.0 * (arguments.minutes or 0.0)
-    plan = Plan(
-        end=report.started + seconds,
-        kept=bench.form.measuring * seconds,
-        shares={name: SHARES[name] for name in stages},
-    )
-    told = [name for name in stages if name in ("1a", "1c")]
+    """Every stage, each with the updates that are asked for or fit, and what they reached."""
+    report.begin()
+    plan = Plan.of(stages, report.started, 60.0 * (arguments.minutes or 0.0), bench.form.measuring)
+    parts = measured_behind(stages)
     for name in stages:
-        begun, tried, further = time.monotonic(), 0.0, []
+        begun, further = time.monotonic(), []
         updates = arguments.updates
         if updates is None:
-            tried, rows = bench.tried(name)
+            update_seconds, rows = bench.time_update(name)
             further = micro_batch(name, rows)
-            updates = plan.updates(name, tried, time.monotonic())
-            print(f"{name}: {1e3 * tried:.0f} ms an update in a trial: {updates:,} updates", flush=True)
+            updates = plan.updates(name, update_seconds, begun, time.monotonic())
+            print(f"{name}: {1e3 * update_seconds:.0f} ms an update in a trial: {updates:,} updates", flush=True)
         done = bench.train(name, updates, further)
-        if tried:
-            plan.learn(name, tried, updates, done.seconds, time.monotonic() - begun)
+        # a stage that an earlier call began has the seconds of then among its own
+        done = replace(done, beside=max(0.0, time.monotonic() - begun - done.seconds))
+        if arguments.updates is None:
+            plan.trained(name, update_seconds, updates, done.seconds, done.beside)
         report.add(stages={**report.results["stages"], name: asdict(done)})
         print(line(name, done), flush=True)
-        if name in told[-1:]:
-            report.add(**bench.figures_of(told))
-            print(table(report.results), flush=True)
+        if part := parts.get(name):
+            begun = time.monotonic()
+            report.add(**{part: bench.figures_of(part, stages)})
+            taken = time.monotonic() - begun
+            report.add(measuring={**report.results["measuring"], part: taken})
+            if arguments.updates is None:
+                plan.measured(part, taken)
+            print(f"{table(report.results)}\n  measured in {taken:.1f} s", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+def stages_of(given: str) -> list[str]:
+    """The stages that --stages names, in their order; ValueError where it names another."""
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in STAGE_ORDER]:
+        expected = f"expected some of {','.join(STAGE_ORDER)}, separated by commas"
+        raise ValueError(f"--stages {given}: got {', '.join(map(repr, unknown))}, {expected}")
+    return [name for name in STAGE_ORDER if name in names]
+
+
+def check_inputs(arguments: argparse.Namespace) -> None:
+    """ValueError where inputs are given that measure nothing together."""
+    if (arguments.train is None) != (arguments.held_out is None):
+        got, missing = ("--train", "--held-out") if arguments.held_out is None else ("--held-out", "--train")
+        raise ValueError(f"got {got} without {missing}, expected both: the embedded text is of another kind")
+    if arguments.hf_model is not None and arguments.train is None:
+        raise ValueError("got --hf-model without --train and --held-out, expected all three: the embedded text is tiny")
+
+
+def check_flags(bench: Bench, stages: Sequence[str], updates: int | None) -> None:
+    """ValueError with what is wrong with the flags of training, of the first stage that does not take them."""
+    for name in stages:
+        counted = [] if updates is None else [f"--{name}.train-iters", str(updates)]
+        try:
+            parse_arguments([*bench.stage_flags(name), *counted], world_size=1)
+        except ConfigError as error:
+            raise ValueError(f"training does not take the flags of stage {name}: {error}") from None
+
+
+def read_command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """(the script's arguments, all checked; flags of training; stages). Exits with 2 and a message where one is wrong.
+
+    Prepares nothing but the work folder, where one is given.
+    """
     parser = build_parser()
     arguments, flags = parser.parse_known_args(argv)
     if arguments.minutes is None and arguments.updates is None:
         arguments.updates = LEAST_UPDATES if arguments.quick else parser.error("give --minutes or --updates")
+    if arguments.minutes is not None and arguments.minutes <= 0:
+        parser.error(f"got --minutes {arguments.minutes:g}, expected more than none")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.form = arguments.form or ("quick" if arguments.quick else device)
+    try:
+        stages = stages_of(arguments.stages)
+        check_inputs(arguments)
+        folder = arguments.work_dir or Path("unused")
+        check_flags(Bench(folder, FORMS[arguments.form], tuple(flags)), stages, arguments.updates)
+        inputs = {
+            "--hf-model": kept_inputs.of_folder(arguments.hf_model),
+            "--train": kept_inputs.of_texts(arguments.train),
+            "--held-out": kept_inputs.of_texts(arguments.held_out),
+        }
+        if arguments.work_dir is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept_inputs.keep(folder, inputs, [folder / name for name in ("teacher", "data", "run")])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return arguments, flags, stages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments, flags, stages = read_command_line(argv)
     from megabyte_distill.pretrain.failure import quiet_known_warnings
 
     quiet_known_warnings()  # before megatron is imported, which warns
     from megabyte_distill.parallel.process_groups import world
 
-    stages = [name for name in STAGE_ORDER if name in arguments.stages.split(",")]
-    cuda = torch.cuda.is_available()
-    name = arguments.form or ("quick" if arguments.quick else "cuda" if cuda else "cpu")
-    form = replace(FORMS[name], text_bytes=arguments.text_bytes or FORMS[name].text_bytes)
+    form = FORMS[arguments.form]
+    form = replace(form, text_bytes=arguments.text_bytes or form.text_bytes)
     with contextlib.ExitStack() as stack:
         folder = arguments.work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        device = torch.cuda.get_device_name() if cuda else "CPU"
-        report = Report(folder / "results.json", device=device, torch=torch.__version__, form=name, flags=flags)
-        bench = Bench(folder=folder, form=form, flags=tuple(flags))
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        report = Report(
+            folder / "results.json", device=device, torch=torch.__version__, form=arguments.form, flags=flags
+        )
+        bench = Bench(folder, form, tuple(flags))
         hf_model, texts = texts_of(arguments, folder)
         bench.preprocess(hf_model, texts)
         # one world for everything: process groups on a GPU are not taken down and made again between stages
@@ -415,9 +453,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(bytes_of=bench.sizes())
         print(f"converted and preprocessed after {60 * report.results['minutes']:.0f} s", flush=True)
         train_all(bench, stages, arguments, report)
-        if {"2a", "2b"} & set(stages):
-            report.add(**bench.figures_of([name for name in stages if name in ("2a", "2b")]))
-            print(table(report.results), flush=True)
         print(json.dumps(report.results))
     return 0
 

@@ -32,9 +32,9 @@ def figure_rows(stem: str, max_bytes: int) -> list[PackedRow]:
 
 @torch.no_grad()
 def measure_stage1(run: Path, rows: Sequence[PackedRow], stages: Sequence[str]) -> dict[str, float]:
-    """What the encoder after 1a is to the teacher as it was, and the router's ends after 1c, on held-out text.
+    """Held-out figures of stage 1: the untrained teacher reading the encoder as 1a left it, the router's ends after 1c.
 
-    Needs process groups.
+    A stage that is not among ``stages`` has no figures. Needs process groups.
     """
     sums: dict[str, float] = {}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations, controls, curriculum_runs, data_efficiency, mamba_scan, real_teacher, run_figures
+from benchmarks import ablations, controls, curriculum_runs, data_efficiency, mamba_scan, run_figures
 from megabyte_distill.config import parse_arguments
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -234,34 +234,6 @@ def test_four_bit_histories_cost_little_more_than_one_each() -> None:
     assert 0 < found["k4_cost_per_byte_over_one_path_times_k"] <= 1.5, found
 
 
-def test_a_plan_spends_the_time_that_is_left() -> None:
-    """Updates of a second each, stages of 10 seconds beside them: all of it but what is kept is used, by the shares."""
-    shares = {"1a": 0.25, "2a": 0.75}
-    plan, now, given = real_teacher.Plan(end=1000.0, kept=100.0, shares=dict(shares), slack=1.0), 0.0, {}
-    for stage in shares:
-        given[stage] = plan.updates(stage, 1.0, now)
-        plan.learn(stage, 1.0, given[stage], float(given[stage]), given[stage] + 10.0)
-        now += given[stage] + 10.0
-    assert given == {"1a": 220, "2a": 660} and now == 900.0
-
-
-def test_a_plan_learns_that_updates_are_slower_than_tried_ones() -> None:
-    plan = real_teacher.Plan(end=1000.0, kept=0.0, shares={"1a": 0.5, "1c": 0.5}, slack=1.0)
-    plan.learn("1a", 1.0, 100, 200.0, 230.0)
-    assert plan.updates("1c", 1.0, 230.0) == (1000 - 230 - 30) // 2
-    late = real_teacher.Plan(end=10.0, kept=5.0, shares={"1a": 1.0})
-    assert late.updates("1a", 1.0, 20.0) == real_teacher.LEAST_UPDATES
-
-
-@pytest.mark.parametrize("form", [name for name in real_teacher.FORMS if name != "quick"])
-def test_every_stage_of_a_form_parses(form: str, tmp_path: Path) -> None:
-    bench = real_teacher.Bench(folder=tmp_path, form=real_teacher.FORMS[form], flags=("--lr", "0.5"))
-    for stage in real_teacher.STAGE_ORDER:
-        settings = parse_arguments([*bench.stage_flags(stage), *real_teacher.micro_batch(stage, 1)])
-        assert list(settings.stages) == [stage] and settings.run.bf16 == (form == "cuda")
-        assert settings.stages[stage].lr == 0.5 and settings.stages[stage].micro_batch_size == 1
-
-
 def test_figures_of_stage_1_are_ratios_of_sums() -> None:
     sums = {"bytes": 10, "own": 20, "nothing": 50, "read": 40, "error": 3, "tokens": 6, "hits": 2, "predicted": 3}
     found = run_figures.stage1_figures({**sums, "gold": 5}, variance=2.0)
@@ -269,17 +241,3 @@ def test_figures_of_stage_1_are_ratios_of_sums() -> None:
     assert found["alignment_mse_relative"] == 0.25 and found["boundary_f1"] == 0.5
     assert found["boundary_precision"] == pytest.approx(2 / 3) and found["boundary_recall"] == 0.4
     assert "boundary_f1" not in run_figures.stage1_figures(sums, variance=2.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("time", [(), ("--minutes", "0.5", "--stages", "1a,1c")])
-def test_a_curriculum_in_a_given_time_reaches_every_figure(time: tuple[str, ...], tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "real_teacher.py"), "--quick", "--work-dir", str(tmp_path), *time]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found == json.loads((tmp_path / "results.json").read_text())
-    assert 0 < found["stage1"]["reading_retention"] < 1 and 0 < found["stage1"]["boundary_f1"] <= 1
-    assert list(found["stages"]) == (["1a", "1c"] if time else ["1a", "1b", "1c", "2a", "2b"])
-    assert all(stage["updates"] >= 4 for stage in found["stages"].values())
-    assert time or 0 < found["student"]["retention"] < 1

@@ -79,6 +79,7 @@ def tiny_student(
     pooling: ChunkPooling = ChunkPooling.LAST,
     ngrams: tuple[int, ...] = (),
     router: RouterKind = RouterKind.OFFICIAL,
+    byte_window: int = BYTE_SIDE.byte_attention_window,
 ) -> Student:
     config = replace(
         BYTE_SIDE,
@@ -88,6 +89,7 @@ def tiny_student(
         byte_ngram_tables=ngrams,
         byte_ngram_rows=50,
         router=router,
+        byte_attention_window=byte_window,
     )
     student = Student(config, tiny_backbone(tied_embeddings=tied))
     if student.byte_encoder.ngram_table is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +69,16 @@ def read_along(slots: Slots, turns: int) -> list[Tensor]:
     return found
 
 
-def assert_steps_agree(student: Student, turns: int = 19) -> None:
+def assert_agree(student: Student, count: int, read: Callable[[Slots], list[Tensor]]) -> None:
     student.eval()
     assert refusal(student) is None
-    cpu, usual = (
-        read_along(kind(student, 5, StateGuess(32, torch.device("cpu"))), turns) for kind in (CpuSlots, TorchSlots)
-    )
+    cpu, usual = (read(kind(student, count, StateGuess(32, torch.device("cpu")))) for kind in (CpuSlots, TorchSlots))
     for got, expected in zip(cpu, usual, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def assert_steps_agree(student: Student, turns: int = 19) -> None:
+    assert_agree(student, 5, partial(read_along, turns=turns))
 
 
 @pytest.mark.parametrize("pooling", list(ChunkPooling))
@@ -82,6 +86,10 @@ def assert_steps_agree(student: Student, turns: int = 19) -> None:
 @pytest.mark.parametrize("mixer", list(ByteMixer))
 def test_steps_are_those_of_torch(mixer: ByteMixer, mode: DechunkMode, pooling: ChunkPooling) -> None:
     assert_steps_agree(tiny_student(mixer, mode, pooling=pooling))
+
+
+def test_a_byte_window_that_ends_inside_its_second_vector_steps_alike() -> None:
+    assert_steps_agree(tiny_student(ByteMixer.LOCAL_ATTENTION, byte_window=21))
 
 
 @pytest.mark.parametrize("ngrams", [(2,), (3, 4, 8)])
@@ -117,6 +125,26 @@ def test_every_familys_layers_step_alike(shape: str) -> None:
     student = tiny_student()
     student.backbone = enlarged(tiny_backbone(**SHAPES[shape]))
     assert_steps_agree(student)
+
+
+def fill_up(slots: Slots) -> list[Tensor]:
+    """Logits of two slots, each byte a chunk: one passes 64 and 128 chunks by prompts, the other 64 byte by byte."""
+    random = torch.Generator().manual_seed(2)
+    found = []
+    slots.reset(torch.arange(2))
+    for row, lengths in ((0, [60]), (1, [60]), (1, [1] * 8), (0, [30, 60, 1])):
+        for length in lengths:
+            rows, byte_ids = torch.tensor([row]), torch.randint(254, (1, length), generator=random)
+            found.append(slots.read(byte_ids, torch.ones(1, length, dtype=torch.bool), rows, saved=False))
+            slots.keep(torch.tensor([length]))
+    return found
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "llama"])
+def test_chunks_that_outgrow_a_slots_room_stay_what_they_were(shape: str) -> None:
+    student = tiny_student()
+    student.backbone = enlarged(tiny_backbone(**SHAPES[shape]))
+    assert_agree(student, 2, fill_up)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

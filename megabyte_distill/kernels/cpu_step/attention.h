@@ -6,13 +6,6 @@
 
 namespace mbs {
 
-using Numbers = std::vector<float>;
-
-inline float* room(Numbers& buffer, int64_t size) {
-  if (int64_t(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
-}
-
 // What one group of heads remembers, of positions `first` to `end` − 1: keys in blocks of kLanes positions,
 // [width][kLanes] each, so that lanes are positions and no sum goes across them; values in rows of padded(width).
 struct Past {
@@ -85,14 +78,15 @@ inline void attend(const float* const* queries, const Past& past, float* out) {
       }
   }
 }
+constexpr int64_t kHeads = 4;  // at once, at most
 inline void attend(int heads, const float* const* queries, const Past& past, float* out) {
+  static_assert(kHeads == 4, "the cases are 1 to kHeads");
   switch (heads) {
     case 1: return attend<1>(queries, past, out);
     case 2: return attend<2>(queries, past, out);
     case 3: return attend<3>(queries, past, out);
-    default: return attend<4>(queries, past, out);
+    default: return attend<kHeads>(queries, past, out);
   }
 }
-constexpr int64_t kHeads = 4;  // at once
 
 }  // namespace mbs

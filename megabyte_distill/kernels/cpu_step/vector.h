@@ -10,6 +10,14 @@
 
 namespace mbs {
 
+using Numbers = std::vector<float>;
+
+// Where so many numbers can be put; what stood there stays.
+inline float* room(Numbers& buffer, int64_t size) {
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float VecAt __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -154,9 +162,9 @@ struct Target {
 };
 
 inline void dense_of_many(const Dense& d, int64_t count, const float* x, int64_t x_stride, const Target& target) {
-  static thread_local std::vector<float> turned;  // each thread's own: the copy is small beside the products
+  static thread_local Numbers turned;  // each thread's own: the copy is small beside the products
   const int64_t blocks = (count + kRows - 1) / kRows;
-  if (int64_t(turned.size()) < blocks * kRows * d.in) turned.resize(blocks * kRows * d.in);
+  room(turned, blocks * kRows * d.in);
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t rows = count - block * kRows < kRows ? count - block * kRows : kRows, lanes = lanes_of(rows);
     float* own = turned.data() + block * kRows * d.in;
