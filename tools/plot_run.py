@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of training runs")
     parser.add_argument("--output", type=Path, metavar="DIR",
-        help="for report.html and its PNG files (a run's own folder; of several comparison/ beside the first)")  # fmt: skip
+        help="for report.html and PNG files (the run's folder; of several comparison/ beside the first)")  # fmt: skip
     page = parser.add_argument_group("page of held-out text", "needs the student's weights, unlike the rest")
     page.add_argument("--text-bytes", type=int, default=2000, metavar="N",
         help="bytes of text; 0 leaves the page out (2000)")  # fmt: skip

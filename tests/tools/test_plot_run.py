@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megabyte_distill import __version__
+from megabyte_distill.pretrain import run_records
 from tests.evaluation.test_run_report import assert_self_contained
 from tools.plot_run import main
 
@@ -70,12 +72,13 @@ def test_several_runs_stand_side_by_side(finished: Path, tmp_path: Path, capsys:
 
 
 def test_a_page_of_data_that_moved_says_so_or_takes_other_text(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy_of(finished, tmp_path / "run", "1a", "1c")
-    config = run / "1c" / "iter_0000004" / "run_config.yaml"
-    stem = json.loads(config.read_text())["settings"]["data"]["valid_data_path"][0]
-    config.write_text(config.read_text().replace(stem, "/gone/held_text_document"))
+    settings = run_records.read_run_config(run / "1c" / "iter_0000004")
+    [stem] = settings.data.valid_data_path
+    moved = replace(settings, data=replace(settings.data, valid_data_path=("/gone/held_text_document",)))
+    monkeypatch.setattr(run_records, "read_run_config", lambda path: moved)
     assert main([str(run)]) == 0
     assert "/gone/held_text_document is not there; --data-path" in capsys.readouterr().err
     assert main([str(run), "--data-path", stem, "--text-bytes", "50"]) == 0
@@ -105,10 +108,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(
 
 
 def test_help_and_version_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, expected in (
-        ("--help", ("--text-bytes", "--no-model", "--data-path", "--output")),
-        ("--version", (__version__,)),
-    ):
+    flags = ("--text-bytes", "--no-model", "--data-path", "--output")
+    for flag, expected in (("--help", flags), ("--version", (__version__,))):
         with pytest.raises(SystemExit) as end:
             main([flag])
         shown = capsys.readouterr().out
