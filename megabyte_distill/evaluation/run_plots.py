@@ -122,11 +122,17 @@ def _spans_a_decade(axes: Axes) -> bool:
     return bool(values.size) and bool(0 < values.min() < values.max() / 10)
 
 
+def _shown(name: str) -> str:
+    """A long name by its end; dollar signs are no formulas, and a first "_" would hide the name."""
+    short = name if len(name) <= 40 else f"…{name[-39:]}"
+    return (f" {short}" if short.startswith("_") else short).replace("$", r"\$")
+
+
 def _legend(figure: Figure, runs: Sequence[str], panels: Sequence[Axes]) -> None:
     """Runs by colour, and how training and held-out values are drawn where both are there."""
     widths = {line.get_linewidth() for axes in panels for line in axes.get_lines()}
     handles = [
-        Line2D([], [], color=_COLOURS[number % len(_COLOURS)], lw=3, label=name.replace("$", r"\$"))
+        Line2D([], [], color=_COLOURS[number % len(_COLOURS)], lw=3, label=_shown(name))
         for number, name in enumerate(runs)
         if len(runs) > 1
     ]

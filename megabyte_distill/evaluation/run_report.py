@@ -30,7 +30,7 @@ TITLES = {
 WHY_MISSING = {
     "bits_per_byte": "recorded by 1b on held-out text, and by 2a and 2b",
     "boundary_f1": "recorded where the router is trained: 1c and 2b",
-    "bytes_per_chunk": "recorded where the router is trained, 1c and 2b, and where chunks are merged",
+    "bytes_per_chunk": "recorded where the router is trained, 1c and 2b, or chunks are merged; formerly only there",
 }
 """Pictures that a reader looks for, and why a run may lack them."""
 FIGURES = {
@@ -141,7 +141,7 @@ def report_html(runs: Sequence[RunRecord], pictures: Mapping[str, bytes]) -> str
             *_section("Stages", _side_by_side(runs, _stage_table)),
             *(line for name, title in TITLES.items() for line in _picture(name, title, pictures)),
             *_section("Held-out text and its boundaries", LEGEND + _side_by_side(runs, _page)),
-            *_section("Samples", _side_by_side(runs, _sample)),
+            *_section("Samples", _side_by_side(runs, _samples)),
             *_section("Settings", _settings(runs)),
             *_section("Versions", _rows_of_runs(runs, [run.versions for run in runs])),
             "</body></html>\n",
@@ -265,11 +265,11 @@ def _page(run: RunRecord) -> str:
     return f'{picture}<p class="faint">{escaped(line)}</p>{page_html(run.page.texts)}'
 
 
-def _sample(run: RunRecord) -> str:
-    sample = (run.summary or {}).get("sample")
-    if not isinstance(sample, str):
-        return '<p class="faint">none: the summary of a finished run has one</p>'
-    return f'<div class="text" dir="auto">{escaped(sample)}</div>'
+def _samples(run: RunRecord) -> str:
+    summary = run.summary or {}
+    samples = summary.get("samples") or [summary.get("sample")]
+    shown = [f'<div class="text" dir="auto">{escaped(sample)}</div>' for sample in samples if isinstance(sample, str)]
+    return "\n".join(shown) or '<p class="faint">none: the summary of a finished run has some</p>'
 
 
 def _settings(runs: Sequence[RunRecord]) -> str:

@@ -1,4 +1,4 @@
-"""After the last stage: summary.json, the closing table, a sample of generated text, the plots."""
+"""After the last stage: summary.json, the closing table, a sample of generated text, the plots, the report."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
 
 SAMPLE_BYTES = 300
-SAMPLE_PROMPT = "The "
+SAMPLE_PROMPTS = ("The ", "It was ", "She said ")
 PAGE_BYTES = 2000
-"""Held-out text in the report."""
+"""Held-out text shown in the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +92,10 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         print_summary(summary, path)
-        _say_report(_write_report(prepared.root, page))
+        _say_report(write_run_report(prepared.root, page))
 
 
-def _write_report(root: Path, page: HeldOutPage) -> Path | None:
+def write_run_report(root: Path, page: HeldOutPage) -> Path | None:
     """Where the report was written; None, and why, where that failed: a finished run does not fail for a picture."""
     try:
         return write_report([run_record(root, run_names([root])[0], page)], root)[0]
@@ -166,22 +166,26 @@ def _measure(
     )
     stages = _stage_rows(root)
     plots = [root / "losses.png", root / BOUNDARIES_FILE]
-    marked, sample = mark_sentence(loaded.student, merge_row(rows[0], limit)), _sample(loaded.student)
+    marked, samples = mark_sentence(loaded.student, merge_row(rows[0], limit)), _samples(loaded.student)
     texts = mark_page(loaded.student, (merge_row(row, limit) for row in rows), at_most=PAGE_BYTES)
     if world.is_main:
         plot_losses(root / METRICS_FILE, plots[0])
         plot_boundaries(marked, plots[1])
     iteration = read_loop_state(loaded.checkpoint)["progress"]["iteration"]
     page = HeldOutPage(texts=texts, source=page_source(loaded.stage, iteration, held_out[0].name))
-    return _summary(evaluation, stages, sample, plots), page
+    return _summary(evaluation, stages, samples, plots), page
 
 
-def _sample(student: Student) -> str | None:
-    """Text the student generates; None in official mode, which cannot step."""
+def _samples(student: Student) -> list[str]:
+    """Texts the student generates, prompts included; none in official mode, which cannot step."""
     if student.is_official:
-        return None
+        return []
     settings = GenerationSettings(max_new_bytes=SAMPLE_BYTES, sampling=Sampling(temperature=0.7, top_p=0.95))
-    return SAMPLE_PROMPT + generate(student, [SAMPLE_PROMPT], settings)[0].byte_ids.decode("utf-8", errors="replace")
+    found = generate(student, SAMPLE_PROMPTS, settings)
+    return [
+        prompt + text.byte_ids.decode("utf-8", errors="replace")
+        for prompt, text in zip(SAMPLE_PROMPTS, found, strict=True)
+    ]
 
 
 def _last_validation(root: Path) -> dict[str, dict[str, float]]:
@@ -219,13 +223,14 @@ def _stage_rows(root: Path) -> list[StageRow]:
     return rows
 
 
-def _summary(evaluation: Evaluation, stages: list[StageRow], sample: str | None, plots: list[Path]) -> dict[str, Any]:
+def _summary(evaluation: Evaluation, stages: list[StageRow], samples: list[str], plots: list[Path]) -> dict[str, Any]:
     return {
         **evaluation.as_dict(),
         "seconds": sum(row.seconds for row in stages),
         "bytes_per_stage": {row.stage: row.bytes_seen for row in stages},
         "stages": [list(row.cells()) for row in stages],
-        "sample": sample,
+        "sample": samples[0] if samples else None,
+        "samples": samples,
         "plots": [str(plot) for plot in plots],
     }
 

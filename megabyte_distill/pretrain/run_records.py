@@ -23,7 +23,7 @@ from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE
 
 SUMMARY_FILE, BOUNDARIES_FILE = "summary.json", "boundaries.png"
-ROUTER_IS_TRAINED = ("1c", "2a", "2b")
+ROUTER_IS_TRAINED = STAGE_ORDER[STAGE_ORDER.index("1c") :]
 """Stages behind which the router's boundaries mean something."""
 _PNG = b"\x89PNG"
 
@@ -52,25 +52,21 @@ def run_record(root: Path, name: str, page: HeldOutPage) -> RunRecord:
     """What there is of a run; whatever is missing or cannot be read is a note. ValueError where it is no run."""
     require_run(root)
     notes: list[str] = []
-    stages = [found for stage in STAGE_ORDER if (found := _stage_record(root, stage, notes)) is not None]
-    config = _newest_config(root, stages, notes)
-    settings = config.get("settings")
+    found = [pair for stage in STAGE_ORDER if (pair := _stage_record(root, stage, notes)) is not None]
+    config = found[-1][1] if found else {}
+    shared = {name: value for name, value in _object(config, "settings").items() if name != "stages"}
     return RunRecord(
         name=name,
         folder=str(root),
         curves=_curves(root, notes),
         summary=_json(root / SUMMARY_FILE, notes),
-        stages=stages,
-        settings={
-            **{key: value for key, value in flatten(settings if isinstance(settings, dict) else {}).items()
-               if key.split(".")[0] not in STAGE_ORDER},
-            **flatten(_json(root / MODEL_CONFIG_FILE, notes) or {}),
-        },
+        stages=[record for record, _ in found],
+        settings={**flatten(shared), **flatten(_json(root / MODEL_CONFIG_FILE, notes) or {})},
         versions=_versions(config),
         page=page,
         boundaries=_picture(root / BOUNDARIES_FILE),
         notes=notes,
-    )  # fmt: skip
+    )
 
 
 def _curves(root: Path, notes: list[str]) -> Curves:
@@ -81,7 +77,8 @@ def _curves(root: Path, notes: list[str]) -> Curves:
         return {}
 
 
-def _stage_record(root: Path, stage: str, notes: list[str]) -> StageRecord | None:
+def _stage_record(root: Path, stage: str, notes: list[str]) -> tuple[StageRecord, Mapping[str, Any]] | None:
+    """A stage and the content of its newest checkpoint's run_config.yaml; None where there is no checkpoint."""
     try:
         progress = stage_progress(root, stage)
         if progress is None:
@@ -90,28 +87,27 @@ def _stage_record(root: Path, stage: str, notes: list[str]) -> StageRecord | Non
     except (ValueError, OSError) as error:
         notes.append(f"stage {stage}: {error}")
         return None
-    settings = (_json(progress.checkpoint / RUN_CONFIG_NAME, notes) or {}).get("settings") or {}
-    return StageRecord(
+    config = _json(progress.checkpoint / RUN_CONFIG_NAME, notes) or {}
+    record = StageRecord(
         stage=stage,
         iteration=progress.iteration,
         train_iters=progress.train_iters,
         consumed_bytes=int(counters["consumed_bytes"]),
         seconds=float(counters["seconds"]),
-        settings=flatten(settings.get("stages", {}).get(stage, {})),
+        settings=flatten(_object(_object(_object(config, "settings"), "stages"), stage)),
     )
+    return record, config
 
 
-def _newest_config(root: Path, stages: Sequence[StageRecord], notes: list[str]) -> Mapping[str, Any]:
-    if not stages:
-        return {}
-    progress = stage_progress(root, stages[-1].stage)
-    return {} if progress is None else _json(progress.checkpoint / RUN_CONFIG_NAME, notes) or {}
+def _object(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry that should be an object; empty where it is not there or something else."""
+    value = content.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _versions(config: Mapping[str, Any]) -> dict[str, str]:
-    own = {"megabyte-distill": str(config["megabyte_distill"])} if "megabyte_distill" in config else {}
-    others = config.get("versions")
-    return {**own, **{str(name): str(value) for name, value in others.items()}} if isinstance(others, dict) else own
+    own = {"megabyte-distill": config["megabyte_distill"]} if "megabyte_distill" in config else {}
+    return {name: str(value) for name, value in {**own, **_object(config, "versions")}.items()}
 
 
 def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ def test_losses_are_drawn_with_gaps_and_negative_values(tmp_path: Path) -> None:
 def test_runs_of_other_stages_share_columns_in_the_curriculums_order() -> None:
     first = curves(_2a={"byte ce": {1: 2.0}, "learning rate": {1: 0.1}}, _1a={"mse": {1: 1.0, 2: 0.5}})
     second = curves(_1c={"router bce": {5: 0.3}, "boundary f1": {5: 0.9}}, _2a={"byte ce": {1: 3.0, 2: 1.0}})
-    figure = draw({"one $x": first, "two": second}, (Kind.LOSS, Kind.LEARNING_RATE, Kind.F1))
+    figure = draw({"_one $x": first, "two": second}, (Kind.LOSS, Kind.LEARNING_RATE, Kind.F1))
     assert figure is not None and png_of(figure)[:4] == PNG
     titles = [axes.get_title() for axes in figure.axes]
     assert [title for title in titles if title] == ["stage 1a", "stage 1c", "stage 2a"]

@@ -60,7 +60,7 @@ def record(name: str, **fields: object) -> RunRecord:
         "name": name,
         "folder": f"runs/{name}",
         "curves": {"1a": {"alignment mse": Series({1: 2.0, 2: 1.0}), "bytes/s": Series({1: 9.0})}},
-        "summary": {"retention": 0.75, "text_bytes": 1234, "sample": HOSTILE, "student_bits_per_byte": None},
+        "summary": {"retention": 0.75, "text_bytes": 1234, "samples": [HOSTILE, "two"], "student_bits_per_byte": None},
         "stages": [
             StageRecord(stage="1a", iteration=2, train_iters=4, consumed_bytes=10, seconds=3.0, settings={"lr": 0.5})
         ],
@@ -87,7 +87,7 @@ def test_the_report_fetches_nothing_and_shows_hostile_text_as_text(tmp_path: Pat
 def test_runs_stand_side_by_side_and_their_differences_stand_out(tmp_path: Path) -> None:
     other = record("other", settings={"run.seed": 2, "checkpoint.save": HOSTILE}, curves={}, summary=None, stages=[])
     reader = assert_self_contained(write_report([record("one"), other], tmp_path)[0])
-    assert "none: the summary of a finished run has one" in reader.text and "nothing is recorded yet" in reader.text
+    assert "none: the summary of a finished run has some" in reader.text and "nothing is recorded yet" in reader.text
     document = (tmp_path / "report.html").read_text()
     assert '<tr class="different"><th>run.seed</th><td>1</td><td>2</td></tr>' in document
     assert "<tr><th>checkpoint.save</th>" in document

@@ -86,6 +86,24 @@ def test_a_page_of_data_that_moved_says_so_or_takes_other_text(
     assert f"the beginning of {stem}" in assert_self_contained(run / "report.html").text
 
 
+def test_relative_data_is_looked_for_where_training_was_started(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(finished, tmp_path / "run", "1a", "1c")
+    settings = run_records.read_run_config(run / "1c" / "iter_0000004")
+    stem = Path(settings.data.valid_data_path[0])
+    for path in stem.parent.glob(f"{stem.name.removesuffix('_document')}_*"):
+        shutil.copy(path, tmp_path)
+    moved = replace(
+        settings,
+        data=replace(settings.data, valid_data_path=("0.5", f"./{stem.name}")),
+        checkpoint=replace(settings.checkpoint, save="./run"),
+    )
+    monkeypatch.setattr(run_records, "read_run_config", lambda path: moved)
+    assert main([str(run), "--text-bytes", "50"]) == 0
+    assert f"the beginning of {tmp_path / stem.name}" in assert_self_contained(run / "report.html").text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
