@@ -160,8 +160,9 @@ def _section(title: str, content: str) -> list[str]:
 
 
 def _side_by_side(runs: Sequence[RunRecord], part: Callable[[RunRecord], str]) -> str:
-    heading = (lambda run: f"<h3>{escaped(run.name)}</h3>") if len(runs) > 1 else (lambda run: "")
-    return '<div class="runs">' + "".join(f"<div>{heading(run)}{part(run)}</div>" for run in runs) + "</div>"
+    headings = [f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else "" for run in runs]
+    parts = [f"<div>{heading}{part(run)}</div>" for heading, run in zip(headings, runs, strict=True)]
+    return f'<div class="runs">{"".join(parts)}</div>'
 
 
 def _head(run: RunRecord) -> str:
