@@ -7,14 +7,17 @@ the rest of them: what it must not see is hidden before its first import (:func:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -23,6 +26,7 @@ from types import ModuleType
 _FAILURES = (ImportError, RuntimeError, OSError, AssertionError, AttributeError, subprocess.SubprocessError)
 _NOT_INSTALLED = "is not installed"
 _TAKEN_BY_MEGATRON = ("transformer_engine", "apex")
+_DECISIVE = ("torch", "megatron-core", "numpy", "transformer-engine", "mamba-ssm", "triton")
 OLDEST_ENGINE = (2, 3)
 """The first Transformer Engine with every FP8 recipe that megatron-core offers."""
 
@@ -124,3 +128,12 @@ def describe() -> dict[str, str]:
         for name, why in found.items()
         if why != _NOT_INSTALLED
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide a run's numbers. Imports none of them."""
+    found = {"python": platform.python_version()}
+    for name in _DECISIVE:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -18,6 +18,7 @@ from megabyte_distill import __version__
 from megabyte_distill.config.options import strip_optional
 from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
 from megabyte_distill.config.training import Settings
+from megabyte_distill.optional import library_versions
 
 RUN_CONFIG_NAME = "run_config.yaml"
 SCHEMA = 1
@@ -54,7 +55,12 @@ def settings_from_dict(plain: Mapping[str, Any]) -> Settings:
 
 def run_config_text(settings: Settings) -> str:
     """What run_config.yaml holds."""
-    content = {"schema": SCHEMA, "megabyte_distill": __version__, "settings": settings_to_dict(settings)}
+    content = {
+        "schema": SCHEMA,
+        "megabyte_distill": __version__,
+        "versions": library_versions(),
+        "settings": settings_to_dict(settings),
+    }
     return json.dumps(content, indent=2) + "\n"
 
 
@@ -91,7 +97,7 @@ def read_run_config(path: Path) -> Settings:
 
 def diff(before: Settings, now: Settings) -> list[str]:
     """The settings that differ, one line each: ``2a.lr: 0.001 before, 0.002 now``."""
-    flat_before, flat_now = _flat(settings_to_dict(before)), _flat(settings_to_dict(now))
+    flat_before, flat_now = flatten(settings_to_dict(before)), flatten(settings_to_dict(now))
     names = list(dict.fromkeys((*flat_before, *flat_now)))
     missing = "(absent)"
     return [
@@ -105,12 +111,12 @@ def _text(flat: Mapping[str, Any], name: str, missing: str) -> str:
     return json.dumps(flat[name]) if name in flat else missing
 
 
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names, a stage's as ``2a.lr``."""
     flat: dict[str, Any] = {}
     for name, value in plain.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, "" if name == "stages" and not prefix else f"{prefix}{name}."))
+            flat.update(flatten(value, "" if name == "stages" and not prefix else f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value
     return flat

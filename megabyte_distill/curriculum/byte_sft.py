@@ -126,7 +126,7 @@ class ByteSft:
         return mixed[row.loss_mask].sum()
 
     def measures(self) -> Sums:
-        """Joint bits per byte of text, the router's F1 where it trains, the bytes of merged chunks.
+        """Joint bits per byte of text, the router's F1 where it trains, bytes per chunk there and under merging.
 
         Of a teacher that runs, the share of bytes whose hard label stands, and its mass on special ids and others that
         cannot be text.

@@ -1,12 +1,13 @@
-"""A sentence of held-out text with what the router makes of it, for a picture or a terminal."""
+"""Held-out text with what the router makes of it, for a picture or a report: a sentence, or a page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.inference.bit_paths import device_of
@@ -33,21 +34,59 @@ def mark_sentence(
 
     ValueError where the row has no text.
     """
-    row = row.to(device_of(student))
-    outputs = student(row, parts=Parts.ENCODER | Parts.ROUTER)
-    assert outputs.p is not None
-    learned = decide(outputs.p, row.byte_ids, threshold, official=student.is_official)
-    edges = row.cu_seqlens.tolist()
-    real = [pair for pair in pairwise(edges) if bool(row.loss_mask[pair[0]])]
+    row, p, learned = _read(student, row, threshold)
+    real = _segments(row)
     first, last = max(real, key=lambda pair: pair[1] - pair[0])
     text = bytes(row.byte_ids[first + 1 : last].tolist())
     if not text:
         raise ValueError("the row holds no text to show; give one with a document that is not empty")
     start, stop = sentence(text, at_least, at_most)
     start, stop = first + 1 + start, first + 1 + stop
+    return _marked(row, p, learned, start, stop)
+
+
+@torch.no_grad()
+def mark_page(
+    student: Student, rows: Iterable[PackedRow], *, at_most: int, threshold: float = 0.5
+) -> tuple[MarkedText, ...]:
+    """The first ``at_most`` bytes of the rows' text, an entry a segment (a document or a part of one).
+
+    No more rows are read than that takes. Empty where they hold no text.
+    """
+    page: list[MarkedText] = []
+    room = at_most
+    for given in rows:
+        if room <= 0:
+            break
+        row, p, learned = _read(student, given, threshold)
+        for first, last in _segments(row):
+            text = bytes(row.byte_ids[first + 1 : last].tolist())
+            size = len(text) if len(text) <= room else _character_start(text, room)
+            if size:
+                page.append(_marked(row, p, learned, first + 1, first + 1 + size))
+            room -= len(text)
+            if room <= 0:
+                break
+    return tuple(page)
+
+
+def _read(student: Student, row: PackedRow, threshold: float) -> tuple[PackedRow, Tensor, Tensor]:
+    """(the row where the student is, p [P], the router's bits [P])."""
+    row = row.to(device_of(student))
+    outputs = student(row, parts=Parts.ENCODER | Parts.ROUTER)
+    assert outputs.p is not None
+    return row, outputs.p, decide(outputs.p, row.byte_ids, threshold, official=student.is_official)
+
+
+def _segments(row: PackedRow) -> list[tuple[int, int]]:
+    """(BOS, one past the last byte) of each segment that is no padding."""
+    return [pair for pair in pairwise(row.cu_seqlens.tolist()) if bool(row.loss_mask[pair[0]])]
+
+
+def _marked(row: PackedRow, p: Tensor, learned: Tensor, start: int, stop: int) -> MarkedText:
     return MarkedText(
         text=bytes(row.byte_ids[start:stop].tolist()),
-        p=outputs.p[start:stop].tolist(),
+        p=p[start:stop].tolist(),
         learned=learned[start:stop].tolist(),
         gold=row.bits[start:stop].tolist(),
     )
@@ -71,3 +110,22 @@ def _character_start(text: bytes, position: int) -> int:
     while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
         position -= 1
     return position
+
+
+def split_characters(text: bytes) -> list[tuple[int, int, str | None]]:
+    """(first byte, one past the last, the character) one by one; None for a byte that is in none."""
+    result: list[tuple[int, int, str | None]] = []
+    position = 0
+    while position < len(text):
+        character: str | None = None
+        for size in (1, 2, 3, 4):
+            try:
+                character = text[position : position + size].decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            break
+        else:
+            size = 1
+        result.append((position, position + size, character))
+        position += size
+    return result

@@ -52,8 +52,11 @@ def f1_pair(predicted: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
 
 
 def chunk_lengths(row: PackedRow, predicted: Tensor | None = None) -> Sums:
-    """(bytes, chunks) of a row of merged chunks, and under predicted ends [P]; nothing where no chunk is merged."""
-    if row.token_bits is None:
+    """(bytes, chunks) of a row, and under predicted ends [P].
+
+    Nothing where no end is predicted and no chunk is merged: chunks are the teacher's tokens then.
+    """
+    if row.token_bits is None and predicted is None:
         return {}
     router = {} if predicted is None else {ROUTER_BYTES_PER_CHUNK: bytes_and_chunks(row, predicted)}
     return {BYTES_PER_CHUNK: bytes_and_chunks(row, row.bits), **router}

@@ -1,4 +1,4 @@
-"""After the last stage: summary.json, the closing table, a sample of generated text, the plots."""
+"""After the last stage: summary.json, the closing table, a sample of generated text, the plots, the report."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
 from megabyte_distill.evaluation.held_out import held_out_rows
-from megabyte_distill.evaluation.marked_text import mark_sentence
-from megabyte_distill.evaluation.plots import plot_boundaries, plot_losses
+from megabyte_distill.evaluation.marked_text import mark_page, mark_sentence
+from megabyte_distill.evaluation.plots import plot_boundaries
 from megabyte_distill.evaluation.report import MERGED_NOTE
+from megabyte_distill.evaluation.run_plots import plot_losses
+from megabyte_distill.evaluation.run_report import REPORT_FILE, HeldOutPage, write_report
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import World, regroup
 from megabyte_distill.pretrain.prepare import Prepared, data_sets
+from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, page_source, run_names, run_record
 from megabyte_distill.runs import (
     GENERATES_FROM,
     RunStudents,
@@ -37,9 +40,10 @@ from megabyte_distill.runs import (
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
 
-SUMMARY_FILE = "summary.json"
 SAMPLE_BYTES = 300
-SAMPLE_PROMPT = "The "
+SAMPLE_PROMPTS = ("The ", "It was ", "She said ")
+PAGE_BYTES = 2000
+"""Held-out text shown in the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +85,28 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
     if world.data_parallel_rank != 0:
         return
     _take_the_others_cores(world)
-    summary = _measure(settings, prepared, students, teacher, world)
+    summary, page = _measure(settings, prepared, students, teacher, world)
     if world.is_main:
         path = prepared.root / SUMMARY_FILE
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
         print_summary(summary, path)
+        _say_report(write_run_report(prepared.root, page))
+
+
+def write_run_report(root: Path, page: HeldOutPage) -> Path | None:
+    """Where the report was written; None, and why, where that failed: a finished run does not fail for a picture."""
+    try:
+        return write_report([run_record(root, run_names([root])[0], page)], root)[0]
+    except Exception as error:
+        say(f" the report was not written ({type(error).__name__}: {error}); python tools/plot_run.py {root} does it")
+        return None
+
+
+def _say_report(path: Path | None) -> None:
+    if path is not None:
+        say(f"report: {path}")
 
 
 def _take_the_others_cores(world: World) -> None:
@@ -103,6 +122,8 @@ def print_saved_summary(settings: Settings, prepared: Prepared, world: World) ->
     if done and world.is_main:
         print_summary(json.loads(path.read_text(encoding="utf-8")), path)
         say(f" {prepared.root} is complete; --fresh starts over (of the demo: make demo FRESH=1)")
+        report = prepared.root / REPORT_FILE
+        _say_report(report if report.exists() else None)
     return done
 
 
@@ -119,7 +140,8 @@ def _finished(root: Path) -> bool:
 
 def _measure(
     settings: Settings, prepared: Prepared, students: RunStudents, teacher: Backbone, world: World
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], HeldOutPage]:
+    """(what summary.json holds, a page of held-out text)."""
     root, loaded = prepared.root, students.last
     (training, _), (held_out, _) = data_sets(settings, prepared)
     if world.is_main:
@@ -143,20 +165,27 @@ def _measure(
         merge_limit=limit,
     )
     stages = _stage_rows(root)
-    plots = [root / "losses.png", root / "boundaries.png"]
-    marked, sample = mark_sentence(loaded.student, merge_row(rows[0], limit)), _sample(loaded.student)
+    plots = [root / "losses.png", root / BOUNDARIES_FILE]
+    marked, samples = mark_sentence(loaded.student, merge_row(rows[0], limit)), _samples(loaded.student)
+    texts = mark_page(loaded.student, (merge_row(row, limit) for row in rows), at_most=PAGE_BYTES)
     if world.is_main:
         plot_losses(root / METRICS_FILE, plots[0])
         plot_boundaries(marked, plots[1])
-    return _summary(evaluation, stages, sample, plots)
+    iteration = read_loop_state(loaded.checkpoint)["progress"]["iteration"]
+    page = HeldOutPage(texts=texts, source=page_source(loaded.stage, iteration, held_out[0].name))
+    return _summary(evaluation, stages, samples, plots), page
 
 
-def _sample(student: Student) -> str | None:
-    """Text the student generates; None in official mode, which cannot step."""
+def _samples(student: Student) -> list[str]:
+    """Texts the student generates, prompts included; none in official mode, which cannot step."""
     if student.is_official:
-        return None
+        return []
     settings = GenerationSettings(max_new_bytes=SAMPLE_BYTES, sampling=Sampling(temperature=0.7, top_p=0.95))
-    return SAMPLE_PROMPT + generate(student, [SAMPLE_PROMPT], settings)[0].byte_ids.decode("utf-8", errors="replace")
+    found = generate(student, SAMPLE_PROMPTS, settings)
+    return [
+        prompt + text.byte_ids.decode("utf-8", errors="replace")
+        for prompt, text in zip(SAMPLE_PROMPTS, found, strict=True)
+    ]
 
 
 def _last_validation(root: Path) -> dict[str, dict[str, float]]:
@@ -194,13 +223,14 @@ def _stage_rows(root: Path) -> list[StageRow]:
     return rows
 
 
-def _summary(evaluation: Evaluation, stages: list[StageRow], sample: str | None, plots: list[Path]) -> dict[str, Any]:
+def _summary(evaluation: Evaluation, stages: list[StageRow], samples: list[str], plots: list[Path]) -> dict[str, Any]:
     return {
         **evaluation.as_dict(),
         "seconds": sum(row.seconds for row in stages),
         "bytes_per_stage": {row.stage: row.bytes_seen for row in stages},
         "stages": [list(row.cells()) for row in stages],
-        "sample": sample,
+        "sample": samples[0] if samples else None,
+        "samples": samples,
         "plots": [str(plot) for plot in plots],
     }
 

@@ -42,6 +42,7 @@ WRITTEN_BY_RUNS = (
     "tensorboard",
     "metrics.jsonl",
     "summary.json",
+    "report.html",
     TEACHER_FILE,
     MODEL_CONFIG_FILE,
     TOKENIZER_FOLDER,

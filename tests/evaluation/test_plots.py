@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import pytest
 
-from megabyte_distill.evaluation.marked_text import MarkedText, mark_sentence, sentence
-from megabyte_distill.evaluation.plots import characters, plot_boundaries, plot_losses, read_metrics
-from tests.tiny_student import padded_row, tiny_student
+from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.evaluation.marked_text import MarkedText, mark_page, mark_sentence, sentence
+from megabyte_distill.evaluation.plots import characters, plot_boundaries
+from tests.tiny_student import padded_row, random_rows, tiny_student
 
 PNG = b"\x89PNG"
-
-
-def write(path: Path, *records: dict[str, object], tail: str = "") -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
-    return path
-
-
-def test_curves_are_read_by_stage_and_the_last_record_of_an_update_counts(tmp_path: Path) -> None:
-    metrics = write(
-        tmp_path / "metrics.jsonl",
-        {"stage": "1a", "iteration": 1, "time": 0.0, "mse": 3.0, "learning rate": 1.0},
-        {"stage": "1a", "iteration": 2, "time": 0.0, "mse": 2.0},
-        {"stage": "1a", "iteration": 2, "time": 1.0, "mse": 1.5},
-        {"stage": "1b", "iteration": 1, "time": 0.0, "validation kl": 0.5},
-        tail='{"stage": "1b", "itera',
-    )
-    curves = read_metrics(metrics)
-    assert list(curves) == ["1a", "1b"] and list(curves["1a"]) == ["mse"]
-    assert curves["1a"]["mse"].xy() == ([1, 2], [3.0, 1.5])
-
-
-def test_losses_are_drawn_with_gaps_and_negative_values(tmp_path: Path) -> None:
-    metrics = write(
-        tmp_path / "metrics.jsonl",
-        {"stage": "1a", "iteration": 1, "alignment mse": 1.0, "alignment mse relative": math.nan},
-        {"stage": "2b", "iteration": 1, "byte ce": -1.0, "joint bits per byte": 100.0, "boundary f1": 0.5},
-        {"stage": "2b", "iteration": 2, "byte ce": 1.0, "joint bits per byte": 2.0, "validation boundary f1": 0.6},
-    )
-    target = tmp_path / "deeper" / "losses.png"
-    plot_losses(metrics, target)
-    assert target.read_bytes()[:4] == PNG
-
-
-@pytest.mark.parametrize("content", [None, "", "nothing\n", '{"stage": "1a", "iteration": 1, "time": 0}\n'])
-def test_metrics_without_figures_are_refused(tmp_path: Path, content: str | None) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    if content is not None:
-        metrics.write_text(content)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
-        plot_losses(metrics, tmp_path / "losses.png")
 
 
 @pytest.mark.filterwarnings("error")
@@ -92,3 +51,16 @@ def test_a_marked_sentence_has_the_rows_own_bits() -> None:
     first = whole.index(marked.text)
     assert list(marked.gold) == row.bits[first : first + len(marked.text)].tolist()
     assert [p > 0.5 for p in marked.p] == list(marked.learned)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("at_most", [1, 40, 10_000])
+def test_a_page_is_the_beginning_of_the_rows_text_segment_by_segment(at_most: int) -> None:
+    rows = random_rows(3)
+    page = mark_page(tiny_student().eval(), rows, at_most=at_most)
+    whole = bytes(byte for row in rows for byte in row.byte_ids[row.loss_mask].tolist() if byte < BOS_BYTE)
+    got = b"".join(marked.text for marked in page)
+    assert whole.startswith(got) and min(at_most, len(whole)) - 3 <= len(got) <= at_most
+    gold = [bit for row in rows for bit in row.bits[row.loss_mask & (row.byte_ids < BOS_BYTE)].tolist()]
+    assert [bit for marked in page for bit in marked.gold] == gold[: len(got)]
+    assert all([p > 0.5 for p in marked.p] == list(marked.learned) for marked in page)

@@ -9,7 +9,13 @@ import torch
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.objectives.boundary import boundary_bce, boundary_counts, boundary_positions, f1_pair
+from megabyte_distill.objectives.boundary import (
+    boundary_bce,
+    boundary_counts,
+    boundary_positions,
+    chunk_lengths,
+    f1_pair,
+)
 
 
 def row_of(text: list[int], bits: list[int], cu_seqlens: list[int]) -> PackedRow:
@@ -95,3 +101,12 @@ def test_bos_and_last_bytes_and_pad_are_no_predictions() -> None:
     forced = everywhere.clone()
     forced[[1, 2, 3, 6]] = False
     assert int(boundary_counts(forced, ROW)["predicted"]) == 0
+
+
+def test_bytes_per_chunk_are_counted_where_ends_are_predicted_or_merged() -> None:
+    assert chunk_lengths(ROW) == {}, "the teacher's tokens, the same in every update"
+    predicted = torch.tensor([1, 0, 0, 0, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    found = {name: (int(size), int(count)) for name, (size, count) in chunk_lengths(ROW, predicted).items()}
+    assert found == {"bytes per chunk": (6, 4), "router bytes per chunk": (6, 2)}
+    merged = replace(ROW, token_bits=ROW.bits)
+    assert list(chunk_lengths(merged)) == ["bytes per chunk"]

@@ -1,4 +1,4 @@
-"""The end of a finished run: summary.json, the table, the plots, and a second start that only prints them."""
+"""The end of a finished run: summary.json, the table, the plots, the report, and a second start that prints them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megabyte_distill.evaluation.run_report import HeldOutPage
+from megabyte_distill.pretrain import closing
+from tests.evaluation.test_run_report import assert_self_contained
 from tests.pretrain.job import Job
 
 PROMISED = (
@@ -38,8 +41,28 @@ def test_summary_holds_every_promised_figure(closed: Path) -> None:
 
 
 def test_plots_are_images(closed: Path) -> None:
-    for name in ("losses.png", "boundaries.png"):
+    for name in ("losses.png", "boundaries.png", "bytes_per_chunk.png"):
         assert (closed / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_has_the_summary_the_sample_and_a_page(closed: Path) -> None:
+    summary = json.loads((closed / "summary.json").read_text())
+    reader = assert_self_contained(closed / "report.html")
+    assert f"{summary['retention']:.4f}" in reader.text
+    assert [text[:4] for text in summary["samples"]] == ["The ", "It w", "She "] and "She said " in reader.text
+    assert "after 4 updates of stage 2b" in reader.text and [tag for tag, _ in reader.tags].count("i") > 30
+
+
+def test_a_report_that_fails_is_said_and_does_not_fail_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(closing, "run_record", broken)
+    assert closing.write_run_report(tmp_path, HeldOutPage()) is None
+    shown = capsys.readouterr().out
+    assert "the report was not written (RuntimeError: no font); python tools/plot_run.py" in shown
 
 
 def test_second_start_prints_the_summary_and_trains_nothing(
@@ -49,6 +72,7 @@ def test_second_start_prints_the_summary_and_trains_nothing(
     assert job.run(closed, "--summary-bytes", "1500") == 0
     shown = capsys.readouterr().out
     assert "bits per byte on" in shown and "retention" in shown and "is complete" in shown
+    assert shown.splitlines()[-1] == f"report: {closed / 'report.html'}"
     assert {path: path.stat().st_mtime_ns for path in closed.rglob("*.distcp")} == before
 
 
@@ -69,7 +93,7 @@ def test_more_updates_of_longer_chunks_replace_the_summary(
 def test_fresh_starts_over(job: Job, closed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.run(closed, "--summary-bytes", "0", "--fresh", "--stages", "1a") == 0
     assert "starts from teacher" in capsys.readouterr().out
-    assert not (closed / "summary.json").exists() and not (closed / "2b").exists()
+    assert not any((closed / name).exists() for name in ("summary.json", "report.html", "losses.png", "2b"))
 
 
 def test_no_summary_before_the_decoder_is_trained(job: Job, tmp_path: Path) -> None:
@@ -81,5 +105,5 @@ def test_official_figures_are_marked_as_no_bounds(job: Job, tmp_path: Path, caps
     flags = ("--preset", "official", "--train-iters", "2", "--summary-bytes", "800")
     assert job.run(tmp_path / "run", *flags) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert not summary["is_bound"] and summary["sample"] is None and summary["paths"] is None
+    assert not summary["is_bound"] and summary["sample"] is None and not summary["samples"] and summary["paths"] is None
     assert "are no bounds" in capsys.readouterr().out

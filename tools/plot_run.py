@@ -1,0 +1,77 @@
+"""Writes one HTML report about a training run, or about several side by side, and its pictures as PNG files.
+
+    python tools/plot_run.py RUN
+    python tools/plot_run.py RUN OTHER --output DIR
+    python tools/plot_run.py RUN --no-model
+
+Losses, learning rates, bits per byte, boundary F1, bytes per chunk and throughput by stage, a page of held-out text
+with the tokenizer's and the learned boundaries, a sample, settings and versions. The report is one file that needs no
+other. A run that is being trained may be read too. Exit code 0, or 2 with one line that begins with "error:".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabyte_distill import __version__
+from megabyte_distill.tool import run_tool
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of training runs")
+    parser.add_argument("--output", type=Path, metavar="DIR",
+        help="for report.html and PNG files (the run's folder; of several comparison/ beside the first)")  # fmt: skip
+    page = parser.add_argument_group("page of held-out text", "needs the student's weights, unlike the rest")
+    page.add_argument("--text-bytes", type=int, default=2000, metavar="N",
+        help="bytes of text; 0 leaves the page out (2000)")  # fmt: skip
+    page.add_argument("--no-model", action="store_true", help="load no weights: the same as --text-bytes 0")
+    page.add_argument("--data-path", nargs="+", default=[], metavar="STEM",
+        help="text to show, PREFIX_KEY_document (default: what the run was validated on)")  # fmt: skip
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes the report and prints its path; ValueError for what the user can mend."""
+    if arguments.text_bytes < 0:
+        raise ValueError(f"--text-bytes {arguments.text_bytes}: expected at least 0")
+    text_bytes = 0 if arguments.no_model else arguments.text_bytes
+    roots: list[Path] = arguments.runs
+    # megatron takes seconds to import, which --help should not
+    from megabyte_distill.evaluation.run_report import HeldOutPage, write_report
+    from megabyte_distill.parallel.process_groups import world
+    from megabyte_distill.pretrain.run_records import held_out_page, require_run, run_names, run_record
+
+    for root in roots:
+        require_run(root)
+    names = run_names(roots)
+    pages = [HeldOutPage(missing="left out: --no-model or --text-bytes 0")] * len(roots)
+    if text_bytes:
+        with world():
+            pages = [held_out_page(root, text_bytes=text_bytes, data_path=arguments.data_path) for root in roots]
+    records = [run_record(root, name, page) for root, name, page in zip(roots, names, pages, strict=True)]
+    for record in records:
+        for problem in (*record.notes, record.page.missing if text_bytes else ""):
+            if problem:
+                print(f"{record.name}: {problem}", file=sys.stderr)
+    files = write_report(records, arguments.output or default_folder(roots))
+    print(f"written: {files[0]} and {len(files) - 1} pictures beside it")
+
+
+def default_folder(roots: Sequence[Path]) -> Path:
+    """Where a report goes that was given no folder."""
+    return roots[0] if len(roots) == 1 else roots[0].resolve().parent / "comparison"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
