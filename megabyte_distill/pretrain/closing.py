@@ -14,6 +14,7 @@ import torch
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
+from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
 from megabyte_distill.evaluation.held_out import held_out_rows
@@ -88,9 +89,8 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
     summary, page = _measure(settings, prepared, students, teacher, world)
     if world.is_main:
         path = prepared.root / SUMMARY_FILE
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_and_sync(partial_path(path), (json.dumps(summary, indent=1) + "\n").encode())
+        publish(path)
         print_summary(summary, path)
         _say_report(write_run_report(prepared.root, page))
 
