@@ -337,8 +337,19 @@ __device__ __forceinline__ void warm_up_ahead(const Layout& at, const T* dz, int
   }
 }
 
+// Blocks that a multiprocessor must have room for; 0 leaves it to ptxas. For sm_100 that of CUDA 13.0 holds one kernel to
+// 80 registers, which spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T, int64_t MODE, bool SCALARS>
-__global__ void __launch_bounds__(kThreads) dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int span) {
+constexpr int kLeastBlocks = MODE == kHard && SCALARS && sizeof(T) == 4 ? 1 : 0;
+#else
+template <class T, int64_t MODE, bool SCALARS>
+constexpr int kLeastBlocks = 0;
+#endif
+
+template <class T, int64_t MODE, bool SCALARS>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<T, MODE, SCALARS>)
+    dechunk_backward(Layout at, BackwardRows<T> rows, int64_t width, int span) {
   constexpr int R = kGroup<T>;
   constexpr bool kStates = MODE != kHard;
   unsigned char* memory = shared_memory<unsigned char>();
