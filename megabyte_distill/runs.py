@@ -10,7 +10,6 @@ Layout::
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
+from megabyte_distill.config.stage import GENERATES_FROM, STAGE_ORDER, StageConfig
 from megabyte_distill.config.training import Settings
-from megabyte_distill.conversion.model_config import TEACHER_FILE, ModelConfig, is_run, read_model_config
+from megabyte_distill.conversion.model_config import ModelConfig, read_model_config
+from megabyte_distill.conversion.run_folder import find_run_teacher, require_run
 from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -31,9 +31,6 @@ from megabyte_distill.parallel.pipeline import built_in_stages
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
 from megabyte_distill.training.rows import CHUNK_LIMIT
-
-GENERATES_FROM = ("2a", "2b")
-"""Stages after which the decoder speaks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +78,6 @@ def chunk_limit(checkpoint: Path) -> float | None:
     """What a stage merged tokens with at a checkpoint (``chunk_merging.merge_row``); None where it did not."""
     limit = read_loop_state(checkpoint)["rows"].get(CHUNK_LIMIT)
     return None if limit is None else float(limit)
-
-
-def split_stage(folder: Path) -> tuple[Path, str | None]:
-    """(run, stage) of RUN/<stage>; (folder, None) of anything else."""
-    resolved = folder.resolve()
-    is_stage = resolved.name in STAGE_ORDER and is_run(resolved.parent)
-    return (resolved.parent, resolved.name) if is_stage else (folder, None)
 
 
 def last_stage(root: Path) -> StageProgress:
@@ -143,8 +133,7 @@ def load_student(root: Path, stage: str | None = None, *, iteration: int | None 
 
     ValueError where the folder is no run or the stage is not there. Needs process groups (process_groups.world).
     """
-    if not root.is_dir() or not is_run(root):
-        raise ValueError(f"{root} is not a run: expected a folder written by training, with {TEACHER_FILE} in it")
+    require_run(root)
     name = stage or last_stage(root).stage
     checkpoint = find_checkpoint(root / name, iteration)
     config = read_model_config(root)
@@ -190,17 +179,9 @@ def require_speaking(loaded: LoadedStudent) -> None:
         )
 
 
-def teacher_path(root: Path) -> Path:
-    """Where the run's teacher lies, as recorded at its start."""
-    return Path(json.loads((root / TEACHER_FILE).read_text(encoding="utf-8"))["teacher"])
-
-
 def load_run_teacher(root: Path, override: Path | None = None) -> Teacher:
     """The teacher a run was distilled from; ``override`` where it moved."""
-    path = override or teacher_path(root)
-    if not path.is_dir():
-        raise ValueError(f"the teacher of {root} should be at {path}, which is not a directory; give --teacher")
     # in fp32 as the student is, so that their figures compare
-    teacher = load_teacher(path, dtype=torch.float32)
+    teacher = load_teacher(find_run_teacher(root, override), dtype=torch.float32)
     teacher.backbone.eval()
     return teacher

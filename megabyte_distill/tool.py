@@ -1,6 +1,7 @@
-"""How every tool in tools/ ends: exit code 0, or 2 with one line that begins with "error:" and no traceback.
+"""What every tool in tools/ does alike: how it reads its command line, what it says of a mistake, how it ends.
 
-Ctrl-C and SIGTERM let it clean up what is half written and end it with 130 and 143.
+A wrong flag is told in the terms of who typed it: the flag, what was got, what is expected. All of them are told
+together, before anything slow is imported. Ctrl-C and SIGTERM let a tool clean up what is half written.
 """
 
 from __future__ import annotations
@@ -10,30 +11,166 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
+
+from megabyte_distill import __version__
+from megabyte_distill.config.ranges import Range
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+EXIT_CODES = f"""exit codes: 0 done; {EXIT_ERROR} mistakes, a line "error: …" on stderr for each; \
+{EXIT_INTERRUPTED} after Ctrl-C; {EXIT_TERMINATED} after SIGTERM"""
+
+Run = Callable[[argparse.Namespace], None]
+Check = Callable[[argparse.Namespace], Iterable[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """Stands where a flag's value should: what was got and what was expected."""
+
+    problem: str
+
+
+class ToolParser(argparse.ArgumentParser):
+    """A command line with ``--version``, its exit codes in ``--help``, and mistakes as one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(epilog=EXIT_CODES, **settings)
+        self.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the tool; for what cannot be told together with the rest, as a flag that is missing."""
+        self.exit(EXIT_ERROR, f"error: {message}; --help lists the flags\n")
+
+
+def judged(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``type=`` of a flag (not of a positional argument) whose mistakes are told together with those of others.
+
+    ``read`` raises ValueError("got …, expected …").
+    """
+
+    def parse(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            return _Refused(str(error))
+
+    return parse
+
+
+def in_range(allowed: Range, **words: Any) -> Callable[[str], Any]:
+    """``type=`` of a number; ``words`` stand for values of their own, as ``auto="auto"``."""
+
+    def read(text: str) -> Any:
+        if text in words:
+            return words[text]
+        try:
+            return allowed.read(text)
+        except ValueError as error:
+            raise ValueError(", or ".join((str(error), *words))) from None
+
+    return judged(read)
+
+
+def choice(*allowed: str, of: Callable[[str], Any] = str, hint: str = "") -> dict[str, Any]:
+    """``type=`` and ``metavar=`` of a flag that takes one of some words, as a member ``of`` an enum of them.
+
+    ``hint`` says why there are no others.
+    """
+
+    def read(text: str) -> Any:
+        if text not in allowed:
+            raise ValueError(f"got {text!r}, expected {' or '.join(allowed)}{hint and f'; {hint}'}")
+        return of(text)
+
+    return {"type": judged(read), "metavar": f"{{{','.join(allowed)}}}"}
+
+
+def file_to_read(text: str) -> Path:
+    """``type=judged(file_to_read)``: the path of a file, a pipe or a device that is there."""
+    path = Path(text)
+    if not path.exists() or path.is_dir():
+        raise ValueError(f"got {text!r}, expected a file; {'it is a folder' if path.exists() else 'there is none'}")
+    return path
+
+
+def folder_to_read(text: str | Path) -> Path:
+    """``type=judged(folder_to_read)``: the path of a folder that is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise ValueError(f"got '{text}', expected a folder; {'it is a file' if path.exists() else 'there is none'}")
+    return path
+
+
+def problems_of(flag: str, judge: Callable[[], object]) -> list[str]:
+    """What ``judge`` raises as the user's to mend, as a problem of the flag; none where it raises nothing."""
+    try:
+        judge()
+    except (ValueError, OSError) as error:
+        return [f"{flag}: {error}"]
+    return []
+
+
+def typed(arguments: argparse.Namespace, flags: Iterable[str], problem: str) -> list[str]:
+    """``problem`` of each of these flags that was typed, whatever its value; "{flag}" in it is the flag."""
+    return [problem.format(flag=flag) for flag in flags if _name(flag) in arguments.typed]
 
 
 def run_tool(
-    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
+    parser: argparse.ArgumentParser, run: Run, argv: Sequence[str] | None = None, *, check: Check | None = None
 ) -> int:
-    """Parse the command line, run, and return the exit code; ValueError and OSError are the user's to mend."""
+    """Parse the command line, run, and return the exit code; ValueError and OSError are the user's to mend.
+
+    ``check`` tells, before ``run``, what is wrong with flags that were read one by one. Where one could not be read it
+    sees the default. ``arguments.typed`` has the names of the flags that were given.
+    """
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of megatron and torch among themselves
         warnings.filterwarnings("ignore", category=category)
-    arguments = parser.parse_args(argv)
+    arguments, problems = _parse(parser, argv)
+    problems += check(arguments) if check is not None else ()
+    if problems:
+        return _say_errors(problems)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
         run(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return _say_errors([str(error)])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """(what the flags say, defaults in place of what they must not; what is wrong with them)."""
+    arguments, unknown = parser.parse_known_args(argv)
+    problems = [f"{' '.join(unknown)}: no flag, and no flag takes it; --help lists them"] if unknown else []
+    for name, value in list(vars(arguments).items()):
+        values = value if isinstance(value, list) else [value]
+        refused = [one.problem for one in values if isinstance(one, _Refused)]
+        problems += [f"--{name.replace('_', '-')}: {problem}" for problem in refused]
+        if refused:
+            setattr(arguments, name, parser.get_default(name))
+    unset: list[object] = []  # what "append" can copy
+    again = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(vars(arguments), unset)))[0]
+    arguments.typed = {name for name, value in vars(again).items() if value is not unset}
+    return arguments, problems
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _say_errors(problems: Iterable[str]) -> int:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return EXIT_ERROR
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": BELOW_MODEL | {"model", "objectives"},
     "evaluation": BELOW_MODEL | {"model", "objectives", "inference", "conversion"},
     "hf": BELOW_MODEL | {"model", "inference", "conversion"},
-    "tool": set(),
+    "tool": {"config"},
     "student_folders": BELOW_MODEL | {"model", "conversion", "hf", "runs"},
     "harness": BELOW_MODEL | {"model", "inference", "evaluation", "student_folders"},
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
@@ -48,6 +48,7 @@ EXPORTED = {
     "alphabet",
     "config.fields",
     "config.model",
+    "config.ranges",
     *(
         f"model.{name}"
         for name in (

@@ -36,7 +36,14 @@ def readme_commands() -> list[str]:
 def in_a_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     line = command.replace("tools/", f"{ROOT}/tools/").replace("examples/", f"{ROOT}/examples/")
     return subprocess.run(
-        shlex.split(line), cwd=folder, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        shlex.split(line),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=240,
+        check=False,
     )
 
 

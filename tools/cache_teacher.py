@@ -4,7 +4,7 @@
     torchrun examples/pretrain_byte_kd.sh … --byte-targets exact --logits-load-dir CACHE
 
 Killed at any moment, the same command goes on with the first shard that is missing; a complete cache is verified.
-Under torchrun each rank makes its share. Exit code 0, or 2 with one line that begins with "error:".
+Under torchrun each rank makes its share.
 """
 
 from __future__ import annotations
@@ -12,34 +12,46 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megabyte_distill.tool import run_tool
+from megabyte_distill.alphabet import JOINT_CLASSES
+from megabyte_distill.config import ranges
+from megabyte_distill.config.blend import parse_split
+from megabyte_distill.data.named_sets import set_problems
+from megabyte_distill.tool import ToolParser, folder_to_read, in_range, judged, run_tool
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="CKPT", help="folder of the converted teacher")
-    add(
-        "--data-path",
-        nargs="+",
-        required=True,
-        metavar="STEM",
-        help="data sets, PREFIX_KEY_document; weights are read over",
-    )
-    add("--split", metavar="T,V,S", help="only the training share T of each set, as training cuts it (default: all)")
-    add("--logits-save-dir", type=Path, required=True, metavar="DIR", help="folder of the cache")
-    add("--logits-save-top-k", type=int, default=32, metavar="K", help="pairs stored a byte, 512 keeps all (32)")
-    add("--context-tokens", type=int, default=2048, help="tokens of a document that the teacher reads at once (2048)")
-    add("--overlap-tokens", type=int, help="of them, those repeated from before as context (a quarter)")
-    add("--shard-bytes", type=int, default=8 << 20, help="text of a shard, about (8388608)")
-    add("--micro-batch-tokens", type=int, default=8192, help="tokens side by side in the teacher, about (8192)")
-    add("--bf16", action="store_true", help="run the teacher in bfloat16 (default: as it is stored)")
-    add("--json", action="store_true", help="print one JSON object at the end")
+    parser = ToolParser(description=__doc__)
+    source = parser.add_argument_group("teacher and text").add_argument
+    source("--load", type=judged(folder_to_read), required=True, metavar="CKPT", help="folder of the converted teacher")
+    source("--data-path", nargs="+", required=True, metavar="STEM",
+        help="data sets, PREFIX_KEY_document; weights are read over")  # fmt: skip
+    source("--split", type=judged(parse_split), metavar="T,V,S",
+        help="only the training share T of each set, as training cuts it (default: all)")  # fmt: skip
+    cache = parser.add_argument_group("cache").add_argument
+    cache("--logits-save-dir", type=Path, required=True, metavar="DIR", help="folder of the cache")
+    cache("--logits-save-top-k", type=in_range(ranges.Range(low=1, high=JOINT_CLASSES, whole=True)), default=32,
+        metavar="K", help=f"pairs stored a byte, {JOINT_CLASSES} keeps all (32)")  # fmt: skip
+    cache("--shard-bytes", type=in_range(ranges.COUNT), default=8 << 20, metavar="BYTES",
+        help="text of a shard, about (8388608)")  # fmt: skip
+    cache("--json", action="store_true", help="print one JSON object at the end (default: a sentence)")
+    work = parser.add_argument_group("teacher's passes").add_argument
+    work("--context-tokens", type=in_range(ranges.COUNT), default=2048, metavar="TOKENS",
+        help="tokens of a document that the teacher reads at once (2048)")  # fmt: skip
+    work("--overlap-tokens", type=in_range(ranges.SIZE), metavar="TOKENS",
+        help="of them, those repeated from before as context (a quarter)")  # fmt: skip
+    work("--micro-batch-tokens", type=in_range(ranges.COUNT), default=8192, metavar="TOKENS",
+        help="tokens side by side in the teacher, about (8192)")  # fmt: skip
+    work("--bf16", action="store_true", help="run the teacher in bfloat16 (default: as it is stored)")
     return parser
+
+
+def check(arguments: argparse.Namespace) -> Iterable[str]:
+    """What is wrong with the data sets that the flags name."""
+    yield from set_problems(arguments.data_path)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -56,7 +68,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     import torch
 
-    from megabyte_distill.config.blend import parse_split
     from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher
     from megabyte_distill.data.dataset import open_blend, split_documents
     from megabyte_distill.parallel import cpu_megatron
@@ -72,8 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         stored = find_teacher(arguments.load)
         datasets, _ = open_blend(arguments.data_path, tokenizer_hash=stored.token_bytes.hash)
         if arguments.split:
-            shares = parse_split(arguments.split)
-            datasets = [dataset.subset(split_documents(len(dataset), shares)[0]) for dataset in datasets]
+            datasets = [dataset.subset(split_documents(len(dataset), arguments.split)[0]) for dataset in datasets]
         name = teacher_hash(stored.checkpoint)
         teacher = load_teacher(arguments.load, dtype=torch.bfloat16 if arguments.bf16 else None)
         report = make_cache(
@@ -101,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_tool(build_parser(), run, argv)
+    return run_tool(build_parser(), run, argv, check=check)
 
 
 if __name__ == "__main__":

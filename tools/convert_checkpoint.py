@@ -1,12 +1,10 @@
 """Hugging Face in and out.
 
-    convert_checkpoint.py import    --hf-model DIR --megatron-path CKPT
-    convert_checkpoint.py export    --megatron-path RUN[/2b] --hf-path DIR
-    convert_checkpoint.py export    --teacher --megatron-path CKPT --hf-path DIR
-    convert_checkpoint.py compare   --hf-model DIR --megatron-path CKPT
-    convert_checkpoint.py roundtrip --hf-model DIR
-
-Exit code 0, or 2 with one line that begins with "error:".
+convert_checkpoint.py import    --hf-model DIR --megatron-path CKPT
+convert_checkpoint.py export    --megatron-path RUN[/2b] --hf-path DIR
+convert_checkpoint.py export    --teacher --megatron-path CKPT --hf-path DIR
+convert_checkpoint.py compare   --hf-model DIR --megatron-path CKPT
+convert_checkpoint.py roundtrip --hf-model DIR
 """
 
 from __future__ import annotations
@@ -16,11 +14,23 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megabyte_distill.tool import run_tool
+from megabyte_distill.config import ranges
+from megabyte_distill.conversion.hf_config import HfConfig
+from megabyte_distill.conversion.run_folder import require_run, split_stage
+from megabyte_distill.tool import (
+    ToolParser,
+    choice,
+    file_to_read,
+    folder_to_read,
+    in_range,
+    judged,
+    problems_of,
+    run_tool,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +39,9 @@ _TRAINED_DTYPES = ("float32", "bfloat16")
 _EXPORTED_DTYPES = (*_TRAINED_DTYPES, "float16")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="convert models between Hugging Face and Megatron checkpoints")
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,compare,roundtrip}")
 
     def command(name: str, text: str, *, hf_model: bool, megatron_path: bool) -> argparse.ArgumentParser:
@@ -43,20 +53,24 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def writes(sub: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
-        sub.add_argument("--torch-dtype", choices=dtypes, help="dtype of the weights (default: as stored)")
+        sub.add_argument("--torch-dtype", **choice(*dtypes), help="dtype of the weights (default: as stored)")
         sub.add_argument("--overwrite", action="store_true", help="replace an earlier output")
 
     imports = command("import", "Hugging Face folder to teacher checkpoint", hf_model=True, megatron_path=True)
     for name, metavar, what in (("--tp", "T", "tensor"), ("--pp", "P", "pipeline")):
-        text = f"check that the model can be cut into {what}-parallel size {metavar} (the checkpoint loads at any size)"
-        imports.add_argument(name, type=int, default=1, metavar=metavar, help=text)
+        text = (
+            f"check that the model can be cut into {what}-parallel size {metavar} (1; the checkpoint loads at any size)"
+        )
+        imports.add_argument(name, type=in_range(ranges.COUNT), default=1, metavar=metavar, help=text)
     writes(imports, _TRAINED_DTYPES)
     export = command("export", "student or teacher to Hugging Face folder", hf_model=False, megatron_path=True)
     export.add_argument("--teacher", action="store_true", help="write the backbone alone, as a token model")
-    export.add_argument("--paths", type=int, metavar="K", help="bit histories of the exported byte model (4)")
+    export.add_argument(
+        "--paths", type=in_range(ranges.COUNT), metavar="K", help="bit histories of the exported byte model (4)"
+    )
     export.add_argument(
         "--boundary-threshold",
-        type=float,
+        type=in_range(ranges.BOUNDARY_THRESHOLD),
         metavar="T",
         help="in generate_bytes of the export a byte ends a chunk where the model gives that more than this "
         "(default: bits are drawn with their bytes)",
@@ -66,12 +80,31 @@ def build_parser() -> argparse.ArgumentParser:
     compare = command("compare", "largest logit difference against transformers", hf_model=True, megatron_path=True)
     texts = compare.add_mutually_exclusive_group()
     texts.add_argument("--text", help="text to compare on (default: a short English sentence)")
-    texts.add_argument("--text-file", type=Path, metavar="FILE", help="UTF-8 file with the text to compare on")
+    texts.add_argument(
+        "--text-file", type=judged(file_to_read), metavar="FILE", help="UTF-8 file with the text to compare on"
+    )
     compare.add_argument("--per-position", action="store_true", help="print a line per position")
     compare.add_argument("--json", action="store_true", help="print one JSON object, positions included")
     text = "import, export and compare every tensor's bits, in the temporary folder (TMPDIR: room for the model twice)"
     command("roundtrip", text, hf_model=True, megatron_path=False)
     return parser
+
+
+def check(arguments: argparse.Namespace) -> Iterable[str]:
+    """What is wrong with the flags together, and with the folders that are read."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "conversion runs in one process: start it with python, not torchrun; its result loads anywhere"
+    command = arguments.command
+    if command != "export":
+        yield from problems_of("--hf-model", lambda: HfConfig.read(arguments.hf_model))
+    if command == "compare" or (command == "export" and arguments.teacher):
+        yield from problems_of("--megatron-path", lambda: folder_to_read(arguments.megatron_path))
+    elif command == "export":
+        yield from problems_of("--megatron-path", lambda: require_run(split_stage(arguments.megatron_path)[0]))
+    if command == "export" and arguments.teacher:
+        for flag, value in (("--paths", arguments.paths), ("--boundary-threshold", arguments.boundary_threshold)):
+            if value is not None:
+                yield f"{flag}: belongs to a student's byte model; leave it out, or leave --teacher out"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -81,10 +114,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     from megabyte_distill.parallel.process_groups import world
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "conversion runs in one process: start it with python, not torchrun; its result loads anywhere"
-        )
     name = getattr(arguments, "torch_dtype", None)
     dtype = None if name is None else getattr(torch, name)
     with world():
@@ -121,12 +150,9 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
     from megabyte_distill.conversion.student_export import export_student
     from megabyte_distill.conversion.teacher_folder import stored_dtype
     from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
-    from megabyte_distill.runs import load_student, require_speaking, split_stage
+    from megabyte_distill.runs import load_student, require_speaking
 
     if arguments.teacher:
-        for flag, value in (("--paths", arguments.paths), ("--boundary-threshold", arguments.boundary_threshold)):
-            if value is not None:
-                raise ValueError(f"{flag} belongs to a student's byte model; leave it out or leave out --teacher")
         export_teacher(
             arguments.megatron_path,
             arguments.hf_path,
@@ -174,7 +200,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_tool(build_parser(), run, argv)
+    return run_tool(build_parser(), run, argv, check=check)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
     python tools/evaluate.py --load RUN --data-path data/heldout_text_document --suite robustness
 
 Bits per byte of both, retention, boundaries, next bytes, and anchors, with confidence intervals over documents; or what
-noise, cut prompts, tasks on characters and other scripts do to both. Exit code 0, or 2 with one line that begins with
-"error:".
+noise, cut prompts, tasks on characters and other scripts do to both.
 """
 
 from __future__ import annotations
@@ -14,12 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megabyte_distill.tool import run_tool
+from megabyte_distill.config import ranges
+from megabyte_distill.config.blend import parse_split
+from megabyte_distill.config.stage import GENERATES_FROM
+from megabyte_distill.conversion.run_folder import find_run_teacher, require_run, require_stage
+from megabyte_distill.data.named_sets import set_names, set_problems
+from megabyte_distill.tool import ToolParser, choice, folder_to_read, in_range, judged, problems_of, run_tool, typed
 
 if TYPE_CHECKING:
     from megabyte_distill.data.dataset import ByteTokenDataset
@@ -28,64 +33,109 @@ if TYPE_CHECKING:
     from megabyte_distill.evaluation.bootstrap import Bootstrap
     from megabyte_distill.evaluation.robustness import Budget, Section
 
-SUITES = ("heldout", "robustness")
+_OF_HELD_OUT = (
+    "--train-data-path", "--seq-length", "--max-bytes", "--bits", "--boundary-threshold", "--boundary-thresholds",
+    "--scoring", "--tokenizations", "--path-bytes",
+)  # fmt: skip
+_OF_ROBUSTNESS = ("--suite-texts", "--suite-questions", "--suite-samples")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--load", type=Path, nargs="+", required=True, metavar="RUN", help="training runs; several stand side by side")
-    add("--stage", help="stage whose weights are taken (default: the last complete one)")
-    add("--data-path", nargs="+", required=True, metavar="[NAME=]STEM",
+    parser = ToolParser(description=__doc__)
+    source = parser.add_argument_group("models and text").add_argument
+    source("--load", type=Path, nargs="+", required=True, metavar="RUN",
+        help="training runs; several stand side by side")  # fmt: skip
+    source(
+        "--stage",
+        **choice(*GENERATES_FROM, hint="earlier stages leave the decoder untrained"),
+        help="stage whose weights are taken (default: the last complete one)",
+    )
+    source("--teacher", type=judged(folder_to_read), metavar="CKPT",
+        help="the teacher's checkpoint, where it moved (default: as the run recorded it)")  # fmt: skip
+    source("--data-path", nargs="+", required=True, metavar="[NAME=]STEM",
         help="held-out data sets, PREFIX_KEY_document; each is a row of the table")  # fmt: skip
-    add("--split", metavar="T,V,S", help="score only the validation share V of each set, as held out by training")
-    add("--teacher", type=Path, metavar="CKPT", help="the teacher's checkpoint, where it moved")
-    add("--max-documents", type=int, metavar="N", help="documents at most of each data set (default: all)")
-    add("--suite", choices=SUITES, default="heldout", help="what is measured (heldout)")
-    add("--paths", type=int, default=4, help="bit histories of figures without a tokenizer; 0 leaves them out (4)")
-    add("--resamples", type=int, default=1000, help="draws for confidence intervals; 0 makes none (1000)")
-    add("--confidence", type=float, default=0.95, help="share of draws inside an interval (0.95)")
-    add("--seed", type=int, default=0, help="of all that is drawn (0)")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--plots", type=Path, metavar="DIR", help="draw PNG pictures into this folder")
+    source("--split", type=judged(parse_split), metavar="T,V,S",
+        help="score only the validation share V of each set, as held out by training (default: all)")  # fmt: skip
+    source("--max-documents", type=in_range(ranges.COUNT), metavar="N",
+        help="documents at most of each data set (default: all)")  # fmt: skip
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--suite", **choice("heldout", "robustness"), default="heldout",
+        help="the comparison on held-out text, or what damages and tasks do to both models (heldout)")  # fmt: skip
+    add("--paths", type=in_range(ranges.SIZE), default=4, metavar="K",
+        help="bit histories of figures without a tokenizer; 0 leaves them out (4)")  # fmt: skip
+    add("--resamples", type=in_range(ranges.SIZE), default=1000, metavar="N",
+        help="draws for confidence intervals; 0 makes none (1000)")  # fmt: skip
+    add("--confidence", type=in_range(ranges.SHARE), default=0.95, metavar="C",
+        help="share of draws inside an interval (0.95)")  # fmt: skip
+    add("--seed", type=in_range(ranges.SEED), default=0, metavar="N", help="of all that is drawn (0)")
     _add_held_out(parser.add_argument_group("--suite heldout").add_argument)
     _add_robustness(parser.add_argument_group("--suite robustness").add_argument)
+    output = parser.add_argument_group("output").add_argument
+    output("--json", action="store_true", help="print one JSON object (default: tables)")
+    output("--plots", type=Path, metavar="DIR", help="draw PNG pictures into this folder (default: none)")
     return parser
 
 
 def _add_held_out(add: Any) -> None:
-    add("--train-data-path", nargs="+", metavar="STEM", help="training data, for the token unigram anchor")
-    add("--seq-length", type=int, default=2048, help="bytes of a row: the context of all figures (2048)")
-    add("--max-bytes", type=int, metavar="N", help="text at most, whole rows, shared evenly by the sets (default: all)")
-    add("--bits", choices=("gold", "router", "merged"),
+    add("--train-data-path", nargs="+", metavar="STEM",
+        help="training data, for the token unigram anchor (default: no such anchor)")  # fmt: skip
+    add("--seq-length", type=in_range(ranges.Range(low=2, whole=True)), default=2048, metavar="N",
+        help="bytes of a row: the context of all figures (2048)")  # fmt: skip
+    add("--max-bytes", type=in_range(ranges.COUNT), metavar="N",
+        help="bytes of text, shared evenly by the sets and of each rounded up to whole rows of --seq-length, so that "
+        "there is more of it than N (default: all)")  # fmt: skip
+    add("--bits", **choice("gold", "router", "merged"),
         help="bits of the headline figures, as input and label (what it was taught: gold or merged)")  # fmt: skip
-    add("--boundary-threshold", type=float, default=0.5, metavar="T",
+    add("--boundary-threshold", type=in_range(ranges.BOUNDARY_THRESHOLD), default=0.5, metavar="T",
         help="the router ends a chunk where its p is above this, in all figures under its bits (0.5)")  # fmt: skip
-    add("--boundary-thresholds", metavar="T,T,...",
-        help="a table of quality and backbone steps per byte along these thresholds, as 0.3,0.5,0.7")  # fmt: skip
-    add("--scoring", choices=("joint", "official"), default="joint",
+    add("--boundary-thresholds", type=judged(ranges.BOUNDARY_THRESHOLD.read_several), metavar="T,T,...",
+        help="a table of quality and backbone steps per byte along these, as 0.3,0.5,0.7 (none)")  # fmt: skip
+    add("--scoring", **choice("joint", "official"), default="joint",
         help="official adds the paper's score, which is no bound (joint)")  # fmt: skip
-    add("--tokenizations", type=int, default=0, metavar="K",
+    add("--tokenizations", type=in_range(ranges.SIZE), default=0, metavar="K",
         help="with --paths, the teacher summed over K tokenizations of the same text (0: left out)")  # fmt: skip
-    add("--path-bytes", type=int, default=20_000, metavar="N", help="text of the figure by --paths, spread (20000)")
+    add("--path-bytes", type=in_range(ranges.COUNT), default=20_000, metavar="N",
+        help="bytes of text for the figures by --paths, spread over the sets, about (20000)")  # fmt: skip
 
 
 def _add_robustness(add: Any) -> None:
-    add("--suite-texts", type=int, default=12, metavar="N", help="pieces of text that are noised and cut (12)")
-    add("--suite-questions", type=int, default=24, metavar="N", help="questions of each task on characters (24)")
-    add("--suite-samples", type=int, default=4, metavar="N", help="samples of each of ten scripts (4)")
+    for flag, default, what in (
+        ("--suite-texts", 12, "pieces of text that are noised and cut"),
+        ("--suite-questions", 24, "questions of each task on characters"),
+        ("--suite-samples", 4, "samples of each of ten scripts"),
+    ):
+        add(flag, type=in_range(ranges.COUNT), default=default, metavar="N", help=f"{what} ({default})")
+
+
+def check(arguments: argparse.Namespace) -> Iterable[str]:
+    """What is wrong with the flags together, and with the folders and data sets they name."""
+    for root in arguments.load:
+        problems = problems_of("--load", partial(require_run, root))
+        if not problems and arguments.stage is not None:
+            problems = problems_of("--stage", partial(require_stage, root, arguments.stage))
+        yield from problems or problems_of("--teacher", partial(find_run_teacher, root, arguments.teacher))
+    if len(set(arguments.load)) < len(arguments.load):
+        yield f"--load: got {' '.join(map(str, arguments.load))}, expected each run once"
+    yield from set_problems(arguments.data_path, named=True)
+    yield from set_problems(arguments.train_data_path or (), "--train-data-path")
+    is_robustness = arguments.suite == "robustness"
+    others = _OF_HELD_OUT if is_robustness else _OF_ROBUSTNESS
+    other = "heldout" if is_robustness else "robustness"
+    yield from typed(arguments, others, f"{{flag}}: only --suite {other} reads it; give that, or leave {{flag}} out")
+    if not arguments.paths and is_robustness:
+        yield "--paths: got 0, expected at least 1; --suite robustness reads along paths"
+    elif not arguments.paths:
+        without = "{flag}: --paths 0 leaves out what it is for; give paths, or leave {flag} out"
+        yield from typed(arguments, ["--path-bytes", "--tokenizations"], without)
+    if not arguments.resamples:
+        without = "{flag}: --resamples 0 makes no intervals; give resamples, or leave {flag} out"
+        yield from typed(arguments, ["--confidence"], without)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates and prints; ValueError for what the user can mend."""
-    for name, least in (("seq_length", 2), ("paths", 0), ("tokenizations", 0), ("path_bytes", 1)):
-        value = getattr(arguments, name)
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    if not 0 < arguments.boundary_threshold < 1:
-        raise ValueError(f"--boundary-threshold {arguments.boundary_threshold}: expected a number between 0 and 1")
-    # megatron takes seconds to import, which --help should not
+    # megatron takes seconds to import, which --help and a mistyped flag should not
     from megabyte_distill.parallel.process_groups import world
 
     with world():
@@ -142,11 +192,6 @@ def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget
     from megabyte_distill.runs import load_run_teacher, load_student, require_speaking
 
     bootstrap, limit = bootstrap_of(arguments), arguments.max_documents
-    if arguments.paths < 1 or (limit is not None and limit < 1):
-        raise ValueError(
-            f"--paths {arguments.paths}, --max-documents {limit}: --suite robustness reads documents along paths; give "
-            "at least 1 of both"
-        )
     loaded = load_student(root, arguments.stage)
     require_speaking(loaded)
     if loaded.student.is_official:
@@ -168,17 +213,16 @@ def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget
 
 
 def bootstrap_of(arguments: argparse.Namespace) -> Bootstrap:
-    """How intervals are made; ValueError for settings out of range."""
+    """How intervals are made."""
     from megabyte_distill.evaluation.bootstrap import Bootstrap
 
     return Bootstrap(resamples=arguments.resamples, confidence=arguments.confidence, seed=arguments.seed)
 
 
 def measures_of(arguments: argparse.Namespace, merge_limit: float | None) -> Measures:
-    """What is to be measured of a student whose stage merged tokens so; ValueError for settings out of range."""
+    """What is to be measured of a student whose stage merged tokens so; ValueError for bits that it was not taught."""
     from megabyte_distill.evaluation.bits_per_byte import Measures, headline_bits
     from megabyte_distill.evaluation.document_counts import Bits
-    from megabyte_distill.evaluation.thresholds import parse_thresholds
 
     if arguments.bits == Bits.MERGED and merge_limit is None:
         raise ValueError("--bits merged: the student was not trained with --target-bytes-per-chunk; leave it out")
@@ -190,7 +234,7 @@ def measures_of(arguments: argparse.Namespace, merge_limit: float | None) -> Mea
         path_bytes=arguments.path_bytes,
         tokenizations=arguments.tokenizations,
         threshold=arguments.boundary_threshold,
-        thresholds=parse_thresholds(arguments.boundary_thresholds or ""),
+        thresholds=arguments.boundary_thresholds or (),
         bootstrap=bootstrap_of(arguments),
     )
 
@@ -250,15 +294,12 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
 
 def open_sets(arguments: argparse.Namespace, table: TokenBytes) -> dict[str, ByteTokenDataset]:
     """The data sets of the command line by name, cut to the held-out share."""
-    from megabyte_distill.config.blend import parse_split
     from megabyte_distill.data.dataset import open_blend, split_documents
-    from megabyte_distill.evaluation.held_out import set_names
 
     names = set_names(arguments.data_path)
     datasets, _ = open_blend(list(names.values()), tokenizer_hash=table.hash)
     if arguments.split:
-        shares = parse_split(arguments.split)
-        datasets = [dataset.subset(split_documents(len(dataset), shares)[1]) for dataset in datasets]
+        datasets = [dataset.subset(split_documents(len(dataset), arguments.split)[1]) for dataset in datasets]
     return dict(zip(names, datasets, strict=True))
 
 
@@ -286,7 +327,7 @@ def as_json(arguments: argparse.Namespace, name: str, found: Comparison) -> dict
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_tool(build_parser(), run, argv)
+    return run_tool(build_parser(), run, argv, check=check)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,31 @@
     python tools/generate.py --load OUT --prompt-file FILE --temperature 0.8 --top-p 0.95 --show-boundaries
     python tools/generate.py --load RUN --interactive --utf8 constrain
 
-Prints each prompt and its continuation, a single prompt's characters as soon as their bytes are there, and figures on
-stderr. Exit code 0, or 2 with one line that begins with "error:".
+Prints each prompt and its continuation, a single prompt's characters as soon as their bytes are there, a line end.
+A file or a pipe gets the bytes of both as they are; a terminal, and --show-boundaries, U+FFFD for what is no UTF-8.
+On stderr: how many bytes are new and how fast they came, bytes per chunk, and how many of the new bytes belong to no
+character.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import io
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from megabyte_distill.tool import run_tool
+from megabyte_distill.config import ranges
+from megabyte_distill.config.stage import GENERATES_FROM
+from megabyte_distill.inference.prompts import prompt_bytes
+from megabyte_distill.student_folders import require_stage_of, require_student, stored_threshold
+from megabyte_distill.tool import ToolParser, choice, file_to_read, in_range, judged, problems_of, run_tool, typed
 
 if TYPE_CHECKING:
     from megabyte_distill.inference.engine_session import Session
@@ -34,94 +41,155 @@ _HELP = """Type a prompt and Enter: its continuation follows. An empty line star
 Ctrl-C stops a continuation, Ctrl-D ends, /help shows this. Each turn draws with the next seed."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="DIR", help="folder of a training run, or of an exported student")
-    add("--stage", help="of a run: stage whose weights are taken (default: the last complete one)")
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", action="append", help='text to continue; "" starts a document; may be repeated')
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="its bytes are the prompt, as they are")
-    prompt.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one a line")
-    add("--temperature", type=float, default=1.0, help="0 takes the likeliest pair of byte and bit (1)")
-    add("--top-p", type=float, default=1.0, help="keep the fewest pairs that reach this probability (1: all)")
-    add("--top-k", type=int, default=0, help="keep so many of the likeliest pairs (0: all)")
-    add("--min-p", type=float, default=0.0, help="keep pairs of at least this share of the likeliest's (0: all)")
-    add(
-        "--boundary-threshold",
-        type=_threshold,
-        metavar="T",
-        help="a byte ends a chunk where the model gives that more, under --scoring official also where the router's p "
-        "for a prompt's byte is above it; none: bits are drawn, the router's above 0.5 (an export's own, or none)",
-    )
-    add("--seed", type=int, default=0, help="of the random draws; prompt i draws with the seed + i (0)")
-    add("--max-new-bytes", type=int, default=256, help="bytes at most; the end of the document stops earlier (256)")
-    add("--stop", action="append", metavar="TEXT", help="end in front of this text, which is not shown; repeatable")
-    add(
-        "--generation",
-        choices=("joint", "bytes"),
-        default="joint",
-        help="draw pairs of byte and bit, or bytes alone, their bits summed out along --paths (joint)",
-    )
-    add("--paths", type=int, default=4, help="bit histories of a prompt, and of --generation bytes (4)")
-    add(
-        "--scoring",
-        choices=("paths", "official"),
-        default="paths",
-        help="a prompt's chunks: found along --paths, or in the paper's way, its last byte forced to end one (paths)",
-    )
-    add("--utf8", choices=("raw", "constrain"), default="raw", help="constrain: never a byte that is no UTF-8 (raw)")
+    parser = ToolParser(description=__doc__)
+    _add_input(parser)
+    _add_draws(parser.add_argument_group("what is drawn").add_argument)
+    _add_ends(parser.add_argument_group("where a text ends").add_argument)
+    add = parser.add_argument_group("what is shown").add_argument
     add(
         "--stream",
         action=argparse.BooleanOptionalAction,
         help="show characters as they come, prompt after prompt (default: where there is one prompt)",
     )
-    add("--batch-size", type=int, default=8, help="prompts that run side by side where nothing is streamed (8)")
+    add("--show-boundaries", action="store_true", help="mark where chunks end: by colour, or by | where there is none")
+    _add_speed(parser.add_argument_group("how fast").add_argument)
+    return parser
+
+
+def _add_input(parser: ToolParser) -> None:
+    source = parser.add_argument_group("model and prompts")
+    source.add_argument(
+        "--load", type=Path, required=True, metavar="DIR", help="folder of a training run, or of an exported student"
+    )
+    source.add_argument(
+        "--stage",
+        **choice(*GENERATES_FROM, hint="earlier stages leave the decoder untrained"),
+        help="of a run: stage whose weights are taken (default: the last complete one)",
+    )
+    prompt = source.add_mutually_exclusive_group(required=True)
+    prompt.add_argument(
+        "--prompt", action="append", metavar="TEXT", help='text to continue; "" starts a document; may be repeated'
+    )
+    prompt.add_argument(
+        "--prompt-file", type=judged(file_to_read), metavar="FILE", help="its bytes are the prompt, as they are"
+    )
+    prompt.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one a line")
+    source.add_argument(
+        "--scoring",
+        **choice("paths", "official"),
+        default="paths",
+        help="a prompt's chunks: found along --paths, or in the paper's way, its last byte forced to end one (paths)",
+    )
+    source.add_argument(
+        "--paths", type=in_range(ranges.COUNT), default=4, metavar="K",
+        help="bit histories of a prompt, and of --generation bytes (4)",
+    )  # fmt: skip
+
+
+def _add_draws(add: Any) -> None:
+    add(
+        "--generation",
+        **choice("joint", "bytes"),
+        default="joint",
+        help="draw pairs of byte and bit, or bytes alone, their bits summed out along --paths (joint)",
+    )
+    add("--temperature", type=in_range(ranges.TEMPERATURE), default=1.0, metavar="T",
+        help="0 takes the likeliest pair of byte and bit, whatever the next three flags say (1)")  # fmt: skip
+    add("--top-p", type=in_range(ranges.TOP_P), default=1.0, metavar="P",
+        help="keep the fewest pairs that reach this probability (1: all)")  # fmt: skip
+    add("--top-k", type=in_range(ranges.TOP_K), default=0, metavar="K",
+        help="keep so many of the likeliest pairs (0: all)")  # fmt: skip
+    add("--min-p", type=in_range(ranges.MIN_P), default=0.0, metavar="P",
+        help="keep pairs of at least this share of the likeliest's probability (0: all)")  # fmt: skip
+    add(
+        "--boundary-threshold",
+        type=in_range(ranges.BOUNDARY_THRESHOLD, none=False),
+        metavar="T",
+        help="a byte ends a chunk where the model gives that more, under --scoring official also where the router's p "
+        "for a prompt's byte is above it; none: bits are drawn, the router's above 0.5 (an export's own, or none)",
+    )
+    add(
+        "--seed",
+        type=in_range(ranges.SEED),
+        default=0,
+        metavar="N",
+        help="of the draws; prompt i, from 0, draws with seed + i (0)",
+    )
+    add("--utf8", **choice("raw", "constrain"), default="raw", help="constrain: never a byte that is no UTF-8 (raw)")
+
+
+def _add_ends(add: Any) -> None:
+    add("--max-new-bytes", type=in_range(ranges.SIZE), default=256, metavar="N",
+        help="bytes at most; the end of the document stops earlier (256)")  # fmt: skip
+    add("--stop", type=judged(_stop_text), action="append", metavar="TEXT",
+        help="end in front of this text, which is not shown; may be repeated (none)")  # fmt: skip
+
+
+def _add_speed(add: Any) -> None:
+    add("--batch-size", type=in_range(ranges.COUNT), default=8, metavar="N",
+        help="prompts that run side by side where nothing is streamed (8)")  # fmt: skip
     add(
         "--speculate",
-        type=_drafts,
+        type=in_range(ranges.SIZE, auto="auto"),
         default=0,
         metavar="K",
         help="bytes drafted behind a chunk's end, or auto for what is measured to be fastest; the text is the same (0)",
     )
     add(
         "--kernels",
-        choices=("auto", "fused", "reference"),
+        **choice("auto", "fused", "reference"),
         default="auto",
         help="on a CPU, the compiled step where it is built (python -m megabyte_distill.kernels build step), or "
         "torch's (auto)",
     )
-    add("--show-boundaries", action="store_true", help="mark where chunks end: by colour, or by | where there is none")
-    return parser
 
 
-def _drafts(text: str) -> int | Literal["auto"]:
-    return "auto" if text == "auto" else int(text)
+def _stop_text(text: str) -> bytes:
+    if not text:
+        raise ValueError("got '', expected a text of at least one byte; leave the flag out to stop at none")
+    return _raw(text)
 
 
-def _threshold(text: str) -> float | Literal[False]:
-    return False if text == "none" else float(text)
+def check(arguments: argparse.Namespace) -> Iterable[str]:
+    """What is wrong with the flags together, with the folder and with the prompts."""
+    folder = problems_of("--load", lambda: require_student(arguments.load))
+    yield from folder or problems_of("--stage", lambda: require_stage_of(arguments.load, arguments.stage))
+    if arguments.prompt:
+        yield from problems_of("--prompt", lambda: prompts_of(arguments))
+    is_official, sums_bits = arguments.scoring == "official", arguments.generation == "bytes"
+    if is_official and sums_bits:
+        yield "--scoring official: reads a prompt along one path and draws pairs; leave --generation bytes out"
+    if sums_bits and arguments.boundary_threshold:
+        yield "--boundary-threshold: decides bits, and --generation bytes sums over them; leave one of the two out"
+    if is_official:
+        yield from typed(arguments, ["--paths"], "{flag}: --scoring official reads along one path; leave {flag} out")
+    if is_official or sums_bits:
+        why = "is for --generation joint --scoring paths; leave it out"
+        yield from [f"--speculate: got {arguments.speculate}, which {why}"] if arguments.speculate else []
+        yield from [f"--kernels: got fused, which {why}"] if arguments.kernels == "fused" else []
+    if arguments.stream or arguments.interactive:
+        yield from typed(
+            arguments, ["--batch-size"], "{flag}: --stream and --interactive run one prompt at a time; leave {flag} out"
+        )
+    if arguments.stream and arguments.show_boundaries and sums_bits:
+        yield "--stream: with --generation bytes --show-boundaries knows the bits at the end; leave --stream out"
 
 
 def threshold_of(arguments: argparse.Namespace) -> float | None:
     """The flag's, or what the folder says where bits are drawn at all."""
-    from megabyte_distill.student_folders import stored_threshold
-
     if arguments.boundary_threshold is None and arguments.generation == "joint":
         return stored_threshold(arguments.load)
-    given: float | Literal[False] | None = arguments.boundary_threshold
-    return None if given is False else given
+    return arguments.boundary_threshold or None
 
 
 def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
-    """What the flags say; ValueError for values out of range."""
+    """What the flags say."""
     from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, PromptReading
     from megabyte_distill.inference.sampling import Sampling
     from megabyte_distill.inference.utf8 import Utf8Mode
 
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}; expected at least 1")
     sampling = Sampling(
         temperature=arguments.temperature,
         top_p=arguments.top_p,
@@ -136,20 +204,18 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
         seed=arguments.seed,
         mode=GenerationMode(arguments.generation),
         reading=PromptReading(arguments.scoring),
-        stop=tuple(_raw(text) for text in arguments.stop or ()),
+        stop=tuple(arguments.stop or ()),
         utf8=Utf8Mode(arguments.utf8),
     )
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[bytes]:
     """The prompts that the command line names; ValueError for bytes that no text has."""
-    from megabyte_distill.inference.prompts import checked_prompts
-
-    if arguments.interactive:
-        return []
     if arguments.prompt_file is not None:
-        return checked_prompts([arguments.prompt_file.read_bytes()])
-    return checked_prompts([_raw(text) for text in arguments.prompt])
+        return [prompt_bytes(arguments.prompt_file.read_bytes(), f"--prompt-file {arguments.prompt_file}")]
+    texts = arguments.prompt or []
+    names = [f"prompt {number} of {len(texts)}" if len(texts) > 1 else "prompt" for number in range(1, len(texts) + 1)]
+    return [prompt_bytes(_raw(text), name) for text, name in zip(texts, names, strict=True)]
 
 
 def _raw(text: str) -> bytes:
@@ -159,12 +225,13 @@ def _raw(text: str) -> bytes:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generates and prints; ValueError for what the user can mend."""
+    # torch takes seconds to import, which --help and a mistyped flag should not
     from megabyte_distill.student_folders import open_student
 
-    settings, prompts = settings_of(arguments), prompts_of(arguments)
+    prompts, settings = prompts_of(arguments), settings_of(arguments)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "replace")
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     with open_student(arguments.load, arguments.stage) as student:
         begin = _writer(student, settings, arguments)
         screen = Screen(begin, settings, with_boundaries=arguments.show_boundaries)
@@ -200,7 +267,7 @@ def _writer(student: Student, settings: GenerationSettings, arguments: argparse.
     if student.is_official or not _has_engine(settings):
         if speculate or kernels is KernelMode.FUSED:
             raise ValueError(
-                "--speculate and --kernels fused are for --generation joint --scoring paths; leave them out"
+                "--speculate and --kernels fused: not of a student in official dechunk mode; leave them out"
             )
         return lambda prompts, seeded: Generation(student, prompts, seeded)
     engine = Engine(student, max_batch_size=arguments.batch_size, speculate=speculate, kernels=kernels)
@@ -251,7 +318,7 @@ class Screen:
     def stream(self, prompt: bytes, number: int) -> None:
         """One prompt, as its characters come. With the bits unknown until the end (bytes), whole at the end."""
         from megabyte_distill.inference.chunk_marks import marked_characters
-        from megabyte_distill.inference.generation import GenerationMode, complete_characters, new_bytes, new_pairs
+        from megabyte_distill.inference.generation import GenerationMode, new_bytes, new_pairs
 
         if self.with_boundaries and self.settings.mode is GenerationMode.BYTES:
             self.show([prompt], number, 1)
@@ -263,9 +330,7 @@ class Screen:
                 itertools.chain(known, new_pairs(running, self.settings.stop)), colour=sys.stdout.isatty()
             )
         else:
-            # a character that the prompt leaves open is shown with its end
-            print(prompt.decode("utf-8", errors="ignore"), end="", flush=True)
-            pieces = complete_characters(new_bytes(running, self.settings.stop), prompt)
+            pieces = _characters(prompt, new_bytes(running, self.settings.stop))
         with self._timed(running):
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -285,7 +350,7 @@ class Screen:
             if self.with_boundaries:
                 print(mark_chunks(text, [*row.prompt_bits, *row.bits], colour=sys.stdout.isatty()), flush=True)
             else:
-                print(text.decode("utf-8", errors="replace"), flush=True)
+                print(text.decode("utf-8", _errors()), flush=True)
 
     def _begin(self, prompts: list[bytes], first: int) -> Generation | Session:
         return self.begin(prompts, replace(self.settings, seed=self.settings.seed + first))
@@ -305,12 +370,14 @@ class Screen:
 
         rows = [row for _, row in self._done]
         size = sum(len(row.byte_ids) for row in rows)
-        parts = [f"{size} bytes in {self._seconds:.1f} s ({size / max(self._seconds, 1e-9):.0f} bytes/s)"]
+        speed = f"{size / max(self._seconds, 1e-9):.0f} bytes/s"
+        parts = [f"{size} byte{'' if size == 1 else 's'} in {self._seconds:.1f} s ({speed})"]
         bits = [bit for row in rows for bit in (*row.prompt_bits, *row.bits)]
         if any(bits):
-            parts.append(f"{len(bits) / sum(bits):.2f} bytes per chunk")
+            parts.append(f"{len(bits) / sum(bits):.2f} bytes per chunk, prompts included")
         invalid = sum(count_invalid(row.byte_ids, begun=prompt, ended=row.ended) for prompt, row in self._done)
-        parts.append(f"{invalid} of {size} bytes no UTF-8" if invalid else "valid UTF-8")
+        part = f"{invalid} of {size} ({100 * invalid / max(size, 1):.1f} %) belong to no character"
+        parts.append(f"new bytes: {part if invalid else 'valid UTF-8'}")
         reasons = {
             "ended by the model": sum(row.ended for row in rows),
             "ended by --stop": sum(row.stopped_by is not None for row in rows),
@@ -326,9 +393,25 @@ def _label(number: int, count: int) -> None:
         print(f"--- prompt {number + 1} of {count} ---", flush=True)
 
 
+def _errors() -> str:
+    """What becomes of bytes that are no UTF-8: a terminal shows U+FFFD, a file or a pipe gets the bytes."""
+    return "replace" if sys.stdout.isatty() else "surrogateescape"
+
+
+def _characters(prompt: bytes, new: Iterator[int]) -> Iterator[str]:
+    """A prompt, then its continuation as characters become complete; the one that the prompt leaves open too."""
+    decoder = codecs.getincrementaldecoder("utf-8")(_errors())
+    yield decoder.decode(prompt)
+    for byte in new:
+        text = decoder.decode(bytes([byte]))
+        if text:
+            yield text
+    yield decoder.decode(b"", final=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_tool(build_parser(), run, argv)
+    return run_tool(build_parser(), run, argv, check=check)
 
 
 if __name__ == "__main__":

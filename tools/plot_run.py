@@ -6,29 +6,32 @@
 
 Losses, learning rates, bits per byte, boundary F1, bytes per chunk and throughput by stage, a page of held-out text
 with the tokenizer's and the learned boundaries, a sample, settings and versions. The report is one file that needs no
-other. A run that is being trained may be read too. Exit code 0, or 2 with one line that begins with "error:".
+other. A run that is being trained may be read too.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
-from megabyte_distill import __version__
-from megabyte_distill.tool import run_tool
+from megabyte_distill.config import ranges
+from megabyte_distill.conversion.run_folder import require_run, run_names
+from megabyte_distill.data.named_sets import set_problems
+from megabyte_distill.tool import ToolParser, in_range, problems_of, run_tool, typed
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of training runs")
-    parser.add_argument("--output", type=Path, metavar="DIR",
+    parser = ToolParser(description=__doc__)
+    report = parser.add_argument_group("runs and report")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of training runs")
+    report.add_argument("--output", type=Path, metavar="DIR",
         help="for report.html and PNG files (the run's folder; of several comparison/ beside the first)")  # fmt: skip
     page = parser.add_argument_group("page of held-out text", "needs the student's weights, unlike the rest")
-    page.add_argument("--text-bytes", type=int, default=2000, metavar="N",
+    page.add_argument("--text-bytes", type=in_range(ranges.SIZE), default=2000, metavar="N",
         help="bytes of text; 0 leaves the page out (2000)")  # fmt: skip
     page.add_argument("--no-model", action="store_true", help="load no weights: the same as --text-bytes 0")
     page.add_argument("--data-path", nargs="+", default=[], metavar="STEM",
@@ -36,19 +39,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check(arguments: argparse.Namespace) -> Iterable[str]:
+    """What is wrong with the flags together, and with the folders and data sets they name."""
+    folders = [problem for root in arguments.runs for problem in problems_of("RUN", partial(require_run, root))]
+    yield from folders or problems_of("RUN", partial(run_names, arguments.runs))
+    yield from set_problems(arguments.data_path)
+    if arguments.no_model:
+        yield from typed(
+            arguments,
+            ["--text-bytes", "--data-path"],
+            "{flag}: --no-model leaves the page out; leave out one of the two",
+        )
+    elif not arguments.text_bytes:
+        yield from typed(
+            arguments, ["--data-path"], "{flag}: --text-bytes 0 leaves the page out; leave out one of the two"
+        )
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Writes the report and prints its path; ValueError for what the user can mend."""
-    if arguments.text_bytes < 0:
-        raise ValueError(f"--text-bytes {arguments.text_bytes}: expected at least 0")
     text_bytes = 0 if arguments.no_model else arguments.text_bytes
     roots: list[Path] = arguments.runs
     # megatron takes seconds to import, which --help should not
     from megabyte_distill.evaluation.run_report import HeldOutPage, write_report
     from megabyte_distill.parallel.process_groups import world
-    from megabyte_distill.pretrain.run_records import held_out_page, require_run, run_names, run_record
+    from megabyte_distill.pretrain.run_records import held_out_page, run_record
 
-    for root in roots:
-        require_run(root)
     names = run_names(roots)
     pages = [HeldOutPage(missing="left out: --no-model or --text-bytes 0")] * len(roots)
     if text_bytes:
@@ -70,7 +86,7 @@ def default_folder(roots: Sequence[Path]) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_tool(build_parser(), run, argv)
+    return run_tool(build_parser(), run, argv, check=check)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megabyte_distill import __version__
+from megabyte_distill.config import ranges
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.encoding import EncodeJob
 from megabyte_distill.data.inputs import InputFormat, TextDocuments
@@ -30,17 +30,11 @@ from megabyte_distill.data.progress import ProgressBar
 from megabyte_distill.data.records import OnInvalid
 from megabyte_distill.data.tokenizers import TokenizerKind
 from megabyte_distill.data.verify import find_stems, verify_dataset
-from megabyte_distill.tool import run_tool
+from megabyte_distill.tool import ToolParser, choice, in_range, run_tool
 
 
-def _new_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
-    return parser
-
-
-def _preprocess_parser() -> argparse.ArgumentParser:
-    parser = _new_parser(__doc__)
+def _preprocess_parser() -> ToolParser:
+    parser = ToolParser(description=__doc__)
     text = parser.add_argument_group("input")
     text.add_argument(
         "--input",
@@ -51,18 +45,19 @@ def _preprocess_parser() -> argparse.ArgumentParser:
         "each plain, .gz, .zst, .bz2 or .xz; .parquet",
     )
     text.add_argument("--json-keys", nargs="+", default=["text"], help="keys to read, one data set each (text)")
-    text.add_argument("--input-format", type=InputFormat, choices=list(InputFormat), default=InputFormat.AUTO,
+    text.add_argument("--input-format", **choice(*InputFormat, of=InputFormat), default=InputFormat.AUTO,
                       help="format whatever the endings say (auto; standard input is jsonl)")  # fmt: skip
-    text.add_argument("--text-documents", type=TextDocuments, choices=list(TextDocuments), default=TextDocuments.FILE,
+    text.add_argument("--text-documents", **choice(*TextDocuments, of=TextDocuments), default=TextDocuments.FILE,
                       help="what a .txt file is: one document, or one a line (file)")  # fmt: skip
-    text.add_argument("--on-invalid", type=OnInvalid, choices=list(OnInvalid), default=OnInvalid.ERROR,
+    text.add_argument("--on-invalid", **choice(*OnInvalid, of=OnInvalid), default=OnInvalid.ERROR,
                       help="records that cannot be read: stop, leave them out, or put U+FFFD where bytes are no UTF-8 "
                       "and leave out the rest (error)")  # fmt: skip
     text.add_argument("--strict", action="store_true", help="stop at a document that its tokens do not rebuild, "
                       "instead of leaving it out")  # fmt: skip
     tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer-model", default="", help="the teacher's folder, or its tokenizer file")
-    tokenizer.add_argument("--tokenizer-type", type=TokenizerKind, choices=list(TokenizerKind),
+    tokenizer.add_argument("--tokenizer-model", default="", metavar="PATH", help="the teacher's folder, or its "
+                           "tokenizer file; nothing with --tokenizer-type none")  # fmt: skip
+    tokenizer.add_argument("--tokenizer-type", **choice(*TokenizerKind, of=TokenizerKind),
                            default=TokenizerKind.AUTO, help="format of the tokenizer; none stores bytes alone (auto: "
                            "by its files)")  # fmt: skip
     tokenizer.add_argument(
@@ -79,15 +74,16 @@ def _preprocess_parser() -> argparse.ArgumentParser:
         "--output-prefix", required=True, help="files are PREFIX_KEY_document.* and PREFIX_KEY_tokens.*"
     )
     output.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
-    output.add_argument("--log-interval", type=int, default=1000, metavar="DOCUMENTS",
+    output.add_argument("--log-interval", type=in_range(ranges.COUNT), default=1000, metavar="DOCUMENTS",
                         help="documents between progress lines where there is no terminal (1000)")  # fmt: skip
     work = parser.add_argument_group("work")
-    work.add_argument(
-        "--workers", type=int, default=1, help="processes that tokenize, or threads that parse without tokenizer (1)"
-    )
-    work.add_argument("--partitions", type=int, default=1, help="cut the input files into this many runs, each "
-                      "complete or absent, merged at the end (1)")  # fmt: skip
-    work.add_argument("--partition-index", type=int, help="write this partition alone, from 0; merge them later")
+    work.add_argument("--workers", type=in_range(ranges.COUNT), default=1, metavar="N",
+                      help="processes that tokenize, or threads that parse without tokenizer (1)")  # fmt: skip
+    work.add_argument("--partitions", type=in_range(ranges.COUNT), default=1, metavar="N",
+                      help="cut the input files into this many runs, each complete or absent, merged at the end "
+                      "(1)")  # fmt: skip
+    work.add_argument("--partition-index", type=in_range(ranges.SIZE), metavar="I",
+                      help="write this partition alone, from 0; merge them later (default: all, merged)")  # fmt: skip
     work.add_argument("--resume", action="store_true", help="go on after an interruption: finished partitions stay")
     return parser
 
@@ -124,8 +120,8 @@ def run(options: argparse.Namespace) -> None:
     print(summary)
 
 
-def _merge_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("Joins the partitions of one run, wherever they were made, into one data set.")
+def _merge_parser() -> ToolParser:
+    parser = ToolParser(description="Joins the partitions of one run, wherever they were made, into one data set.")
     parser.prog += " merge"
     parser.add_argument("--output-prefix", required=True, help="as it was given for the partitions")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys that were read (text)")
@@ -143,8 +139,10 @@ def merge(options: argparse.Namespace) -> None:
         print(f"--data-path {paths.stem}")
 
 
-def _verify_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("Checks a data set: index against data, tokens against bytes, BOS, UTF-8, manifest.")
+def _verify_parser() -> ToolParser:
+    parser = ToolParser(
+        description="Checks a data set: index against data, tokens against bytes, BOS, UTF-8, manifest."
+    )
     parser.prog += " verify"
     parser.add_argument("output", nargs="+", help="the --output-prefix, or a stem PREFIX_KEY_document")
     return parser
@@ -164,12 +162,14 @@ def _advance(bar: Any, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def _inspect_parser() -> argparse.ArgumentParser:
-    parser = _new_parser("Prints a document with a mark behind each byte that ends a token.")
+def _inspect_parser() -> ToolParser:
+    parser = ToolParser(description="Prints a document with a mark behind each byte that ends a token.")
     parser.prog += " inspect"
     parser.add_argument("output", help="the --output-prefix, or a stem PREFIX_KEY_document")
-    parser.add_argument("--document", type=int, default=0, help="which one, from 0 (0)")
-    parser.add_argument("--limit", type=int, default=4000, metavar="BYTES", help="bytes to show at most (4000)")
+    parser.add_argument("--document", type=in_range(ranges.SIZE), default=0, metavar="I", help="which one, from 0 (0)")
+    parser.add_argument(
+        "--limit", type=in_range(ranges.COUNT), default=4000, metavar="BYTES", help="bytes to show at most (4000)"
+    )
     return parser
 
 

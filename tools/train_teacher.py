@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megabyte_distill.config import ranges
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.config.training import RunConfig
+from megabyte_distill.tool import ToolParser, in_range, run_tool
 
 if TYPE_CHECKING:
     from megabyte_distill.model.backbone import Backbone
@@ -33,26 +36,34 @@ SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, help="training text, jsonl with a text field (.gz and .xz too)")
-    add("--valid-input", nargs="+", required=True, help="held-out text, whole works")
-    add("--work-dir", type=Path, required=True, help="tokenizer, data and checkpoints")
-    add("--hf-path", type=Path, required=True, help="Hugging Face folder to write")
-    add("--vocab-size", type=int, default=4096, help="W, two special tokens included")
-    add("--num-layers", type=int, default=6)
-    add("--hidden-size", type=int, default=192, help="E")
-    add("--ffn-hidden-size", type=int, default=512)
-    add("--num-attention-heads", type=int, default=6)
-    add("--num-query-groups", type=int, default=2)
-    add("--train-iters", type=int, default=1700, help="updates")
-    add("--seq-length", type=int, default=2048, help="bytes of a packed row")
-    add("--global-batch-size", type=int, default=8, help="rows of an update")
-    add("--lr", type=float, default=3e-3)
-    add("--seed", type=int, default=1234)
-    add("--threads", type=int, default=1, help="torch threads")
-    return parser.parse_args()
+def build_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser(description=__doc__)
+    files = parser.add_argument_group("files").add_argument
+    files("--input", nargs="+", required=True, metavar="FILE",
+        help="training text, jsonl with a text field (.gz and .xz too)")  # fmt: skip
+    files("--valid-input", nargs="+", required=True, metavar="FILE", help="held-out text, whole works")
+    files("--work-dir", type=Path, required=True, metavar="DIR", help="tokenizer, data and checkpoints")
+    files("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    model, training = parser.add_argument_group("model"), parser.add_argument_group("training")
+    for group, flag, default, what in (
+        (model, "--vocab-size", 4096, "W: tokens, the two special ones included"),
+        (model, "--num-layers", 6, "transformer layers"),
+        (model, "--hidden-size", 192, "E: width, a multiple of the attention heads"),
+        (model, "--ffn-hidden-size", 512, "width inside a feed-forward layer"),
+        (model, "--num-attention-heads", 6, "H: attention heads"),
+        (model, "--num-query-groups", 2, "heads of keys and values, which divide the attention heads"),
+        (training, "--train-iters", 1700, "updates"),
+        (training, "--seq-length", 2048, "bytes of a packed row"),
+        (training, "--global-batch-size", 8, "rows of an update"),
+        (training, "--threads", 1, "torch threads"),
+    ):
+        group.add_argument(flag, type=in_range(ranges.COUNT), default=default, metavar="N", help=f"{what} ({default})")
+    training.add_argument("--lr", type=in_range(ranges.Range(above=0)), default=3e-3, metavar="RATE",
+        help="highest learning rate, after the warm-up (0.003)")  # fmt: skip
+    training.add_argument("--seed", type=in_range(ranges.SEED), default=1234, metavar="N",
+        help="of weights and of the order of the rows (1234)")  # fmt: skip
+    return parser
 
 
 def train_tokenizer(texts: list[str], folder: Path, vocab_size: int, max_length: int) -> None:
@@ -86,11 +97,11 @@ def train_tokenizer(texts: list[str], folder: Path, vocab_size: int, max_length:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
+    """Trains what is not there yet and writes the folder; ValueError for what the user can mend."""
     from megabyte_distill.data.encoding import EncodeJob
     from megabyte_distill.data.preprocess import iterate_texts, preprocess
 
-    args = parse_arguments()
     tokenizer = args.work_dir / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
         train_tokenizer(list(iterate_texts(args.input)), tokenizer, args.vocab_size, max_length=args.seq_length)
@@ -201,5 +212,10 @@ def run_loop(args: argparse.Namespace, model: Backbone, ranks: World, stems: dic
         return loop.run()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_tool(build_parser(), run, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

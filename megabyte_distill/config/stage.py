@@ -10,7 +10,8 @@ from megabyte_distill.config.options import option
 STAGE_ORDER = ("1a", "1b", "1c", "2a", "2b")
 """The order that chains: 1c freezes the encoder that 1b still changes (RECIPE section 3)."""
 
-
+GENERATES_FROM = ("2a", "2b")
+"""Stages after which the decoder speaks."""
 MERGES_IN = ("1c", "2a", "2b")
 """Stages in which a chunk may be several teacher tokens: 1a and 1b compare chunks with tokens, one to one."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megabyte_distill.config.ranges import BOUNDARY_THRESHOLD, COUNT
 from megabyte_distill.conversion.families import family_named
 from megabyte_distill.conversion.flat_sources import flat_sources
 from megabyte_distill.conversion.hf_config import CONFIG_FILE
@@ -61,10 +62,9 @@ def export_student(
             "a student with --dechunk-mode official reads one byte ahead, so it cannot be stepped and is no causal "
             "model: it cannot be exported; train stage 2 with --dechunk-mode hard or causal"
         )
-    if paths < 1:
-        raise ValueError(f"--paths is {paths}; expected at least 1")
-    if boundary_threshold is not None and not 0 < boundary_threshold < 1:
-        raise ValueError(f"--boundary-threshold is {boundary_threshold}; expected a number between 0 and 1")
+    COUNT.require("paths", paths)
+    if boundary_threshold is not None:
+        BOUNDARY_THRESHOLD.require("boundary_threshold", boundary_threshold)
     backbone_config = hf_config_of(
         config.backbone, token_table(tokenizer, config.backbone.vocab_size), dtype, tokenizer
     )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megabyte_distill.config.ranges import SEED, SHARE, SIZE
+
 Counts = Mapping[str, NDArray[np.float64]]
 """Name → what was counted, one entry a document (or a draw of documents)."""
 Interval = tuple[float, float]
@@ -29,12 +31,9 @@ class Bootstrap:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.resamples < 0:
-            raise ValueError(f"resamples is {self.resamples}; expected a whole number of at least 0 (0 makes none)")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; expected a number between 0 and 1, such as 0.95")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; expected a whole number of at least 0")
+        SIZE.require("resamples", self.resamples)
+        SHARE.require("confidence", self.confidence)
+        SEED.require("seed", self.seed)
 
     def intervals(
         self, counts: Counts, figures: Callable[[Counts], Mapping[str, NDArray[np.float64]]]

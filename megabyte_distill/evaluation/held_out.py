@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
-from megabyte_distill.config.blend import parse_blend
+from megabyte_distill.config.ranges import COUNT
 from megabyte_distill.data.dataset import ByteTokenDataset
-from megabyte_distill.data.manifest import StoredPaths
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import evaluation_rows
 from megabyte_distill.data.text_mask import text_positions
@@ -32,8 +30,8 @@ def held_out_rows(
     below 1 and where there is not a byte of text.
     """
     for name, limit in (("max_bytes", max_bytes), ("max_documents", max_documents)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} is {limit}; expected at least 1")
+        if limit is not None:
+            COUNT.require(name, limit)
     rows: list[PackedRow] = []
     size = 0
     for row in _all_rows(datasets, row_bytes, chunk_bucket, max_documents):
@@ -83,27 +81,3 @@ def _all_rows(
         if max_documents is not None:
             documents = range(documents.start, min(documents.stop, documents.start + max_documents))
         yield from evaluation_rows(dataset.subset(documents), row_bytes=row_bytes, chunk_bucket=chunk_bucket)
-
-
-def set_names(words: Sequence[str]) -> dict[str, str]:
-    """Name → stem of data sets given as STEM or NAME=STEM, weights between them left out.
-
-    A stem alone is called by its last part without ``_document``; where two would be called alike, by the whole stem.
-    ValueError for a name that is given twice.
-    """
-    pairs = [_named(entry.stem) for entry in parse_blend(words)]
-    short = [Path(stem).name.removesuffix("_document") for _, stem in pairs]
-    names: dict[str, str] = {}
-    for (given, stem), own in zip(pairs, short, strict=True):
-        name = given or (own if short.count(own) == 1 else stem)
-        if name in names:
-            raise ValueError(f"two data sets are called {name!r}; give them names, as first={names[name]}")
-        names[name] = stem
-    return names
-
-
-def _named(word: str) -> tuple[str, str]:
-    """(name, stem) of NAME=STEM; a stem that has a "=" in it and exists is taken as it stands."""
-    name, separator, stem = word.partition("=")
-    is_stem = not separator or "/" in name or StoredPaths(word).manifest.exists()
-    return ("", word) if is_stem else (name, stem)

@@ -58,9 +58,10 @@ def _parts(comparison: Comparison) -> list[tuple[str, Evaluation]]:
 def table(comparison: Comparison) -> str:
     """The figures of all text, a line for each data set, and the notes."""
     total = comparison.total
+    documents = "document" if total.documents == 1 else "documents"
     judge = "gold" if total.merged_bits_per_byte is None else "merged"
     lines = [
-        f"{total.text_bytes:,} bytes of {total.documents} documents; bits per byte, document ends left out",
+        f"{total.text_bytes:,} bytes of {total.documents:,} {documents}; bits per byte, document ends left out",
         *_main_lines(total),
         *_path_lines(total),
         f"boundaries: precision {total.boundary_precision:.4f}, recall {total.boundary_recall:.4f}, "

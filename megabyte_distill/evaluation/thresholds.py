@@ -93,17 +93,3 @@ def _figures(bits: str, threshold: float | None, counts: dict[str, float], limit
         gold_f1=over(counts["hits"], counts["ends"]),
         merged_f1=None if limit is None else over(counts["merged_hits"], counts["merged_ends"]),
     )
-
-
-def parse_thresholds(text: str) -> tuple[float, ...]:
-    """Numbers between 0 and 1 out of a list with commas, ascending; none out of "". ValueError where one is none."""
-    found = set()
-    for word in filter(None, text.split(",")):
-        try:
-            value = float(word)
-        except ValueError:
-            raise ValueError(f"--boundary-thresholds: got {word!r}, expected numbers with commas, as 0.3,0.5") from None
-        if not 0 < value < 1:
-            raise ValueError(f"--boundary-thresholds: got {word}, expected numbers between 0 and 1")
-        found.add(value)
-    return tuple(sorted(found))

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, PAD_BYTE
+from megabyte_distill.config.ranges import BOUNDARY_THRESHOLD, COUNT
 
 DEFAULT_CONTEXT = 8192
 """Bytes; lm-evaluation-harness cuts longer prompts off, and few-shot prompts of bytes are long."""
@@ -46,10 +47,9 @@ class MegabyteConfig(PreTrainedConfig):  # type: ignore[misc]
         Raises:
             ValueError: for fewer than one path, and a threshold that no probability is compared with.
         """
-        if paths < 1:
-            raise ValueError(f"paths is {paths}; expected at least 1")
-        if boundary_threshold is not None and not 0 < boundary_threshold < 1:
-            raise ValueError(f"boundary_threshold is {boundary_threshold}; expected a number between 0 and 1, or null")
+        COUNT.require("paths", paths)
+        if boundary_threshold is not None:
+            BOUNDARY_THRESHOLD.require("boundary_threshold", boundary_threshold)
         self.boundary_threshold = boundary_threshold
         self.byte_side, self.backbone, self.backbone_config = byte_side, backbone, backbone_config
         self.paths, self.max_position_embeddings = paths, max_position_embeddings

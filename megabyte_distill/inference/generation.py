@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, split_class
+from megabyte_distill.config.ranges import COUNT, SEED, SIZE
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.inference.official import OfficialReader
 from megabyte_distill.inference.prompts import checked_prompts, context_limit, refuse_too_long
@@ -61,12 +62,9 @@ class GenerationSettings:
     utf8: Utf8Mode = Utf8Mode.RAW
 
     def __post_init__(self) -> None:
-        if self.max_new_bytes < 0:
-            raise ValueError(f"max_new_bytes is {self.max_new_bytes}; expected a whole number of at least 0")
-        if self.paths < 1:
-            raise ValueError(f"paths is {self.paths}; expected at least 1")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2^62")
+        SIZE.require("max_new_bytes", self.max_new_bytes)
+        COUNT.require("paths", self.paths)
+        SEED.require("seed", self.seed)
         if isinstance(self.stop, str | bytes) or not all(isinstance(text, bytes) and text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; expected a tuple of bytes, none of them empty")
         if self.reading is PromptReading.OFFICIAL and self.mode is GenerationMode.BYTES:

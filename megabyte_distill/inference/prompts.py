@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def prompt_bytes(prompt: str | bytes, name: str = "prompt") -> bytes:

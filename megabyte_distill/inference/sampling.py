@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, BYTE_VOCAB, PAD_BYTE
+from megabyte_distill.config.ranges import BOUNDARY_THRESHOLD, MIN_P, TEMPERATURE, TOP_K, TOP_P
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +32,12 @@ class Sampling:
     probability, and nowhere else; bytes stay as likely as they are. None draws the bit with the byte."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}; expected a number of at least 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected a number above 0 and at most 1 (1 keeps everything)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; expected a whole number of at least 0 (0 keeps everything)")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}; expected a number from 0 (keeps everything) to 1")
-        if self.boundary_threshold is not None and not 0 < self.boundary_threshold < 1:
-            raise ValueError(f"boundary_threshold is {self.boundary_threshold}; expected a number between 0 and 1")
+        TEMPERATURE.require("temperature", self.temperature)
+        TOP_P.require("top_p", self.top_p)
+        TOP_K.require("top_k", self.top_k)
+        MIN_P.require("min_p", self.min_p)
+        if self.boundary_threshold is not None:
+            BOUNDARY_THRESHOLD.require("boundary_threshold", self.boundary_threshold)
 
 
 def choose(log_probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:

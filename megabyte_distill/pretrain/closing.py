@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from megabyte_distill.config import STAGE_ORDER, Settings
+from megabyte_distill.config.stage import GENERATES_FROM
+from megabyte_distill.conversion.run_folder import run_names
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
@@ -29,15 +31,8 @@ from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import World, regroup
 from megabyte_distill.pretrain.prepare import Prepared, data_sets
-from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, page_source, run_names, run_record
-from megabyte_distill.runs import (
-    GENERATES_FROM,
-    RunStudents,
-    chunk_limit,
-    load_run_teacher,
-    load_students,
-    stage_progress,
-)
+from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, page_source, run_record
+from megabyte_distill.runs import RunStudents, chunk_limit, load_run_teacher, load_students, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
 

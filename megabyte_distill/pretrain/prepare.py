@@ -21,6 +21,7 @@ from megabyte_distill.conversion.model_config import (
     write_model_config,
 )
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
+from megabyte_distill.conversion.run_folder import teacher_path
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.chunk_merging import SAMPLE_ROW_BYTES, sample_rows
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
@@ -33,7 +34,7 @@ from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
-from megabyte_distill.runs import stage_progress, teacher_path
+from megabyte_distill.runs import stage_progress
 from megabyte_distill.training.checkpoint import find_checkpoint
 from megabyte_distill.training.target_cache import TargetCache, teacher_hash
 

@@ -10,7 +10,8 @@ from typing import Any
 from megabyte_distill.config import STAGE_ORDER, Settings, read_run_config
 from megabyte_distill.config.blend import parse_blend
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, flatten
-from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, TEACHER_FILE, is_run
+from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
+from megabyte_distill.conversion.run_folder import require_run
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.manifest import StoredPaths
@@ -26,26 +27,6 @@ SUMMARY_FILE, BOUNDARIES_FILE = "summary.json", "boundaries.png"
 ROUTER_IS_TRAINED = STAGE_ORDER[STAGE_ORDER.index("1c") :]
 """Stages behind which the router's boundaries mean something."""
 _PNG = b"\x89PNG"
-
-
-def require_run(root: Path) -> None:
-    """ValueError where a folder is no run's root."""
-    if is_run(root):
-        return
-    if is_run(root.resolve().parent) and root.name in STAGE_ORDER:
-        raise ValueError(f"{root} is a stage of a run; give the run's own folder, {root.resolve().parent}")
-    what = "is not a run" if root.is_dir() else "is not a folder"
-    raise ValueError(f"{root} {what}: expected a folder written by training, with {TEACHER_FILE} in it")
-
-
-def run_names(roots: Sequence[Path]) -> list[str]:
-    """What runs are called: by the folder's name, or by the path where two have the same. ValueError for twins."""
-    resolved = [root.resolve() for root in roots]
-    for number, root in enumerate(resolved):
-        if root in resolved[:number]:
-            raise ValueError(f"{roots[number]} is given twice; give each run once")
-    names = [root.name for root in resolved]
-    return [name if names.count(name) == 1 else str(root) for name, root in zip(names, resolved, strict=True)]
 
 
 def run_record(root: Path, name: str, page: HeldOutPage) -> RunRecord:

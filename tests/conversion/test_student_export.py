@@ -88,11 +88,15 @@ def test_a_stage_is_exported_by_its_folder_and_an_early_one_refused(
         (finished / "1b", [], "the decoder is untrained"),
         (early, [], "after stage 1c the decoder is untrained"),
         (job.teacher, [], "is not a run"),
-        (finished / "2c", [], "is not a run"),
+        (finished / "2c", [], "is not a folder"),
         (finished, [], "give --overwrite"),
-        (finished, ["--overwrite", "--paths", "0"], "--paths is 0"),
-        (finished, ["--overwrite", "--boundary-threshold", "1"], "--boundary-threshold is 1.0"),
-        (job.teacher, ["--teacher", "--paths", "2", "--overwrite"], "--paths belongs to a student"),
+        (finished, ["--overwrite", "--paths", "0"], "--paths: got 0, expected"),
+        (
+            finished,
+            ["--overwrite", "--boundary-threshold", "1"],
+            "--boundary-threshold: got 1, expected a number above 0 and below 1",
+        ),
+        (job.teacher, ["--teacher", "--paths", "2", "--overwrite"], "--paths: belongs to a student"),
     ):
         assert main(["export", "--megatron-path", str(path), "--hf-path", out, *more]) == 2
         error = capsys.readouterr().err.strip()

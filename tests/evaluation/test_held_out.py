@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.evaluation.held_out import held_out_rows, opening, openings, set_names
+from megabyte_distill.evaluation.held_out import held_out_rows, opening, openings
 from megabyte_distill.inference.scoring import segment_texts
 
 
@@ -77,17 +75,3 @@ def test_openings_come_from_all_over_the_text(source: Sliced) -> None:
     assert positions == sorted(set(positions)) and positions[0] < len(rows) / 4 and positions[-1] > len(rows) * 3 / 4
     assert len(openings(rows, 1)) == 1
     assert len(openings(rows, 10**9)) <= len(rows)
-
-
-def test_sets_are_called_by_their_names_or_by_the_ends_of_their_stems(tmp_path: Path) -> None:
-    odd = f"{tmp_path}/k=v_text_document"
-    Path(f"{odd}.json").write_text("{}")
-    words = ["0.3", "data/en_text_document", "0.7", "German=de_text_document"]
-    assert set_names(words) == {"en_text": "data/en_text_document", "German": "de_text_document"}
-    assert set_names(["a/x_document", "b/x_document"]) == {
-        "a/x_document": "a/x_document",
-        "b/x_document": "b/x_document",
-    }
-    assert set_names([odd, f"mine={odd}"]) == {odd: odd, "mine": odd}
-    with pytest.raises(ValueError, match="two data sets are called 'a'"):
-        set_names(["a=x_document", "a=y_document"])

@@ -12,7 +12,7 @@ from megabyte_distill.data.sampler import evaluation_rows
 from megabyte_distill.evaluation.bits_per_byte import Measures, compare, headline_bits
 from megabyte_distill.evaluation.bootstrap import Bootstrap
 from megabyte_distill.evaluation.report import table
-from megabyte_distill.evaluation.thresholds import parse_thresholds, sweep
+from megabyte_distill.evaluation.thresholds import sweep
 from megabyte_distill.inference.scoring import score_row, segment_texts
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Given, Parts, RouterDecides, Student
@@ -82,13 +82,3 @@ def test_a_student_of_merged_chunks_is_judged_by_them(student: Student, rows: li
     assert total.bytes_per_chunk == pytest.approx(merged.bytes_per_chunk) and gold.bytes_per_chunk < 2.2
     printed = table(found)
     assert "student, merged bits" in printed and "note: the student was taught chunks of several tokens" in printed
-
-
-def test_thresholds_are_read_in_order() -> None:
-    assert parse_thresholds("0.7,0.3,0.3") == (0.3, 0.7) and parse_thresholds("") == ()
-
-
-@pytest.mark.parametrize(("text", "message"), [("0.3,x", "got 'x'"), ("0.5,1", "between 0 and 1"), ("nan", "between")])
-def test_what_is_no_threshold_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_thresholds(text)

@@ -230,7 +230,10 @@ def test_the_tool_refuses_what_it_cannot_do(
     (tmp_path / "full" / "file").write_text("x")
     for flags, message in (
         (cache_flags(job, whole, make(32), "--logits-save-top-k", "16"), "top_k: 32 there, 16 now"),
-        (cache_flags(job, whole, tmp_path / "c", "--logits-save-top-k", "0"), "--logits-save-top-k 0: expected 1 to"),
+        (
+            cache_flags(job, whole, tmp_path / "c", "--logits-save-top-k", "0"),
+            "--logits-save-top-k: got 0, expected a whole number of at least 1 and at most 512",
+        ),
         (cache_flags(job, whole, tmp_path / "c", "--overlap-tokens", "5000"), "--overlap-tokens 5000"),
         (cache_flags(job, whole, tmp_path / "full"), "is not empty and holds no target cache"),
         (cache_flags(job, short, tmp_path / "c", "--split", "0,1,0"), "no documents"),

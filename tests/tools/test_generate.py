@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from megabyte_distill.inference.generation import GenerationSettings, generate
+from megabyte_distill.inference.generation import Generated, GenerationSettings, NewBytes, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.runs import load_student
 from tests.pretrain.job import Job
 from tools.convert_checkpoint import main as convert
-from tools.generate import build_parser, main, settings_of
+from tools.generate import Screen, build_parser, main, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_seed_gives_the_text_of_the_api_from_a_prompt_and_from_a_file(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     (tmp_path / "prompt").write_bytes(b"the old")
     command = ["--load", str(finished), "--max-new-bytes", "20", "--temperature", "0.5"]
@@ -39,9 +41,9 @@ def test_a_seed_gives_the_text_of_the_api_from_a_prompt_and_from_a_file(
             wanted = generate(student, ["the old"], settings)[0].byte_ids
             for prompt in (["--prompt", "the old"], ["--prompt-file", str(tmp_path / "prompt")]):
                 assert main([*command, *prompt, "--seed", str(seed)]) == 0
-                output = capsys.readouterr()
-                assert output.out == "the old" + wanted.decode("utf-8", errors="replace") + "\n"
-                assert f"{len(wanted)} bytes in " in output.err and "bytes/s" in output.err
+                output = capsysbinary.readouterr()
+                assert output.out == b"the old" + wanted + b"\n"
+                assert f"{len(wanted)} bytes in ".encode() in output.err and b"bytes/s" in output.err
             seen.add(wanted)
     assert len(seen) > 1
 
@@ -80,19 +82,21 @@ def test_prompts_are_labelled_and_their_texts_do_not_depend_on_who_runs_beside_t
         assert main([*command, *more]) == 0
         output = capsys.readouterr()
         outputs.append(output.out)
-        assert "valid UTF-8" in output.err or "no UTF-8" in output.err
+        assert "new bytes: valid UTF-8" in output.err or "belong to no character" in output.err
     assert outputs[0] == outputs[1] == outputs[2]
     parts = outputs[0].split("--- prompt ")
     assert [part[:6] for part in parts[1:]] == [f"{number} of 4" for number in range(1, 5)]
     assert parts[3].startswith("3 of 4 ---\nné") and parts[4].startswith("4 of 4 ---\nold house")
 
 
-def test_an_export_writes_what_its_run_does(finished: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_writes_what_its_run_does(
+    finished: Path, exported: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
     outputs = []
     for folder in (finished, finished / "2b", exported):
         with world():
             assert main(["--load", str(folder), "--prompt", "the", "--max-new-bytes", "24", "--temperature", "0"]) == 0
-        outputs.append(capsys.readouterr().out)
+        outputs.append(capsysbinary.readouterr().out)
     assert outputs[0] == outputs[1] == outputs[2]
 
 
@@ -129,52 +133,18 @@ def test_a_stop_text_and_a_seed_reach_the_engine(exported: Path, capsys: pytest.
 
 
 def test_prompts_are_read_from_the_terminal_until_it_ends(
-    exported: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    exported: Path, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["--load", str(exported), "--max-new-bytes", "6", "--temperature", "0"]
     assert main([*command, "--prompt", "the"]) == 0
-    wanted = capsys.readouterr().out
+    wanted = capsysbinary.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("the\n/help\nb\udcffd\nthe\n"))
     assert main([*command, "--interactive"]) == 0
-    output = capsys.readouterr()
+    output = capsysbinary.readouterr()
     assert output.out == wanted * 2
-    assert output.err.count("Ctrl-D ends") == 2
-    assert "error: the prompt has byte 255 (0xFF) at offset 1" in output.err
-    assert output.err.count("bytes/s") == 2
-
-
-def test_mistakes_are_one_error_line(
-    finished: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bad").write_bytes(b"abc\xfe")
-    run = ["--load", str(finished)]
-    with world():
-        for command, message in (
-            ([*run, "--prompt-file", str(tmp_path / "bad")], "byte 254 (0xFE) at offset 3"),
-            ([*run, "--prompt-file", str(tmp_path / "missing")], "missing"),
-            ([*run, "--prompt", "ab\udcff"], "byte 255 (0xFF) at offset 2"),
-            ([*run, "--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
-            ([*run, "--prompt", "a", "--boundary-threshold", "1"], "boundary_threshold is 1.0"),
-            (
-                [*run, "--prompt", "a", "--boundary-threshold", "0.5", "--generation", "bytes"],
-                "a boundary threshold decides bits",
-            ),
-            ([*run, "--prompt", "a", "--top-p", "0"], "top_p is 0.0"),
-            ([*run, "--prompt", "a", "--top-k", "-2"], "top_k is -2"),
-            ([*run, "--prompt", "a", "--min-p", "2"], "min_p is 2.0"),
-            ([*run, "--prompt", "a", "--stop", ""], "none of them empty"),
-            ([*run, "--prompt", "a", "--batch-size", "0"], "--batch-size is 0"),
-            ([*run, "--prompt", "a", "--generation", "bytes", "--scoring", "official"], "joint generation only"),
-            ([*run, "--prompt", "fine", "--prompt", "b\udcfe"], "prompt 1 has byte 254"),
-            ([*run, "--prompt", "a", "--paths", "0"], "paths is 0"),
-            ([*run, "--prompt", "a", "--max-new-bytes", "-1"], "max_new_bytes is -1"),
-            ([*run, "--prompt", "a", "--stage", "1c"], "the decoder is untrained"),
-            (["--load", str(tmp_path), "--prompt", "a"], "is not a run and not an exported student"),
-            (["--load", str(job.teacher), "--prompt", "a"], "is a converted teacher"),
-        ):
-            assert main(command) == 2
-            error = capsys.readouterr().err.strip()
-            assert error.startswith("error: ") and message in error and "\n" not in error
+    assert output.err.count(b"Ctrl-D ends") == 2
+    assert b"error: the prompt has byte 255 (0xFF) at offset 1" in output.err
+    assert output.err.count(b"bytes/s") == 2
 
 
 def test_a_run_that_has_not_reached_2a_cannot_generate(
@@ -203,21 +173,87 @@ def test_a_folder_that_is_no_student_or_a_damaged_one_is_refused(
         assert main(["--load", str(tmp_path), "--prompt", "a prompt of some length" * 4]) == 2
         assert message in capsys.readouterr().err
     assert main(["--load", str(exported), "--stage", "2a", "--prompt", "a"]) == 2
-    assert "is an export, which holds the weights of one stage" in capsys.readouterr().err
+    assert "--stage: " in (error := capsys.readouterr().err) and "is an export, which holds the weights of" in error
 
 
 @pytest.mark.parametrize("more", [["--speculate", "4"], ["--speculate", "auto"], ["--kernels", "reference"]])
-def test_drafts_and_kernels_change_no_text(exported: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+def test_drafts_and_kernels_change_no_text(
+    exported: Path, capsysbinary: pytest.CaptureFixture[bytes], more: list[str]
+) -> None:
     command = ["--load", str(exported), "--prompt", "the", "--prompt", "a hill", "--max-new-bytes", "30"]
     assert main(command) == 0
-    plain = capsys.readouterr().out
+    plain = capsysbinary.readouterr().out
     assert main([*command, *more, "--batch-size", "1"]) == 0
-    assert capsys.readouterr().out == plain
+    assert capsysbinary.readouterr().out == plain
     assert main([*command, *more, "--stream"]) == 0
-    assert capsys.readouterr().out == plain
+    assert capsysbinary.readouterr().out == plain
 
 
-def test_what_the_engine_does_not_do_is_refused(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--load", str(exported), "--prompt", "the", "--speculate", "4", "--generation", "bytes"]
-    assert main(command) == 2
-    assert "--speculate and --kernels fused are for" in capsys.readouterr().err
+@dataclass
+class Written:
+    """A continuation of one prompt that is known beforehand."""
+
+    prompts: list[bytes]
+    text: bytes
+
+    def __iter__(self) -> Iterator[NewBytes]:
+        for byte in self.text:
+            yield NewBytes(rows=[0], byte_ids=[byte], bits=[False], log_probabilities=[0.0])
+
+    def results(self) -> list[Generated]:
+        bits = ((False,) * len(self.text), (True,) * len(self.prompts[0]))
+        return [Generated(byte_ids=self.text, bits=bits[0], prompt_bits=bits[1], log_probability=0.0, ended=True)]
+
+
+class Shown(io.TextIOWrapper):
+    """A terminal, or a pipe."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8", errors="surrogateescape")
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    def text(self) -> bytes:
+        self.flush()
+        buffer = self.buffer
+        assert isinstance(buffer, io.BytesIO)
+        return buffer.getvalue()
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "new", "on_terminal", "told"),
+    [
+        (b"caf\xc3", b"\xa9 \xe6\x97\xa5", "café 日", "5 bytes in 0.0 s"),
+        (b"a\xff\x80b", b"c", "a��bc", "1 byte in 0.0 s"),
+        (b"half \xe6\x97", b"", "half �", "0 bytes in 0.0 s"),
+        (b"half \xe6\x97", b"x\x80\xe6", "half �x��", "new bytes: 2 of 3 (66.7 %) belong to no character"),
+        ("\0né👩🏽".encode(), "\u200d🚀 مر".encode(), "\0né👩🏽\u200d🚀 مر", "new bytes: valid UTF-8"),
+    ],
+)
+def test_a_pipe_gets_the_bytes_and_a_terminal_a_sign_for_what_is_no_text(
+    streams: bool,
+    prompt: bytes,
+    new: bytes,
+    on_terminal: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def begin(prompts: object, settings: object) -> Written:
+        return Written([prompt], new)
+
+    screen = Screen(begin, GenerationSettings(), with_boundaries=False)  # type: ignore[arg-type]
+    for is_terminal, wanted in ((False, prompt + new), (True, on_terminal.encode())):
+        shown = Shown(is_terminal=is_terminal)
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.stdout", shown)
+            if streams:
+                screen.stream(prompt, 0)
+            else:
+                screen.show([prompt], 0, 1)
+        assert shown.text() == wanted + b"\n"
+        screen.report()
+        assert told in capsys.readouterr().err

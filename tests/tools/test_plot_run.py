@@ -111,7 +111,7 @@ def test_relative_data_is_looked_for_where_training_was_started(
         (["{tmp}/nowhere"], "is not a folder: expected a folder written by training"),
         (["{run}/2a"], "is a stage of a run; give the run's own folder"),
         (["{run}", "{run}/"], "is given twice"),
-        (["{run}", "--text-bytes", "-1"], "--text-bytes -1: expected at least 0"),
+        (["{run}", "--text-bytes", "-1"], "--text-bytes: got -1, expected a whole number of at least 0"),
         (["{run}", "--no-model", "--output", "{run}/metrics.jsonl"], "metrics.jsonl"),
     ],
 )

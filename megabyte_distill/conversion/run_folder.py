@@ -1,0 +1,60 @@
+"""Whether folders are runs, before anything of them is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabyte_distill.config.stage import STAGE_ORDER
+from megabyte_distill.conversion.model_config import TEACHER_FILE, is_run
+
+
+def require_run(root: Path) -> None:
+    """ValueError where a folder is no run's root."""
+    if is_run(root):
+        return
+    if is_run(root.resolve().parent) and root.name in STAGE_ORDER:
+        raise ValueError(f"{root} is a stage of a run; give the run's own folder, {root.resolve().parent}")
+    what = "is not a run" if root.is_dir() else "is not a folder"
+    raise ValueError(f"{root} {what}: expected a folder written by training, with {TEACHER_FILE} in it")
+
+
+def require_stage(root: Path, stage: str) -> None:
+    """ValueError where a run has no folder of a stage."""
+    if not (root / stage).is_dir():
+        there = [name for name in STAGE_ORDER if (root / name).is_dir()]
+        raise ValueError(
+            f"{root} has no stage {stage}; it has {', '.join(there) or 'none'}: take one of these, or train it "
+            f"(--stages {stage})"
+        )
+
+
+def run_names(roots: Sequence[Path]) -> list[str]:
+    """What runs are called: by the folder's name, or by the path where two have the same. ValueError for twins."""
+    resolved = [root.resolve() for root in roots]
+    for number, root in enumerate(resolved):
+        if root in resolved[:number]:
+            raise ValueError(f"{roots[number]} is given twice; give each run once")
+    names = [root.name for root in resolved]
+    return [name if names.count(name) == 1 else str(root) for name, root in zip(names, resolved, strict=True)]
+
+
+def split_stage(folder: Path) -> tuple[Path, str | None]:
+    """(run, stage) of RUN/<stage>; (folder, None) of anything else."""
+    resolved = folder.resolve()
+    is_stage = resolved.name in STAGE_ORDER and is_run(resolved.parent)
+    return (resolved.parent, resolved.name) if is_stage else (folder, None)
+
+
+def teacher_path(root: Path) -> Path:
+    """Where the run's teacher lies, as recorded at its start."""
+    return Path(json.loads((root / TEACHER_FILE).read_text(encoding="utf-8"))["teacher"])
+
+
+def find_run_teacher(root: Path, override: Path | None = None) -> Path:
+    """The folder of a run's teacher; ``override`` where it moved. ValueError where it is not there."""
+    path = override or teacher_path(root)
+    if not path.is_dir():
+        raise ValueError(f"the teacher of {root} should be at {path}, which is not a directory; give --teacher")
+    return path
