@@ -10,12 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megabyte_distill import __version__
 from megabyte_distill.kernels import build
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 1 where something could not be built."""
     parser = argparse.ArgumentParser(prog="python -m megabyte_distill.kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
     commands = parser.add_subparsers(dest="command")
     building = commands.add_parser("build", help="compile the kernels")
     building.add_argument("target", nargs="?", choices=("cuda", "cpu", "step"), default="cuda")

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from megabyte_distill import __version__
 from megabyte_distill.config import ConfigError, Settings, parse_arguments
 
 EXIT_ERROR = 2
@@ -25,7 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m megabyte_distill.memory",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Beside these, every flag of training (examples/pretrain_byte_kd.sh --help).",
+        epilog="Beside these, every flag of training (examples/pretrain_byte_kd.sh --help). Exit codes: 0 done; 2 a "
+        "mistake, told on stderr.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -35,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stage", metavar="S", help="--stages: 1b, or 1a,2b (all)")
     add("--hf-model", type=Path, metavar="DIR", help="take the backbone's shape from a Hugging Face config.json")
     add("--bytes-per-chunk", type=float, default=4.4, help="mean length of a token of the teacher in the text (4.4)")
+    add("--version", action="version", version=f"megabyte-distill {__version__}")
     add("--json", action="store_true", help="print a JSON list, sizes in bytes")
     return parser
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megabyte_distill import __version__
 from megabyte_distill.config import (
     PRESETS,
     BoundarySource,
@@ -247,14 +248,15 @@ def test_a_program_exits_with_2_and_without_a_traceback() -> None:
 
 
 def test_only_rank_0_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv, code in ((["--foo"], 2), (["--help"], 0)):
+    for argv, code in ((["--foo"], 2), (["--help"], 0), (["--version"], 0)):
         with pytest.raises(SystemExit) as caught:
             parse_or_exit(argv, rank=1)
         assert caught.value.code == code
         assert capsys.readouterr() == ("", "")
-    with pytest.raises(SystemExit):
-        parse_or_exit(["--help"])
-    assert "--train-iters" in capsys.readouterr().out
+    for flag, shown in (("--help", "--train-iters"), ("--help", "Exit codes: 0"), ("--version", f"{__version__}\n")):
+        with pytest.raises(SystemExit):
+            parse_or_exit([flag, "--foo"])
+        assert shown in capsys.readouterr().out
 
 
 def test_settings_cannot_be_changed() -> None:

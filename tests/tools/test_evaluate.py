@@ -18,7 +18,7 @@ def test_all_figures_as_json_and_as_a_table(job: Job, finished: Path, capsys: py
     with world():
         assert main([*command, "--json", "--train-data-path", job.train, "--paths", "2", *along]) == 0
         figures = json.loads(capsys.readouterr().out)
-        assert main([*command, "--paths", "0", "--max-bytes", "300"]) == 0
+        assert main([*command, "--paths", "0", "--max-bytes", "300", "--max-documents", "1"]) == 0
     assert figures["documents"] == 3 and figures["paths"]["paths"] == 2
     assert figures["retention"] == pytest.approx(figures["teacher_bits_per_byte"] / figures["student_bits_per_byte"])
     assert [line["threshold"] for line in figures["thresholds"]] == [None, 0.4, 0.6]
@@ -27,7 +27,7 @@ def test_all_figures_as_json_and_as_a_table(job: Job, finished: Path, capsys: py
     assert router["bits_per_byte"] == pytest.approx(figures["router_bits_per_byte"])
     assert figures["unigram_bits_per_byte"] < figures["student_bits_per_byte"]
     table = capsys.readouterr().out
-    assert "retention" in table and "paths" not in table and "unigram" not in table
+    assert "bytes of 1 document;" in table and "retention" in table and "paths" not in table and "unigram" not in table
 
 
 def test_sets_have_rows_runs_stand_side_by_side_and_pictures_are_drawn(
