@@ -107,6 +107,14 @@ def folder_to_read(text: str | Path) -> Path:
     return path
 
 
+def folder_to_write(text: str) -> Path:
+    """``type=judged(folder_to_write)``: the path of a folder that is there or can be made."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"got {text!r}, expected a folder, which may be new; it is a file")
+    return path
+
+
 def problems_of(flag: str, judge: Callable[[], object]) -> list[str]:
     """What ``judge`` raises as the user's to mend, as a problem of the flag; none where it raises nothing."""
     try:

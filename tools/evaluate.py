@@ -24,7 +24,17 @@ from megabyte_distill.config.blend import parse_split
 from megabyte_distill.config.stage import GENERATES_FROM
 from megabyte_distill.conversion.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.data.named_sets import set_names, set_problems
-from megabyte_distill.tool import ToolParser, choice, folder_to_read, in_range, judged, problems_of, run_tool, typed
+from megabyte_distill.tool import (
+    ToolParser,
+    choice,
+    folder_to_read,
+    folder_to_write,
+    in_range,
+    judged,
+    problems_of,
+    run_tool,
+    typed,
+)
 
 if TYPE_CHECKING:
     from megabyte_distill.data.dataset import ByteTokenDataset
@@ -73,7 +83,8 @@ def build_parser() -> ToolParser:
     _add_robustness(parser.add_argument_group("--suite robustness").add_argument)
     output = parser.add_argument_group("output").add_argument
     output("--json", action="store_true", help="print one JSON object (default: tables)")
-    output("--plots", type=Path, metavar="DIR", help="draw PNG pictures into this folder (default: none)")
+    output("--plots", type=judged(folder_to_write), metavar="DIR",
+        help="draw PNG pictures into this folder (default: none)")  # fmt: skip
     return parser
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from megabyte_distill.config import ranges
 from megabyte_distill.conversion.run_folder import require_run, run_names
 from megabyte_distill.data.named_sets import set_problems
-from megabyte_distill.tool import ToolParser, in_range, problems_of, run_tool, typed
+from megabyte_distill.tool import ToolParser, folder_to_write, in_range, judged, problems_of, run_tool, typed
 
 
 def build_parser() -> ToolParser:
@@ -28,7 +28,7 @@ def build_parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
     report = parser.add_argument_group("runs and report")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of training runs")
-    report.add_argument("--output", type=Path, metavar="DIR",
+    report.add_argument("--output", type=judged(folder_to_write), metavar="DIR",
         help="for report.html and PNG files (the run's folder; of several comparison/ beside the first)")  # fmt: skip
     page = parser.add_argument_group("page of held-out text", "needs the student's weights, unlike the rest")
     page.add_argument("--text-bytes", type=in_range(ranges.SIZE), default=2000, metavar="N",

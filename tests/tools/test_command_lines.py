@@ -146,6 +146,8 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
         ([*EVALUATE, "--data-path", "{tmp}/no_text_document"], "--data-path: got {tmp}/no_text_document, expected the"),
         ([*EVALUATE, "--data-path", "a={set}", "a={set}"], "--data-path: two data sets are called 'a'"),
         ([*EVALUATE, "--train-data-path", "{tmp}/no_text_document"], "--train-data-path: got {tmp}/no_text_document"),
+        ([*EVALUATE, "--plots", "{set}.json"], "--plots: got '{set}.json', expected a folder, which may be new"),
+        (["plot_run", "{run}", "--output", "{set}.json"], "--output: got '{set}.json', expected a folder, which may"),
         (["plot_run", "{run}", "--text-bytes", "x"], "--text-bytes: got 'x', expected a whole number of at least 0"),
         (["plot_run", "{run}", "--data-path", "{tmp}/no_document"], "--data-path: got {tmp}/no_document, expected the"),
         (["plot_run", "{run}", "--no-model", "--text-bytes", "9"], "--text-bytes: --no-model leaves the page out"),
