@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="joint",
         help="draw pairs of byte and bit, or bytes alone, their bits summed out along --paths (joint)",
     )
-    add("--paths", type=int, default=4, help="bit histories of a prompt, and of --generation bytes (4)")
+    add("--paths", type=int, default=4, help="bit histories of a prompt's end, and of --generation bytes (4)")
+    add("--path-bytes", type=int, default=256, help="length of that end; the router cuts what is in front of it (256)")
     add(
         "--scoring",
         choices=("paths", "official"),
@@ -133,6 +134,7 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
         max_new_bytes=arguments.max_new_bytes,
         sampling=sampling,
         paths=arguments.paths,
+        path_bytes=arguments.path_bytes,
         seed=arguments.seed,
         mode=GenerationMode(arguments.generation),
         reading=PromptReading(arguments.scoring),
