@@ -29,12 +29,12 @@ import torch
 
 from benchmarks.scoring import PATHS, make_student, sample
 from megabyte_distill.inference.bit_paths import BitPaths
-from megabyte_distill.inference.prompt_reading import PATH_BYTES, read_prompts
+from megabyte_distill.inference.prompt_reading import PATH_WINDOW, read_prompts
 from megabyte_distill.model.student import Student
 from megabyte_distill.student_folders import open_student
 
 FOLLOWING = 200
-WAYS = {"end": PATH_BYTES, "all": 1 << 30}
+WAYS = {"end": PATH_WINDOW, "all": 1 << 30}
 """Bytes at a prompt's end that are read along the paths."""
 
 
@@ -57,9 +57,9 @@ def measure(student: Student, length: int, count: int, is_trained: bool) -> dict
         prompt = bytes(text[:length].tolist())
         best = dict.fromkeys(WAYS, math.inf)
         for _ in range(2):
-            for way, path_bytes in WAYS.items():
+            for way, path_window in WAYS.items():
                 started = time.process_time()
-                read = read_prompts(student, [prompt], PATHS, path_bytes=path_bytes)
+                read = read_prompts(student, [prompt], PATHS, path_window=path_window)
                 best[way] = min(best[way], time.process_time() - started)
                 if is_trained and len(bits[way]) == len(seconds[way]):
                     bits[way].append(bits_of(read, text[length:]))
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 name = f"{shape}, {length} bytes"
                 found[name] = measure(student, length, count, arguments.load is not None)
                 print(name, json.dumps(found[name]), flush=True)
-    print(json.dumps({"paths": PATHS, "path_bytes": PATH_BYTES, "cases": found}))
+    print(json.dumps({"paths": PATHS, "path_window": PATH_WINDOW, "cases": found}))
     return 0
 
 

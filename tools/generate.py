@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw pairs of byte and bit, or bytes alone, their bits summed out along --paths (joint)",
     )
     add("--paths", type=int, default=4, help="bit histories of a prompt's end, and of --generation bytes (4)")
-    add("--path-bytes", type=int, default=256, help="length of that end; the router cuts what is in front of it (256)")
+    add("--path-window", type=int, default=256, help="length of that end; the router cuts what is in front of it (256)")
     add(
         "--scoring",
         choices=("paths", "official"),
@@ -134,7 +134,7 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
         max_new_bytes=arguments.max_new_bytes,
         sampling=sampling,
         paths=arguments.paths,
-        path_bytes=arguments.path_bytes,
+        path_window=arguments.path_window,
         seed=arguments.seed,
         mode=GenerationMode(arguments.generation),
         reading=PromptReading(arguments.scoring),

@@ -365,7 +365,7 @@ class Session:
             names = [prompt_name(number, len(self.prompts)) for number in numbers]
             texts = [self.prompts[number] for number in numbers]
             settings = self._settings
-            read = read_prompts(self._engine.student, texts, settings.paths, names, path_bytes=settings.path_bytes)
+            read = read_prompts(self._engine.student, texts, settings.paths, names, path_window=settings.path_window)
             uniform = torch.cat([self._numbers_of(number)[:1] for number in numbers]).to(self._device)
             path = choose(read.log_weights, only_temperature, uniform)
             for number, bits in zip(numbers, read.history(path), strict=True):

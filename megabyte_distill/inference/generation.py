@@ -16,7 +16,7 @@ from torch import Tensor
 from megabyte_distill.alphabet import BOS_BYTE, split_class
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.inference.official import OfficialReader
-from megabyte_distill.inference.prompt_reading import PATH_BYTES, read_prompts
+from megabyte_distill.inference.prompt_reading import PATH_WINDOW, read_prompts
 from megabyte_distill.inference.prompts import checked_prompts, context_limit
 from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 from megabyte_distill.inference.utf8 import Utf8Mode, Utf8Rows
@@ -53,7 +53,7 @@ class GenerationSettings:
     sampling: Sampling = field(default_factory=Sampling)
     paths: int = 4
     """Bit histories along which a prompt's end is read, and kept up in mode BYTES."""
-    path_bytes: int = PATH_BYTES
+    path_window: int = PATH_WINDOW
     """Length of that end. What stands in front of it is cut where the router cuts, and read many bytes at once."""
     seed: int = 0
     """Row i of a batch draws with seed + i, whatever the other rows are."""
@@ -68,8 +68,8 @@ class GenerationSettings:
             raise ValueError(f"max_new_bytes is {self.max_new_bytes}; expected a whole number of at least 0")
         if self.paths < 1:
             raise ValueError(f"paths is {self.paths}; expected at least 1")
-        if self.path_bytes < 1:
-            raise ValueError(f"path_bytes is {self.path_bytes}; expected at least 1")
+        if self.path_window < 1:
+            raise ValueError(f"path_window is {self.path_window}; expected at least 1")
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2^62")
         if isinstance(self.stop, str | bytes) or not all(isinstance(text, bytes) and text for text in self.stop):
@@ -205,7 +205,7 @@ class Generation:
 
     def _begin_along_paths(self, student: Student) -> None:
         settings = self._settings
-        read = read_prompts(student, self.prompts, settings.paths, path_bytes=settings.path_bytes)
+        read = read_prompts(student, self.prompts, settings.paths, path_window=settings.path_window)
         if settings.mode is GenerationMode.BYTES:
             self._read, path = read, read.log_weights.argmax(-1)
             self._cursor = _Bytes(read)

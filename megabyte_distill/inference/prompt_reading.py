@@ -17,7 +17,7 @@ from megabyte_distill.inference.prompts import context_limit, prompt_name, refus
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Student
 
-PATH_BYTES = 256
+PATH_WINDOW = 256
 """Bytes at a prompt's end that are read along the paths."""
 _BLOCK = 512
 """Bytes of a prompt that go through the student at once."""
@@ -30,15 +30,15 @@ def read_prompts(
     paths: int,
     names: Sequence[str] | None = None,
     *,
-    path_bytes: int = PATH_BYTES,
+    path_window: int = PATH_WINDOW,
 ) -> BitPaths:
     """Reads prompts of any lengths along K paths; row i of the result stands behind prompt i's last byte.
 
-    The bytes in front of a prompt's last ``path_bytes`` are cut where the router cuts. ValueError where a prompt needs
+    The bytes in front of a prompt's last ``path_window`` are cut where the router cuts. ValueError where a prompt needs
     more chunks than the backbone has positions; ``names`` as in ``refuse_too_long``.
     """
     names = names or [prompt_name(number, len(prompts)) for number in range(len(prompts))]
-    fronts = [max(len(prompt) - path_bytes, 0) for prompt in prompts]
+    fronts = [max(len(prompt) - path_window, 0) for prompt in prompts]
     begun = _read_fronts(student, prompts, fronts, names) if any(fronts) else None
     read = BitPaths(student, len(prompts), paths, keep_history=True, begun=begun)
     _read_ends(read, prompts, fronts, names)

@@ -49,7 +49,7 @@ def test_the_front_is_cut_by_the_router_and_the_end_by_the_paths(
     student: Student, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt_reading, "_BLOCK", block)
-    read = read_prompts(student, PROMPTS, 4, path_bytes=12)
+    read = read_prompts(student, PROMPTS, 4, path_window=12)
     path = read.log_weights.argmax(-1)
     bits = read.history(path)
     assert [len(row) for row in bits] == [len(prompt) for prompt in PROMPTS]
@@ -64,9 +64,9 @@ def test_the_front_is_cut_by_the_router_and_the_end_by_the_paths(
 
 
 def test_a_prompt_no_longer_than_its_end_is_read_along_the_paths_alone(student: Student) -> None:
-    whole, rest = read_prompts(student, PROMPTS, 4), read_prompts(student, PROMPTS, 4, path_bytes=len(LONG))
+    whole, rest = read_prompts(student, PROMPTS, 4), read_prompts(student, PROMPTS, 4, path_window=len(LONG))
     assert torch.equal(whole.log_weights, rest.log_weights)
-    cut = read_prompts(student, PROMPTS, 4, path_bytes=len(LONG) - 1)
+    cut = read_prompts(student, PROMPTS, 4, path_window=len(LONG) - 1)
     assert torch.allclose(cut.log_weights[1:], whole.log_weights[1:], atol=1e-4)
     assert not torch.allclose(cut.log_weights[0], whole.log_weights[0], atol=1e-4)
 
@@ -83,7 +83,7 @@ def test_the_front_is_refused_before_the_backbone_reads_any_of_it(
 
     monkeypatch.setattr(student, "steps", step)
     with pytest.raises(ValueError, match=r"prompt 0 is too long: its first \d\d bytes are \d+ chunks with BOS"):
-        read_prompts(student, PROMPTS, 4, path_bytes=12)
+        read_prompts(student, PROMPTS, 4, path_window=12)
 
 
 def test_an_end_that_is_too_long_counts_the_front(student: Student) -> None:
@@ -91,12 +91,12 @@ def test_an_end_that_is_too_long_counts_the_front(student: Student) -> None:
     config = student.backbone.backbone_config
     student.backbone.backbone_config = replace(config, max_position_embeddings=needed)
     with pytest.raises(ValueError, match=rf"its first \d+ bytes are {needed + 1} chunks"):
-        read_prompts(student, [LONG + b" a b c d e f"], 1, path_bytes=24)
+        read_prompts(student, [LONG + b" a b c d e f"], 1, path_window=24)
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_generation_goes_on_behind_a_long_prompt(student: Student, mode: GenerationMode) -> None:
-    settings = GenerationSettings(max_new_bytes=8, sampling=Sampling(temperature=0), mode=mode, path_bytes=9)
+    settings = GenerationSettings(max_new_bytes=8, sampling=Sampling(temperature=0), mode=mode, path_window=9)
     results = generate(student, PROMPTS, settings)
     assert [len(result.prompt_bits) for result in results] == [len(prompt) for prompt in PROMPTS]
     assert list(results[0].prompt_bits[:-9]) == router_bits(student, LONG)[:-9]
