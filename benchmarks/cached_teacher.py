@@ -120,10 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         for stage in ("2a", "2b"):
             flags = {ONLINE: [], **{name: ["--logits-load-dir", str(cache)] for name, cache in caches.items()}}
-            arms = {
-                name: Arm(stage, root, dataset, ["--byte-targets", "exact", *more], here)
-                for name, more in flags.items()
-            }
+            beside = ["--byte-targets", "exact", "--2a.exact-targets-from", "teacher"]
+            arms = {name: Arm(stage, root, dataset, [*beside, *more], here) for name, more in flags.items()}
             middle = in_turns(arms, updates)
             ratios = {name: middle[name] / middle[ONLINE] for name in caches}
             results["updates"][stage] = {"seconds": middle, "cached_to_online": ratios}

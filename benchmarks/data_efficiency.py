@@ -51,8 +51,8 @@ from megabyte_distill.config import parse_arguments
 
 ARMS: Mapping[str, tuple[str, ...]] = {
     "hard": ("--byte-targets", "hard"),
-    "exact": ("--byte-targets", "exact"),
-    "mixed": ("--byte-targets", "mixed"),
+    "exact": ("--byte-targets", "exact", "--2a.exact-targets-from", "teacher"),
+    "mixed": ("--byte-targets", "mixed", "--2a.exact-targets-from", "teacher"),
     "cached": ("--byte-targets", "exact"),
     "own": ("--byte-targets", "exact", "--2a.exact-targets-from", "student"),
 }

@@ -194,6 +194,7 @@ def at_published_shape(
 ) -> dict[str, Any]:
     """Microseconds a byte of text by part, and the shares."""
     words = ["--mock-data", "--preset", preset, "--stages", stage, "--byte-targets", "exact"]
+    words += ["--2a.exact-targets-from", "teacher"]
     words += ["--seq-length", str(seq_length), "--micro-batch-size", "1"]
     settings, backbone = parse_arguments(words), PUBLISHED_BACKBONES[preset]
     config = settings.stages[stage]
@@ -248,7 +249,8 @@ def on_this_cpu(vocab_size: int, seq_length: int, updates: int) -> dict[str, Any
         family="llama", num_layers=4, hidden_size=192, ffn_hidden_size=512, num_attention_heads=6, num_query_groups=2,
         head_dim=32, vocab_size=vocab_size, norm_eps=1e-5, rope_theta=1e4,
     )  # fmt: skip
-    words = ["--mock-data", "--stages", "2a", "--byte-targets", "exact", "--seq-length", str(seq_length)]
+    words = ["--mock-data", "--stages", "2a", "--byte-targets", "exact", "--exact-targets-from", "teacher"]
+    words += ["--seq-length", str(seq_length)]
     settings = parse_arguments(words)
     table = worded_table(vocab_size)
     rows = [drawn_row(table, seq_length, 64, seed) for seed in range(updates + 1)]

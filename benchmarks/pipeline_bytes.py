@@ -34,7 +34,9 @@ sys.path.insert(0, str(ROOT))
 from megabyte_distill.config import Settings, parse_arguments  # noqa: E402 - after the path is set
 from megabyte_distill.config.model import BackboneConfig  # noqa: E402
 from megabyte_distill.config.published import PUBLISHED_BACKBONES  # noqa: E402
-from megabyte_distill.config.stage import ByteTargets, StageConfig  # noqa: E402
+from megabyte_distill.config.stage import StageConfig  # noqa: E402
+from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
+from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
 
 PRESETS = ("llama3.2-3b", "qwen3-4b", "olmo2-1b")
 TENSOR, PIPELINE, DATA = 2, 4, 8
@@ -56,7 +58,7 @@ def least(stage: str, config: StageConfig, backbone: BackboneConfig, real_chunks
         return 0.0, 0.0  # the losses are complete on the first stage
     chunk_state = real_chunks * backbone.hidden_size * 2 / TENSOR
     byte_state = config.seq_length * config.micro_batch_size * backbone.hidden_size * 2 / TENSOR
-    has_teacher = stage == "1b" or config.byte_targets is not ByteTargets.HARD
+    has_teacher = STAGES[stage].teacher(config) is TeacherNeed.FROZEN
     has_decoder = stage in ("2a", "2b")
     student = chunk_state + byte_state * has_decoder
     trains_before = stage in ("1b", "2b")

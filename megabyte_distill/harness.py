@@ -177,6 +177,7 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
                 top_k=int(known.get("top_k", 0)),
             ),
             paths=self._paths,
+            path_window=self.max_length,  # all of it, as transformers reads an export
             seed=seed,
             mode=GenerationMode.BYTES,
             stop=tuple(text.encode() for text in known["until"] if text),

@@ -87,7 +87,16 @@ EXPORTED = {
     ),
     *(
         f"inference.{name}"
-        for name in ("bit_paths", "branching_cache", "generation", "official", "prompts", "sampling", "utf8")
+        for name in (
+            "bit_paths",
+            "branching_cache",
+            "generation",
+            "official",
+            "prompt_reading",
+            "prompts",
+            "sampling",
+            "utf8",
+        )
     ),
     *(f"hf.{name}" for name in ("byte_filter", "torch_backbone")),
     *(f"hf.{name}_megabyte" for name in ("configuration", "modeling", "tokenization")),

@@ -84,7 +84,11 @@ def _add_input(parser: ToolParser) -> None:
     )
     source.add_argument(
         "--paths", type=in_range(ranges.COUNT), default=4, metavar="K",
-        help="bit histories of a prompt, and of --generation bytes (4)",
+        help="bit histories of a prompt's end, and of --generation bytes (4)",
+    )  # fmt: skip
+    source.add_argument(
+        "--path-window", type=in_range(ranges.COUNT), default=256, metavar="BYTES",
+        help="length of that end; the router cuts what is in front of it (256)",
     )  # fmt: skip
 
 
@@ -164,7 +168,9 @@ def check(arguments: argparse.Namespace) -> Iterable[str]:
     if sums_bits and arguments.boundary_threshold:
         yield "--boundary-threshold: decides bits, and --generation bytes sums over them; leave one of the two out"
     if is_official:
-        yield from typed(arguments, ["--paths"], "{flag}: --scoring official reads along one path; leave {flag} out")
+        yield from typed(
+            arguments, ["--paths", "--path-window"], "{flag}: --scoring official reads along one path; leave {flag} out"
+        )
     if is_official or sums_bits:
         why = "is for --generation joint --scoring paths; leave it out"
         yield from [f"--speculate: got {arguments.speculate}, which {why}"] if arguments.speculate else []
@@ -201,6 +207,7 @@ def settings_of(arguments: argparse.Namespace) -> GenerationSettings:
         max_new_bytes=arguments.max_new_bytes,
         sampling=sampling,
         paths=arguments.paths,
+        path_window=arguments.path_window,
         seed=arguments.seed,
         mode=GenerationMode(arguments.generation),
         reading=PromptReading(arguments.scoring),

@@ -66,8 +66,12 @@ _PAPER_BEHAVIOUR: Mapping[str, Any] = {
 
 
 def _published(backbone_width: int) -> Layer:
-    """The paper's sizes and learning rates for a teacher of hidden size E, with this package's safer behaviour."""
-    return Layer(common={**_PAPER_COMMON, **_PAPER_WIDTHS, "backbone_width": backbone_width}, stages=_PAPER_STAGES)
+    """The paper's sizes and learning rates for a teacher of hidden size E, with this package's safer behaviour.
+
+    2a learns from the exact targets, which the student's own backbone gives there at no second forward.
+    """
+    stages = {**_PAPER_STAGES, "2a": {**_PAPER_STAGES["2a"], "byte_targets": ByteTargets.EXACT}}
+    return Layer(common={**_PAPER_COMMON, **_PAPER_WIDTHS, "backbone_width": backbone_width}, stages=stages)
 
 
 _TINY = Layer(
@@ -102,7 +106,7 @@ _TINY = Layer(
         "1a": {"lr": 6e-3, "train_iters": 1500, "seq_length": 1024, "min_lr_ratio": 0.0},
         "1b": {"lr": 6e-4, "train_iters": 200},
         "1c": {"lr": 4e-3, "train_iters": 450, "seq_length": 1024},
-        "2a": {"lr": 5e-3, "train_iters": 1300, "seq_length": 1024, "byte_targets": ByteTargets.EXACT},
+        "2a": {"lr": 5e-3, "train_iters": 1650, "seq_length": 1024, "byte_targets": ByteTargets.EXACT},
         "2b": {"lr": 1e-3, "backbone_lr": 3e-4, "train_iters": 100, "byte_targets": ByteTargets.EXACT},
     },
 )

@@ -45,8 +45,10 @@ class ByteTargets(str, Enum):
 
 
 class TargetsFrom(str, Enum):
-    """Whose next-token distribution the exact byte targets are made of."""
+    """Whose next-token distribution the exact byte targets of 2a are made of."""
 
+    AUTO = "auto"
+    """The student's where its chunks are the teacher's tokens, the teacher's elsewhere."""
     TEACHER = "teacher"
     """The teacher's own, which reads the gold tokens beside the student."""
     STUDENT = "student"
@@ -171,9 +173,10 @@ class StageConfig:
         stages=("2a", "2b"),
     )
     exact_targets_from: TargetsFrom = option(
-        TargetsFrom.TEACHER,
+        TargetsFrom.AUTO,
         "whose next-token distribution makes the exact targets: the teacher's, which runs beside the student, or that "
-        "of the student's own frozen backbone and token head, which costs no second forward",
+        "of the student's own frozen backbone and token head, which costs no second forward; auto: the latter where "
+        "chunks are the teacher's tokens",
         stages=("2a",),
     )
     logits_load_dir: str | None = option(

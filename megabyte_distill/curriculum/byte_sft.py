@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig, TargetsFrom
+from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig
 from megabyte_distill.curriculum.on_stage import SideBySide, bare, run_on_stage
 from megabyte_distill.curriculum.stage import TeacherNeed
 from megabyte_distill.data.packing import PackedRow
@@ -33,12 +33,8 @@ EXCLUDED = "teacher mass excluded"
 
 
 def teacher_need(config: StageConfig) -> TeacherNeed:
-    """Hard labels, stored targets and those of the student's own backbone need no teacher."""
-    needs_none = (
-        config.byte_targets is ByteTargets.HARD
-        or config.logits_load_dir is not None
-        or config.exact_targets_from is TargetsFrom.STUDENT
-    )
+    """Hard labels and stored targets need no teacher."""
+    needs_none = config.byte_targets is ByteTargets.HARD or config.logits_load_dir is not None
     return TeacherNeed.NONE if needs_none else TeacherNeed.FROZEN
 
 

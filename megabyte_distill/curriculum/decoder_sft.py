@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from megabyte_distill.config.stage import BoundarySource, StageConfig, TargetsFrom
 from megabyte_distill.curriculum.byte_sft import MEASURE, ByteSft, teacher_need
-from megabyte_distill.curriculum.stage import Stage
+from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+
+
+def _teacher(config: StageConfig) -> TeacherNeed:
+    """None where the student's own frozen backbone tells: its chunks are the teacher's tokens."""
+    are_tokens = config.boundary_source is BoundarySource.GOLD and config.target_bytes_per_chunk is None
+    if config.exact_targets_from is TargetsFrom.STUDENT:
+        return TeacherNeed.NONE
+    if config.exact_targets_from is TargetsFrom.AUTO and are_tokens:
+        return TeacherNeed.NONE
+    return teacher_need(config)
+
 
 STAGE = Stage(
     name="2a",
     title="byte SFT, decoder",
     trains=lambda config, backbone: ("byte_decoder.",),
-    teacher=teacher_need,
+    teacher=_teacher,
     objective=lambda config, teacher, table: ByteSft(config, teacher, table, trains_router=False),
     measure=MEASURE,
 )

@@ -10,6 +10,7 @@ cache is kept once (branching_cache.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,30 +35,43 @@ class PathStates(RowState):
     decoder: StackState
 
 
+@dataclass(frozen=True, slots=True)
+class RowsSoFar:
+    """R rows that have read something along one path each."""
+
+    state: StudentState
+    logits: Tensor
+    """[R, 512], joint, of what comes next."""
+    bits: Sequence[Sequence[bool]]
+    """Of the bytes read behind BOS."""
+
+
 class BitPaths:
-    """R texts read byte by byte, each along K paths. Begins behind BOS.
+    """R texts read byte by byte, each along K paths. Begins behind BOS, or where one path has come to.
 
     Attributes:
         log_weights: [R, K] fp64, natural log; −inf where a path does not exist yet.
         log_probabilities: [R, K, 512] fp32, of the next (byte, bit) after each path.
     """
 
-    def __init__(self, student: Student, rows: int, paths: int, *, keep_history: bool = False) -> None:
-        """``keep_history`` keeps what :meth:`history` needs. ValueError for no rows or no paths."""
+    def __init__(
+        self, student: Student, rows: int, paths: int, *, keep_history: bool = False, begun: RowsSoFar | None = None
+    ) -> None:
+        """``keep_history`` keeps what :meth:`history` needs; ``begun`` is taken over. ValueError where R or K is 0."""
         if rows < 1 or paths < 1:
             raise ValueError(f"{rows} texts along {paths} paths; expected at least one of each")
         self.student, self.paths = student, paths
-        state = student.init_state(rows)
-        start = torch.full((rows,), BOS_BYTE, dtype=torch.int64, device=state.r_previous.device)
-        logits = student.step(start, torch.ones_like(start, dtype=torch.bool), state)
-        every = torch.arange(rows, device=start.device).repeat_interleave(paths)
+        begun = begun or _behind_bos(student, rows)
+        state, device = begun.state, begun.logits.device
+        every = torch.arange(rows, device=device).repeat_interleave(paths)
         self._mode = DechunkMode(student.byte_side_config.dechunk_mode)
         self._encoder, self._r = state.encoder, state.r_previous  # R rows; the others have R · K
         self._states = PathStates(state.pool, state.dechunk, state.decoder).select(every)
         self._cache = BranchingCache.of(state.cache, every)
-        self.log_probabilities = _normalize(logits)[every].view(rows, paths, JOINT_CLASSES)
-        self.log_weights = torch.full((rows, paths), -torch.inf, dtype=torch.float64, device=start.device)
+        self.log_probabilities = _normalize(begun.logits)[every].view(rows, paths, JOINT_CLASSES)
+        self.log_weights = torch.full((rows, paths), -torch.inf, dtype=torch.float64, device=device)
         self.log_weights[:, 0] = 0.0
+        self._begun = begun.bits
         self._history: list[tuple[Tensor, Tensor, Tensor]] | None = [] if keep_history else None
 
     @property
@@ -195,7 +209,7 @@ class BitPaths:
         return state, self.log_probabilities[index, path_of_row]
 
     def history(self, path_of_row: Tensor) -> list[list[bool]]:
-        """The bits of the bytes read along one path [R] int64 a row; rows may have read different numbers of bytes."""
+        """The bits of all bytes read, along one path [R] int64 a row; rows may have read different numbers of bytes."""
         assert self._history is not None
         slot = torch.arange(self.rows, device=path_of_row.device) * self.paths + path_of_row
         found: list[list[bool]] = [[] for _ in range(self.rows)]
@@ -209,7 +223,7 @@ class BitPaths:
             parent = torch.arange(size, device=slot.device)
             parent[slots] = parents
             slot = parent[slot]
-        return [bits[::-1] for bits in found]
+        return [[*begun, *bits[::-1]] for begun, bits in zip(self._begun, found, strict=True)]
 
     def _slots(self, rows: Tensor) -> Tensor:
         """Places [N · K] in the state of the paths of rows [N]."""
@@ -219,6 +233,13 @@ class BitPaths:
 def device_of(student: Student) -> torch.device:
     """Where its parameters are."""
     return next(student.parameters()).device
+
+
+def _behind_bos(student: Student, rows: int) -> RowsSoFar:
+    state = student.init_state(rows)
+    start = torch.full((rows,), BOS_BYTE, dtype=torch.int64, device=state.r_previous.device)
+    logits = student.step(start, torch.ones_like(start, dtype=torch.bool), state)
+    return RowsSoFar(state, logits, [[]] * rows)
 
 
 def _normalize(logits: Tensor) -> Tensor:

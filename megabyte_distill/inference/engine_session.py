@@ -23,8 +23,8 @@ from megabyte_distill.inference.generation import (
     GenerationSettings,
     NewBytes,
     PromptReading,
-    read_prompts,
 )
+from megabyte_distill.inference.prompt_reading import read_prompts
 from megabyte_distill.inference.prompts import checked_prompts, context_limit, prompt_name, refuse_too_long
 from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 from megabyte_distill.inference.utf8 import LONGEST_OPEN, Utf8Mode, allowed_after
@@ -364,7 +364,8 @@ class Session:
             numbers = unread[first : first + self._prompt.shape[0]]
             names = [prompt_name(number, len(self.prompts)) for number in numbers]
             texts = [self.prompts[number] for number in numbers]
-            read = read_prompts(self._engine.student, texts, self._settings.paths, names)
+            settings = self._settings
+            read = read_prompts(self._engine.student, texts, settings.paths, names, path_window=settings.path_window)
             uniform = torch.cat([self._numbers_of(number)[:1] for number in numbers]).to(self._device)
             path = choose(read.log_weights, only_temperature, uniform)
             for number, bits in zip(numbers, read.history(path), strict=True):

@@ -17,7 +17,8 @@ from megabyte_distill.alphabet import BOS_BYTE, split_class
 from megabyte_distill.config.ranges import COUNT, SEED, SIZE
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.inference.official import OfficialReader
-from megabyte_distill.inference.prompts import checked_prompts, context_limit, refuse_too_long
+from megabyte_distill.inference.prompt_reading import PATH_WINDOW, read_prompts
+from megabyte_distill.inference.prompts import checked_prompts, context_limit
 from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 from megabyte_distill.inference.utf8 import Utf8Mode, Utf8Rows
 from megabyte_distill.model.student import Student, StudentState
@@ -40,7 +41,7 @@ class PromptReading(str, Enum):
     """How a prompt's chunks are found."""
 
     PATHS = "paths"
-    """Along ``paths`` bit histories; nothing is forced."""
+    """Its end along ``paths`` bit histories; nothing is forced."""
     OFFICIAL = "official"
     """The paper's way (:class:`OfficialReader`): the router's, and the prompt's last byte ends one."""
 
@@ -52,7 +53,9 @@ class GenerationSettings:
     max_new_bytes: int = 256
     sampling: Sampling = field(default_factory=Sampling)
     paths: int = 4
-    """Bit histories along which a prompt is read, and kept up in mode BYTES."""
+    """Bit histories along which a prompt's end is read, and kept up in mode BYTES."""
+    path_window: int = PATH_WINDOW
+    """Length of that end. What stands in front of it is cut where the router cuts, and read many bytes at once."""
     seed: int = 0
     """Row i of a batch draws with seed + i, whatever the other rows are."""
     mode: GenerationMode = GenerationMode.JOINT
@@ -64,6 +67,7 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         SIZE.require("max_new_bytes", self.max_new_bytes)
         COUNT.require("paths", self.paths)
+        COUNT.require("path_window", self.path_window)
         SEED.require("seed", self.seed)
         if isinstance(self.stop, str | bytes) or not all(isinstance(text, bytes) and text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; expected a tuple of bytes, none of them empty")
@@ -197,12 +201,13 @@ class Generation:
         self._cursor = _Pairs(reader.step, reader.state, reader.log_probabilities)
 
     def _begin_along_paths(self, student: Student) -> None:
-        read = read_prompts(student, self.prompts, self._settings.paths)
-        if self._settings.mode is GenerationMode.BYTES:
+        settings = self._settings
+        read = read_prompts(student, self.prompts, settings.paths, path_window=settings.path_window)
+        if settings.mode is GenerationMode.BYTES:
             self._read, path = read, read.log_weights.argmax(-1)
             self._cursor = _Bytes(read)
         else:
-            only_temperature = Sampling(temperature=self._settings.sampling.temperature)
+            only_temperature = Sampling(temperature=settings.sampling.temperature)
             path = choose(read.log_weights, only_temperature, self._uniform[:, 0])
             self._cursor = _Pairs(student.step, *read.settle(path))
         self.prompt_bits = [tuple(bits) for bits in read.history(path)]
@@ -323,29 +328,6 @@ class WrittenRow:
         """How many of the bytes cannot be part of a stop text that is still to come."""
         begun = (size for text in stop for size in range(1, len(text)) if self.byte_ids.endswith(text[:size]))
         return len(self.byte_ids) - max(begun, default=0)
-
-
-def read_prompts(
-    student: Student, prompts: Sequence[bytes], paths: int, names: Sequence[str] | None = None
-) -> BitPaths:
-    """Reads prompts of any lengths along K paths; row i of the result stands behind prompt i's last byte.
-
-    ValueError where one needs more chunks than the backbone has positions; ``names`` as in ``refuse_too_long``.
-    """
-    device = device_of(student)
-    read = BitPaths(student, len(prompts), paths, keep_history=True)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest, limit = int(lengths.max()), context_limit(student)
-    padded = torch.tensor([list(prompt.ljust(longest, b"\0")) for prompt in prompts], dtype=torch.int64, device=device)
-    shortest = int(lengths.min())
-    for position in range(longest):
-        rows = None if position < shortest else (lengths > position).nonzero()[:, 0]
-        column = padded[:, position]
-        read.advance(column if rows is None else column[rows], rows)
-        if limit is not None and position + 2 > limit:  # a byte is one chunk at most, and BOS is one
-            read_so_far = [min(len(prompt), position + 1) for prompt in prompts]
-            refuse_too_long(read.positions().tolist(), read_so_far, limit, names)
-    return read
 
 
 def generate(

@@ -109,19 +109,19 @@ class KeyValueCache:
         return grown
 
     def append(self, layer: int, new: NewPositions, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new positions [N, groups, head_dim] and return, for each, its row [N, needed, groups, head_dim]."""
+        """Write new positions [N, groups, head_dim]; returns the rows that got some, [K, needed, groups, head_dim]."""
         stored_keys = self._room(self.keys, layer, keys, new.needed)
         stored_values = self._room(self.values, layer, values, new.needed)
         stored_keys[new.rows, new.places] = keys
         stored_values[new.rows, new.places] = values
         if new.is_every_row:
             return stored_keys[:, : new.needed], stored_values[:, : new.needed]
-        return stored_keys[new.rows, : new.needed], stored_values[new.rows, : new.needed]
+        return stored_keys[new.grown, : new.needed], stored_values[new.grown, : new.needed]
 
 
 @dataclass
 class NewPositions:
-    """N positions that a :class:`KeyValueCache` gets in one step; made once, read by each layer."""
+    """N positions that K rows of a :class:`KeyValueCache` get in one step, at most T each; all layers read it."""
 
     rows: Tensor
     """[N] int64, which row each belongs to; one with several stands several times."""
@@ -129,26 +129,50 @@ class NewPositions:
     """[N] int64, where in its row."""
     needed: int
     """One more than the largest place."""
+    grown: Tensor
+    """[K] int64, the distinct rows."""
     is_every_row: bool
-    """Whether ``rows`` is 0, 1, … R − 1."""
+    """Whether ``grown`` is 0, 1, … R − 1."""
+    most: int = 1
+    """T."""
+    slots: Tensor | None = None
+    """[N] int64, where each stands among [K, T]; None where that is 0, 1, … N − 1."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor | None = None) -> NewPositions:
         """Behind what the rows hold, ``offsets`` [N] int64 further on (default: 0)."""
-        places = cache.lengths[rows] if offsets is None else cache.lengths[rows] + offsets
         every = torch.arange(cache.lengths.shape[0], device=rows.device)
-        return cls(rows, places, int(places.max()) + 1, torch.equal(rows, every))
+        grown, most, slots, places = rows, 1, None, cache.lengths[rows]
+        if offsets is not None:
+            places = places + offsets
+            most = int(offsets.max()) + 1
+        if offsets is not None and most > 1:
+            grown, row = torch.unique(rows, return_inverse=True)
+            slots = row * most + offsets
+        return cls(rows, places, int(places.max()) + 1, grown, torch.equal(grown, every), most, slots)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [N, ..] of the positions as [K, T, ..], zero where a row gets fewer than T."""
+        count = self.grown.shape[0]
+        if self.slots is not None:
+            values = values.new_zeros(count * self.most, *values.shape[1:]).index_copy_(0, self.slots, values)
+        return values.view(count, self.most, *values.shape[1:])
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The inverse of :meth:`spread`."""
+        values = values.flatten(0, 1)
+        return values if self.slots is None else values[self.slots]
 
     def visible(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[N, 1, 1, needed], 0 where a position may be attended to and −inf elsewhere."""
+        """[K, 1, T, needed], 0 where a position may be attended to and −inf elsewhere."""
         if window not in self._masks:
-            others = torch.arange(self.needed, device=self.places.device)
-            hidden = others > self.places[:, None]
+            others, places = torch.arange(self.needed, device=self.places.device), self.spread(self.places)[..., None]
+            hidden = others > places
             if window is not None:
-                hidden |= others <= self.places[:, None] - window
+                hidden |= others <= places - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self._masks[window] = mask[:, None, None]
+            self._masks[window] = mask[:, None]
         return self._masks[window]
 
 
@@ -250,13 +274,21 @@ def cached_attention(
     on when all layers are through.
     """
     keys, values = cache.append(layer, new, key, value)
-    # grouped queries stand on the query axis of their group: no copy of keys and values
-    grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[2])
+    rows, _, groups, width = keys.shape
+    # the positions of a row and the heads of a group stand on one query axis: no copy of keys and values for either
+    grouped = new.spread(query).view(rows, new.most, groups, -1, width).permute(0, 2, 3, 1, 4)
     mask = new.visible(window, query.dtype)
+    if new.most > 1:
+        mask = mask.repeat(1, 1, grouped.shape[2], 1)
     out = F.scaled_dot_product_attention(
-        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale
+        grouped.reshape(rows, groups, -1, width),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
     )
-    return out.reshape(out.shape[0], -1)
+    out = out.view(grouped.shape).permute(0, 3, 1, 2, 4)
+    return new.gather(out.reshape(rows, new.most, -1))
 
 
 def windowed_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None = None) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megabyte_distill.config.stage import ByteTargets, StageConfig, TargetsFrom
+from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig, TargetsFrom
 from megabyte_distill.curriculum.byte_sft import BYTE_LOSS, EXCLUDED, MEASURE, REPLACED, ByteSft
+from megabyte_distill.curriculum.stage import TeacherNeed
+from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.backbone import Backbone
@@ -79,6 +82,25 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
     assert exact.measures()[REPLACED][0] == target.replaced
     assert exact.measures()[EXCLUDED] == (target.excluded, int(row.token_mask.sum()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "need"),
+    [
+        ({}, TeacherNeed.NONE),
+        ({"exact_targets_from": TargetsFrom.TEACHER}, TeacherNeed.FROZEN),
+        ({"boundary_source": BoundarySource.ROUTER}, TeacherNeed.FROZEN),
+        ({"target_bytes_per_chunk": 9.0}, TeacherNeed.FROZEN),
+        ({"target_bytes_per_chunk": 9.0, "byte_targets": ByteTargets.HARD}, TeacherNeed.NONE),
+        ({"boundary_source": BoundarySource.ROUTER, "logits_load_dir": "somewhere"}, TeacherNeed.NONE),
+    ],
+)
+def test_2a_needs_a_teacher_where_the_students_chunks_are_not_its_tokens(
+    changes: dict[str, Any], need: TeacherNeed
+) -> None:
+    config = replace(StageConfig(byte_targets=ByteTargets.EXACT), **changes)
+    assert STAGES["2a"].teacher(config) is need
+    assert STAGES["2b"].teacher(config) is (TeacherNeed.FROZEN if changes == {} else need)
 
 
 def test_the_students_own_targets_are_of_its_backbone_on_its_chunks_and_get_no_gradient(

@@ -10,9 +10,9 @@ from megabyte_distill.inference.generation import (
     GenerationSettings,
     complete_characters,
     generate,
-    read_prompts,
     stream,
 )
+from megabyte_distill.inference.prompt_reading import read_prompts
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.student import Student
 

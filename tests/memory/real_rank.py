@@ -85,8 +85,8 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def real_models(settings: Settings, stage: Stage) -> tuple[nn.Module, nn.Module, nn.Module | None]:
-    """This rank's part of the student, its teacher, and the same teacher where it is a copy of its own."""
+def real_models(settings: Settings, stage: Stage) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
+    """This rank's part of the student, its teacher if any, and the same teacher where it is a copy of its own."""
     config = settings.stages[stage.name]
     overrides, dtype = backbone_overrides(settings, config), training_dtype(settings)
     byte_side = settings.model.byte_side_for(BACKBONE.hidden_size)
@@ -96,9 +96,10 @@ def real_models(settings: Settings, stage: Stage) -> tuple[nn.Module, nn.Module,
     parts = virtual_stages(student)
     for part in parts:
         set_trainable(part, stage.trains(config, BACKBONE))
-    backbone = joined([part.backbone for part in parts])
-    if stage.teacher(config) is TeacherNeed.NONE or stage.keeps_backbone(config):
-        return student, backbone, None
+    if stage.keeps_backbone(config):
+        return student, joined([part.backbone for part in parts]), None
+    if stage.teacher(config) is TeacherNeed.NONE:
+        return student, None, None
     fields = transformer_config(BACKBONE, **overrides)
     teacher = built_in_stages(lambda number: Backbone(BACKBONE, fields, vp_stage=number)).to(dtype)
     teacher.requires_grad_(False).eval()

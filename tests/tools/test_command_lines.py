@@ -80,6 +80,7 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
         ([*GENERATE, "--max-new-bytes", "-1"], "--max-new-bytes: got -1, expected a whole number of at least 0"),
         ([*GENERATE, "--batch-size", "0"], "--batch-size: got 0, expected a whole number of at least 1"),
         ([*GENERATE, "--paths", "0"], "--paths: got 0, expected a whole number of at least 1"),
+        ([*GENERATE, "--path-window", "0"], "--path-window: got 0, expected a whole number of at least 1"),
         ([*GENERATE, "--seed", "-1"], "--seed: got -1, expected a whole number of at least 0"),
         ([*GENERATE, "--utf8", "x"], "--utf8: got 'x', expected raw or constrain"),
         (
