@@ -72,7 +72,7 @@ def test_a_threshold_says_how_long_chunks_become(exported: Path, capsys: pytest.
 
 
 def test_prompts_are_labelled_and_their_texts_do_not_depend_on_who_runs_beside_them(
-    exported: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     command = ["--load", str(exported), "--max-new-bytes", "12", "--seed", "3", "--utf8", "constrain"]
     for prompt in ("the", "", "né", "old house"):
@@ -80,13 +80,13 @@ def test_prompts_are_labelled_and_their_texts_do_not_depend_on_who_runs_beside_t
     outputs = []
     for more in ([], ["--batch-size", "3"], ["--stream"]):
         assert main([*command, *more]) == 0
-        output = capsys.readouterr()
+        output = capsysbinary.readouterr()
         outputs.append(output.out)
-        assert "new bytes: valid UTF-8" in output.err or "belong to no character" in output.err
+        assert b"new bytes: valid UTF-8" in output.err or b"belong to no character" in output.err
     assert outputs[0] == outputs[1] == outputs[2]
-    parts = outputs[0].split("--- prompt ")
-    assert [part[:6] for part in parts[1:]] == [f"{number} of 4" for number in range(1, 5)]
-    assert parts[3].startswith("3 of 4 ---\nné") and parts[4].startswith("4 of 4 ---\nold house")
+    parts = outputs[0].split(b"--- prompt ")
+    assert [part[:6] for part in parts[1:]] == [f"{number} of 4".encode() for number in range(1, 5)]
+    assert parts[3].startswith("3 of 4 ---\nné".encode()) and parts[4].startswith(b"4 of 4 ---\nold house")
 
 
 def test_an_export_writes_what_its_run_does(
@@ -118,18 +118,18 @@ def test_an_exports_threshold_holds_unless_another_or_none_is_given(
     assert settings_of(arguments).sampling.boundary_threshold == wanted
 
 
-def test_a_stop_text_and_a_seed_reach_the_engine(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_text_and_a_seed_reach_the_engine(exported: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     command = ["--load", str(exported), "--prompt", "the", "--max-new-bytes", "40", "--utf8", "constrain"]
     for seed in range(20):  # until one has something to stop at
         assert main([*command, "--seed", str(seed)]) == 0
-        whole = capsys.readouterr().out.removesuffix("\n")
+        whole = capsysbinary.readouterr().out.removesuffix(b"\n")
         if len(whole) > 8:
             break
-    stop = whole[6:8]
+    stop = whole[6:8].decode("utf-8", "surrogateescape")
     assert main([*command, "--seed", str(seed), "--stop", "no such text", "--stop", stop]) == 0
-    output = capsys.readouterr()
-    assert output.out == "the" + whole[3:].split(stop)[0] + "\n"
-    assert "1 ended by --stop" in output.err
+    output = capsysbinary.readouterr()
+    assert output.out == b"the" + whole[3:].split(whole[6:8])[0] + b"\n"
+    assert b"1 ended by --stop" in output.err
 
 
 def test_prompts_are_read_from_the_terminal_until_it_ends(
