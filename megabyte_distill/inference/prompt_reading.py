@@ -73,7 +73,7 @@ def _read_fronts(student: Student, prompts: Sequence[bytes], fronts: Sequence[in
         row = torch.tensor([index], device=device)
         byte_ids = torch.tensor([[BOS_BYTE, *prompt[:front]]], device=device)
         ends = torch.tensor([[True, *bits[index]]], device=device)
-        for ids, own_ends in zip(byte_ids.split(_BLOCK, 1), ends.split(_BLOCK, 1), strict=True):
+        for ids, own_ends in zip(torch.split(byte_ids, _BLOCK, 1), torch.split(ends, _BLOCK, 1), strict=True):
             found, span = student.steps(ids, own_ends, state, row)
             span.keep(torch.tensor([ids.shape[1]], device=device))
             logits[index] = found[0, -1].float()
@@ -88,7 +88,7 @@ def _router_bits(student: Student, text: bytes, name: str) -> list[bool]:
     byte_ids = torch.tensor([[BOS_BYTE, *text]], device=device)
     found: list[Tensor] = []
     begin = chunks = 0
-    for ids in byte_ids.split(_BLOCK, 1):
+    for ids in torch.split(byte_ids, _BLOCK, 1):
         r, span = student.byte_encoder.steps(ids, encoder)
         encoder = span.after(torch.tensor([ids.shape[1]], device=device))
         p = student.router.step(torch.cat((before, r[0, :-1])), r[0])  # of the bytes one place in front of the block's
