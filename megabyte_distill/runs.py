@@ -5,7 +5,7 @@ Layout::
     RUN/model_config.json    backbone and byte side
     RUN/tokenizer/           the teacher's tokenizer and its token table
     RUN/teacher.json         where the teacher's checkpoint lies
-    RUN/1a/ … RUN/2b/        checkpoints of each stage
+    RUN/1a/ … RUN/3a/        checkpoints of each stage
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megabyte_distill.config.stage import STAGE_ORDER, StageConfig
+from megabyte_distill.config.stage import STAGE_ORDER, TRAINS_DECODER, StageConfig
 from megabyte_distill.config.training import Settings
 from megabyte_distill.conversion.model_config import TEACHER_FILE, ModelConfig, is_run, read_model_config
 from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
@@ -31,9 +31,6 @@ from megabyte_distill.parallel.pipeline import built_in_stages
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
 from megabyte_distill.training.rows import CHUNK_LIMIT
-
-GENERATES_FROM = ("2a", "2b")
-"""Stages after which the decoder speaks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,10 +180,10 @@ def load_students(root: Path, stage: str | None = None) -> RunStudents:
 
 def require_speaking(loaded: LoadedStudent) -> None:
     """ValueError where the decoder was not trained yet."""
-    if loaded.stage not in GENERATES_FROM:
+    if loaded.stage not in TRAINS_DECODER:
         raise ValueError(
             f"after stage {loaded.stage} the decoder is untrained and cannot generate; take a stage of "
-            f"{' or '.join(GENERATES_FROM)}, and train it first where the run has none (--stages 2a,2b)"
+            f"{' or '.join(TRAINS_DECODER)}, and train it first where the run has none (--stages 2a,2b)"
         )
 
 

@@ -26,8 +26,11 @@ def boundary_bce(p: Tensor, bits: Tensor) -> Tensor:
 
 
 def boundary_positions(row: PackedRow) -> Tensor:
-    """[P] bool: bytes on which the router is trained; not a segment's last one (its p is 1 by definition), not PAD."""
-    return row.loss_mask & not_last(row.cu_seqlens, row.byte_ids.shape[0])
+    """[P] bool: bytes on which the router is trained; not a segment's last one (its p is 1 by definition), not PAD.
+
+    Under a loss mask those in front of a marked byte: whether the chunk ends is judged when that byte is there.
+    """
+    return row.trained & not_last(row.cu_seqlens, row.byte_ids.shape[0])
 
 
 def judged_positions(row: PackedRow) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megabyte_distill.config import STAGE_ORDER, Settings
+from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
@@ -31,7 +32,6 @@ from megabyte_distill.parallel.process_groups import World, regroup
 from megabyte_distill.pretrain.prepare import Prepared, data_sets
 from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, page_source, run_names, run_record
 from megabyte_distill.runs import (
-    GENERATES_FROM,
     RunStudents,
     chunk_limit,
     load_run_teacher,
@@ -135,7 +135,7 @@ def _is_done(root: Path, stage: str, train_iters: int) -> bool:
 def _finished(root: Path) -> bool:
     """True where the decoder is trained and nothing was left half done."""
     progress = [p for stage in STAGE_ORDER if (p := stage_progress(root, stage)) is not None]
-    return all(p.is_complete for p in progress) and any(p.stage in GENERATES_FROM for p in progress)
+    return all(p.is_complete for p in progress) and any(p.stage in TRAINS_DECODER for p in progress)
 
 
 def _measure(

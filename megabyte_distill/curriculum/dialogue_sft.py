@@ -1,0 +1,19 @@
+"""3a, dialogue SFT: 2b goes on, on the answers of dialogues alone; the loss mask of the data leaves the prompts out."""
+
+from __future__ import annotations
+
+from megabyte_distill.curriculum.byte_sft import ByteSft
+from megabyte_distill.curriculum.full_sft import trains_all
+from megabyte_distill.curriculum.stage import Stage, TeacherNeed
+
+MEASURE = "answers' joint bits per byte"
+
+STAGE = Stage(
+    name="3a",
+    title="byte SFT, dialogues",
+    trains=trains_all,
+    teacher=lambda config: TeacherNeed.NONE,
+    objective=lambda config, teacher, table: ByteSft(config, None, None, trains_router=True, measure=MEASURE),
+    measure=MEASURE,
+    reads_loss_mask=True,
+)
