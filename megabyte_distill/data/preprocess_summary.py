@@ -58,7 +58,11 @@ class PreprocessSummary:
         per_token = f", bytes per token {self.bytes / self.tokens:.3f}" if self.tokens else ""
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
         share = 100 * (self.marked or 0) / max(1, self.bytes + self.documents)
-        marked = [] if self.marked is None else [f"trained on {self.marked} of them ({share:.1f} %), ends included"]
+        marked = (
+            []
+            if self.marked is None
+            else [f"answers to train on: {self.marked} bytes and ends of documents ({share:.1f} %)"]
+        )
         lines = [
             f"documents {self.documents}, bytes {self.bytes}, tokens {self.tokens}{per_token}",
             *marked,

@@ -209,6 +209,8 @@ def _stage_rows(root: Path) -> list[StageRow]:
         counters = read_loop_state(progress.checkpoint)["progress"]
         measured = validation.get(name, {})
         value = measured.get(f"validation {stage.measure}")
+        # of answers alone it stands beside no figure of whole texts
+        is_of_text = stage.measure.endswith("bits per byte") and not stage.reads_loss_mask
         rows.append(
             StageRow(
                 stage=name,
@@ -217,7 +219,7 @@ def _stage_rows(root: Path) -> list[StageRow]:
                 seconds=float(counters["seconds"]),
                 measure=stage.measure,
                 value=value,
-                bits_per_byte=value if stage.measure.endswith("bits per byte") else None,
+                bits_per_byte=value if is_of_text else None,
             )
         )
     return rows
