@@ -67,7 +67,7 @@ def _by_chatml(turns: Sequence[Turn]) -> tuple[str, tuple[tuple[int, int], ...]]
     for number, turn in enumerate(turns, start=1):
         # a byte model has no special tokens: in a message the mark would be a turn of its own
         if any(mark in part for mark in (_OPEN, _CLOSE) for part in (turn.role, turn.content)) or "\n" in turn.role:
-            raise TemplateError(f"message {number} holds a mark of the template, {_OPEN} or {_CLOSE}")
+            raise TemplateError(f"message {number} holds a mark of the template, {_OPEN}, {_CLOSE} or a role's newline")
         text += f"{_OPEN}{turn.role}\n"
         start = len(text)
         text += f"{turn.content}{_CLOSE}\n"
@@ -134,6 +134,7 @@ def _compiled(source: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    # no strftime_now: what is written must not depend on the day
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(source)
 

@@ -217,9 +217,10 @@ def _encode(job: EncodeJob, given: list[str | MarkedText], where: functools.part
     kept = list(range(len(raw)))
     if not all_rebuild([len(document) for document in raw], b"".join(raw), tokens, table):
         kept = _those_that_rebuild(raw, tokens, table, where, skipped, strict=job.strict)
-    for index in [index for index in kept if spans and spans[index] is None]:
+    joined = {index for index in kept if spans and spans[index] is None}
+    for index in sorted(joined):
         skipped.add(ANSWER_JOINED, where(index))
-        kept.remove(index)
+    kept = [index for index in kept if index not in joined]
     if len(kept) < len(raw):
         raw, tokens, changed = ([column[index] for index in kept] for column in (raw, tokens, changed))  # type: ignore[assignment]
     kept_spans = [found for index in kept if spans and (found := spans[index]) is not None]
