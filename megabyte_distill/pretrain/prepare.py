@@ -286,7 +286,7 @@ def chunk_sample(settings: Settings, prepared: Prepared) -> list[PackedRow]:
 
     The run's, also in a stage with data of its own, so that an equal length is an equal limit.
     """
-    size = {"row_bytes": SAMPLE_ROW_BYTES, "chunk_bucket": 1, "seed": 0}
+    size: dict[str, Any] = {"row_bytes": SAMPLE_ROW_BYTES, "chunk_bucket": 1, "seed": 0}
     if settings.data.mock_data:
         return sample_rows(MockRowStream(prepared.model_config.backbone.vocab_size, **size))
     (train, weights), _ = data_sets(settings, prepared)
