@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from megabyte_distill.alphabet import BYTE_VOCAB
-from megabyte_distill.data.chat_template import CHATML, TEACHER, ChatTemplate, load_template
+from megabyte_distill.data.chat_template import CHATML, TEACHER, ChatTemplate, Turn, load_template
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.inspect_document import show_document
 from megabyte_distill.data.loss_mask import marked_between
@@ -142,6 +141,8 @@ def test_a_position_is_marked_where_the_byte_behind_it_is(stem: str, row_bytes: 
 
 def test_the_built_in_template_is_chatml() -> None:
     """As transformers writes it, and with the answers that it marks."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # seconds, for this test alone
+
     ours, theirs = ChatTemplate(CHATML), ChatTemplate("jinja", JINJA_CHATML)
     for record in AWKWARD:
         turns = [(m["role"], m["content"]) for m in record[KEY]]
@@ -149,15 +150,9 @@ def test_the_built_in_template_is_chatml() -> None:
             [record[KEY]], chat_template=JINJA_CHATML, return_assistant_tokens_mask=True
         )
         for template in (ours, theirs):
-            found = template.write([_turn(*turn) for turn in turns])
+            found = template.write([Turn(role, content, role == "assistant") for role, content in turns])
             assert found.text == text[0]
             assert list(found.answers) == [tuple(span) for span in spans[0]]
-
-
-def _turn(role: str, content: str) -> Any:
-    from megabyte_distill.data.chat_template import Turn
-
-    return Turn(role, content, role == "assistant")
 
 
 def test_a_template_of_the_teachers(tmp_path: Path, byte_level_folder: Path) -> None:
