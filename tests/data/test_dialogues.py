@@ -124,7 +124,7 @@ def test_a_position_is_marked_where_the_byte_behind_it_is(stem: str, row_bytes: 
     dataset = ByteTokenDataset(stem)
     stream = RowStream([dataset], row_bytes=row_bytes, chunk_bucket=8, seed=3, reads_loss_mask=True)
     ends = 0
-    for plan in stream.next_rows(4000 // row_bytes):
+    for plan in stream.next_rows(2 + 6000 // row_bytes):
         row, place = stream.materialize(plan), 0
         assert row.marked is not None and not row.marked[~row.loss_mask].any()
         for part in plan.segments:
