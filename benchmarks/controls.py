@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.curriculum_runs import Run, Shared, bytes_per_update, iteration_flags
-from megabyte_distill.config import STAGE_ORDER, parse_arguments
+from megabyte_distill.config import CURRICULUM, parse_arguments
 
 ARMS = ("student", "without 1a", "without 1b", "from scratch")
 SCRATCH_FLAGS = ("--2b.lr", "3e-3", "--2b.backbone-lr", "3e-3", "--2b.byte-targets", "hard")
@@ -37,7 +37,7 @@ UPDATES = {"1a": 450, "1b": 30, "1c": 50, "2a": 850, "2b": 50}
 
 def iterations(scale: float) -> dict[str, int]:
     """Updates of each stage, scaled."""
-    return {name: max(2, round(scale * UPDATES[name])) for name in STAGE_ORDER}
+    return {name: max(2, round(scale * UPDATES[name])) for name in CURRICULUM}
 
 
 def arm_flags(arm: str, updates: Mapping[str, int]) -> list[str]:

@@ -43,7 +43,7 @@ warnings.simplefilter("ignore")
 
 from benchmarks import kept_inputs  # noqa: E402 - after the path is set
 from benchmarks.time_plan import LEAST_UPDATES, Plan, measured_behind  # noqa: E402
-from megabyte_distill.config import STAGE_ORDER, ConfigError, parse_arguments  # noqa: E402
+from megabyte_distill.config import CURRICULUM, ConfigError, parse_arguments  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "tiny"
@@ -280,7 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hf-model", type=Path, metavar="DIR", help="Hugging Face folder of the teacher (the embedded one)")
     add("--train", type=Path, nargs="+", metavar="FILE", help="training text (the embedded one), with --held-out")
     add("--held-out", type=Path, nargs="+", metavar="FILE", help="text that figures are taken on, with --train")
-    add("--stages", default=",".join(STAGE_ORDER), help="stages, separated by commas (1a,1b,1c,2a,2b)")
+    add("--stages", default=",".join(CURRICULUM), help="stages, separated by commas (1a,1b,1c,2a,2b)")
     add("--minutes", type=float, help="time for training and measuring, behind the preparation")
     add("--updates", type=int, metavar="N", help="updates of every stage, whatever time they take")
     add("--form", choices=tuple(FORMS), help="flags of training (of the device: cuda or cpu)")
@@ -372,10 +372,10 @@ def train_all(bench: Bench, stages: Sequence[str], arguments: argparse.Namespace
 def stages_of(given: str) -> list[str]:
     """The stages that --stages names, in their order; ValueError where it names another."""
     names = [name.strip() for name in given.split(",")]
-    if unknown := [name for name in names if name not in STAGE_ORDER]:
-        expected = f"expected some of {','.join(STAGE_ORDER)}, separated by commas"
+    if unknown := [name for name in names if name not in CURRICULUM]:
+        expected = f"expected some of {','.join(CURRICULUM)}, separated by commas"
         raise ValueError(f"--stages {given}: got {', '.join(map(repr, unknown))}, {expected}")
-    return [name for name in STAGE_ORDER if name in names]
+    return [name for name in CURRICULUM if name in names]
 
 
 def check_inputs(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ Layout::
     RUN/model_config.json    backbone and byte side
     RUN/tokenizer/           the teacher's tokenizer and its token table
     RUN/teacher.json         where the teacher's checkpoint lies
-    RUN/1a/ … RUN/2b/        checkpoints of each stage
+    RUN/1a/ … RUN/3a/        checkpoints of each stage
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megabyte_distill.config.stage import GENERATES_FROM, STAGE_ORDER, StageConfig
+from megabyte_distill.config.stage import STAGE_ORDER, TRAINS_DECODER, StageConfig
 from megabyte_distill.config.training import Settings
 from megabyte_distill.conversion.model_config import ModelConfig, read_model_config
 from megabyte_distill.conversion.run_folder import find_run_teacher, require_run
@@ -172,10 +172,10 @@ def load_students(root: Path, stage: str | None = None) -> RunStudents:
 
 def require_speaking(loaded: LoadedStudent) -> None:
     """ValueError where the decoder was not trained yet."""
-    if loaded.stage not in GENERATES_FROM:
+    if loaded.stage not in TRAINS_DECODER:
         raise ValueError(
             f"after stage {loaded.stage} the decoder is untrained and cannot generate; take a stage of "
-            f"{' or '.join(GENERATES_FROM)}, and train it first where the run has none (--stages 2a,2b)"
+            f"{' or '.join(TRAINS_DECODER)}, and train it first where the run has none (--stages 2a,2b)"
         )
 
 

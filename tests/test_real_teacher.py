@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import real_teacher, time_plan
 from benchmarks.time_plan import LEAST_UPDATES, Plan
-from megabyte_distill.config import STAGE_ORDER, parse_arguments
+from megabyte_distill.config import CURRICULUM, parse_arguments
 
 SCRIPT = Path(real_teacher.__file__)
 
@@ -41,7 +41,7 @@ def run_through(plan: Plan, beside: float, measuring: dict[str, float]) -> tuple
 @pytest.mark.parametrize(
     ("stages", "behind"),
     [
-        (STAGE_ORDER, {"1c": "stage1", "2b": "student"}),
+        (CURRICULUM, {"1c": "stage1", "2b": "student"}),
         (("1a", "1b", "2a"), {"1a": "stage1", "2a": "student"}),
         (("1b",), {}),
     ],
@@ -53,7 +53,7 @@ def test_figures_are_taken_behind_the_last_stage_that_they_are_of(
 
 
 def test_a_plan_spends_all_the_time_by_its_shares() -> None:
-    plan = plan_of(STAGE_ORDER, measuring=0.15)
+    plan = plan_of(CURRICULUM, measuring=0.15)
     given, end = run_through(plan, time_plan.FIRST_BESIDE, {"stage1": 50.0, "student": 100.0})
     left = 1000 - 150 - 5 * time_plan.FIRST_BESIDE
     assert given == {name: pytest.approx(left * share, abs=2) for name, share in time_plan.SHARES.items()}
@@ -64,14 +64,14 @@ def test_a_plan_spends_all_the_time_by_its_shares() -> None:
 @pytest.mark.parametrize("measuring", [2.0, 80.0])
 def test_a_plan_ends_in_time_whatever_its_first_guesses_were(beside: float, measuring: float) -> None:
     """What the first stage and the first figures cost tells what the others will, be it less or more."""
-    plan = plan_of(STAGE_ORDER, measuring=0.1)
+    plan = plan_of(CURRICULUM, measuring=0.1)
     given, end = run_through(plan, beside, {"stage1": measuring, "student": 2 * measuring})
     assert end == pytest.approx(1000, abs=5)
     assert min(given.values()) > 10 * LEAST_UPDATES
 
 
 def test_time_for_figures_is_kept_once() -> None:
-    plan = plan_of(STAGE_ORDER, measuring=0.3)
+    plan = plan_of(CURRICULUM, measuring=0.3)
     assert plan.kept == {"stage1": pytest.approx(100), "student": pytest.approx(200)}
     plan.measured("stage1", 50.0)
     assert plan.kept == {"student": pytest.approx(100)}
@@ -100,7 +100,7 @@ def test_a_plan_learns_that_updates_are_slower_than_tried_ones() -> None:
 @pytest.mark.parametrize("form", [name for name in real_teacher.FORMS if name != "quick"])
 def test_every_stage_of_a_form_parses(form: str, tmp_path: Path) -> None:
     bench = real_teacher.Bench(tmp_path, real_teacher.FORMS[form], ("--lr", "0.5"))
-    for stage in STAGE_ORDER:
+    for stage in CURRICULUM:
         settings = parse_arguments([*bench.stage_flags(stage), *real_teacher.micro_batch(stage, 1)])
         assert list(settings.stages) == [stage] and settings.run.bf16 == (form == "cuda")
         assert settings.stages[stage].lr == 0.5 and settings.stages[stage].micro_batch_size == 1
@@ -149,7 +149,7 @@ def command(tmp_path: Path) -> list[str]:
 
 def test_a_work_folder_takes_the_inputs_that_it_is_of(command: list[str]) -> None:
     for more in ([], ["--stages", "1a"]):
-        assert real_teacher.read_command_line([*command, *more])[2] == (["1a"] if more else list(STAGE_ORDER))
+        assert real_teacher.read_command_line([*command, *more])[2] == (["1a"] if more else list(CURRICULUM))
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,11 @@ def random_rows(
     max_tokens: int = 20,
     seed: int = 0,
     vocab_size: int = VOCAB_SIZE,
+    marked: bool = False,
 ) -> list[PackedRow]:
-    """Rows of several documents each, some cut, some empty, most with an unused end."""
+    """Rows of several documents each, some cut, some empty, most with an unused end; with a loss mask if ``marked``."""
     source = MockDataset(vocab_size, seed=seed, max_tokens=max_tokens)
-    stream = RowStream([source], row_bytes=row_bytes, chunk_bucket=bucket, seed=seed)
+    stream = RowStream([source], row_bytes=row_bytes, chunk_bucket=bucket, seed=seed, reads_loss_mask=marked)
     return [stream.materialize(plan) for plan in stream.next_rows(count)]
 
 

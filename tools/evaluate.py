@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from megabyte_distill.config import ranges
 from megabyte_distill.config.blend import parse_split
-from megabyte_distill.config.stage import GENERATES_FROM
+from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.conversion.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.data.named_sets import set_names, set_problems
 from megabyte_distill.tool import (
@@ -58,7 +58,7 @@ def build_parser() -> ToolParser:
         help="training runs; several stand side by side")  # fmt: skip
     source(
         "--stage",
-        **choice(*GENERATES_FROM, hint="earlier stages leave the decoder untrained"),
+        **choice(*TRAINS_DECODER, hint="earlier stages leave the decoder untrained"),
         help="stage whose weights are taken (default: the last complete one)",
     )
     source("--teacher", type=judged(folder_to_read), metavar="CKPT",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabyte_distill.config import ranges
-from megabyte_distill.config.stage import GENERATES_FROM
+from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.inference.prompts import prompt_bytes
 from megabyte_distill.student_folders import require_stage_of, require_student, stored_threshold
 from megabyte_distill.tool import ToolParser, choice, file_to_read, in_range, judged, problems_of, run_tool, typed
@@ -65,7 +65,7 @@ def _add_input(parser: ToolParser) -> None:
     )
     source.add_argument(
         "--stage",
-        **choice(*GENERATES_FROM, hint="earlier stages leave the decoder untrained"),
+        **choice(*TRAINS_DECODER, hint="earlier stages leave the decoder untrained"),
         help="of a run: stage whose weights are taken (default: the last complete one)",
     )
     prompt = source.add_mutually_exclusive_group(required=True)

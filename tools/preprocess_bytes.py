@@ -6,7 +6,8 @@
     python tools/preprocess_bytes.py inspect data/corpus --document 7        # a document with its boundaries
 
 The first writes data/corpus_text_document.{bin,idx,json,token_bytes.npz} and data/corpus_text_tokens.{bin,idx};
-training takes ``--data-path data/corpus_text_document``. See docs/preprocess.md.
+training takes ``--data-path data/corpus_text_document``. Dialogues (--chat-template) have a loss mask beside them,
+PREFIX_messages_loss_mask.{bin,idx}. See docs/preprocess.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 from tqdm import tqdm
 
 from megabyte_distill.config import ranges
+from megabyte_distill.data.chat_template import load_template
 from megabyte_distill.data.dataset import ByteTokenDataset
+from megabyte_distill.data.dialogues import MESSAGES_KEY
 from megabyte_distill.data.encoding import EncodeJob
 from megabyte_distill.data.inputs import InputFormat, TextDocuments
 from megabyte_distill.data.inspect_document import show_document
@@ -44,7 +47,10 @@ def _preprocess_parser() -> ToolParser:
         help="files, globs, directories, or - for standard input: .jsonl, .json (an array, or an object a line), .txt, "
         "each plain, .gz, .zst, .bz2 or .xz; .parquet",
     )
-    text.add_argument("--json-keys", nargs="+", default=["text"], help="keys to read, one data set each (text)")
+    text.add_argument("--json-keys", nargs="+", help="keys to read, one data set each (text; of dialogues messages)")
+    text.add_argument("--chat-template", metavar="chatml|teacher|FILE", help="records are dialogues, messages of role "
+                      "and content or prompt and completion: write them by the built-in template, by that of the "
+                      "teacher's tokenizer_config.json, or by a Jinja file, and mark the answers")  # fmt: skip
     text.add_argument("--input-format", **choice(*InputFormat, of=InputFormat), default=InputFormat.AUTO,
                       help="format whatever the endings say (auto; standard input is jsonl)")  # fmt: skip
     text.add_argument("--text-documents", **choice(*TextDocuments, of=TextDocuments), default=TextDocuments.FILE,
@@ -90,11 +96,14 @@ def _preprocess_parser() -> ToolParser:
 
 def run(options: argparse.Namespace) -> None:
     """Preprocess and print the summary."""
+    name = options.chat_template
+    template = None if name is None else load_template(name, options.tokenizer_model)
     summary = preprocess(
         options.input,
         output_prefix=options.output_prefix,
         job=EncodeJob(
-            json_keys=tuple(options.json_keys),
+            json_keys=tuple(options.json_keys or ["text" if options.chat_template is None else MESSAGES_KEY]),
+            chat_template=template,
             tokenizer_model=options.tokenizer_model,
             tokenizer_kind=options.tokenizer_type,
             tiktoken_pattern=options.tiktoken_pattern,

@@ -6,7 +6,14 @@ from megabyte_distill.config.errors import ConfigError
 from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, DechunkMode
 from megabyte_distill.config.presets import PRESETS
 from megabyte_distill.config.run_config import diff, read_run_config, write_run_config
-from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale, BoundarySource, LrDecayStyle, StageConfig
+from megabyte_distill.config.stage import (
+    CURRICULUM,
+    STAGE_ORDER,
+    AlignLossScale,
+    BoundarySource,
+    LrDecayStyle,
+    StageConfig,
+)
 from megabyte_distill.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -18,6 +25,7 @@ from megabyte_distill.config.training import (
 )
 
 __all__ = [
+    "CURRICULUM",
     "PRESETS",
     "STAGE_ORDER",
     "AlignLossScale",

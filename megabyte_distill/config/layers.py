@@ -68,7 +68,7 @@ def settings_from_layers(layers: Iterable[Layer], stages: Iterable[str]) -> Sett
         for_stage = {name: value for name, value in layer.common.items() if options[name].section == "stage"}
         _lay_over(common, {name: value for name, value in layer.common.items() if name not in for_stage})
         for stage, values in by_stage.items():
-            _lay_over(values, for_stage)
+            _lay_over(values, {name: value for name, value in for_stage.items() if options[name].acts_in(stage)})
             _lay_over(values, layer.stages.get(stage, {}))
 
     def chosen(section: str) -> dict[str, Any]:

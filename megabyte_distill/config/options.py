@@ -80,6 +80,10 @@ class Option:
     def stages(self) -> tuple[str, ...]:
         return tuple(self.metadata.get("stages", ()))
 
+    def acts_in(self, stage: str) -> bool:
+        """Whether the setting acts in a stage; what is given for all stages is given for these."""
+        return not self.stages or stage in self.stages
+
     @property
     def negatable(self) -> bool:
         """Whether ``--no-NAME`` exists; a field that is a negation already (no_load_optim) has only its own flag."""

@@ -7,13 +7,27 @@ from enum import Enum
 
 from megabyte_distill.config.options import option
 
-STAGE_ORDER = ("1a", "1b", "1c", "2a", "2b")
-"""The order that chains: 1c freezes the encoder that 1b still changes (RECIPE section 3)."""
+CURRICULUM = ("1a", "1b", "1c", "2a", "2b")
+"""What runs unless ``--stages`` says otherwise, in the order that chains: 1c freezes the encoder that 1b still changes
+(RECIPE section 3)."""
+STAGE_ORDER = (*CURRICULUM, "3a")
+"""Every stage there is, in the order in which they build on each other. A new one's name stands here, in
+``CURRICULUM`` if it is no choice, and in the groups below to which it belongs (docs/adding-a-stage.md)."""
 
-GENERATES_FROM = ("2a", "2b")
+CHOOSES_TARGETS = ("2a", "2b")
+"""Stages whose byte targets may be the teacher's."""
+TRAINS_ALL = ("2b", "3a")
+"""Stages in which the router trains beside the bytes, and the backbone unless it is frozen."""
+TRAINS_DECODER = ("2a", *TRAINS_ALL)
 """Stages after which the decoder speaks."""
-MERGES_IN = ("1c", "2a", "2b")
+WITH_BACKBONE = ("1b", *TRAINS_DECODER)
+"""Stages in which the backbone runs; with --align-layers the first of its layers run in 1a as well."""
+RECOMPUTES = ("1a", "1b", *TRAINS_ALL)
+"""Stages in which a gradient passes through layers of the backbone."""
+MERGES_IN = ("1c", *TRAINS_DECODER)
 """Stages in which a chunk may be several teacher tokens: 1a and 1b compare chunks with tokens, one to one."""
+OF_DIALOGUES = ("3a",)
+"""Stages that train on the answers of dialogues alone, which the data's loss mask marks."""
 
 
 class BoundarySource(str, Enum):
@@ -119,7 +133,7 @@ class StageConfig:
         None,
         "highest learning rate of the backbone and its token head; none means --lr; a preset's stays beside --lr",
         low=0,
-        stages=("1b", "2b"),
+        stages=("1b", *TRAINS_ALL),
     )
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay", low=0)
     clip_grad: float = option(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
@@ -128,7 +142,7 @@ class StageConfig:
     adam_eps: float = option(1e-8, "AdamW's epsilon", above=0)
 
     boundary_source: BoundarySource = option(
-        BoundarySource.GOLD, "where the boundary bits come from", stages=("2a", "2b")
+        BoundarySource.GOLD, "where the boundary bits come from", stages=TRAINS_DECODER
     )
     target_bytes_per_chunk: float | None = option(
         None,
@@ -156,21 +170,21 @@ class StageConfig:
     byte_targets: ByteTargets = option(
         ByteTargets.HARD,
         "what the next byte and bit are trained on: the text, the teacher's exact distribution, or both",
-        stages=("2a", "2b"),
+        stages=CHOOSES_TARGETS,
     )
     kd_loss_alpha: float = option(
         0.5,
         "weight of the exact targets in --byte-targets mixed; the text has the rest",
         low=0,
         high=1,
-        stages=("2a", "2b"),
+        stages=CHOOSES_TARGETS,
     )
     kd_temperature: float = option(
         1.0,
         "temperature T at which student and teacher are compared in --byte-targets exact and mixed; the text's part of "
         "mixed stays at 1",
         above=0,
-        stages=("2a", "2b"),
+        stages=CHOOSES_TARGETS,
     )
     exact_targets_from: TargetsFrom = option(
         TargetsFrom.AUTO,
@@ -182,7 +196,7 @@ class StageConfig:
     logits_load_dir: str | None = option(
         None,
         "folder of tools/cache_teacher.py from which the exact targets are read, instead of running the teacher",
-        stages=("2a", "2b"),
+        stages=CHOOSES_TARGETS,
     )
     align_loss_scale: AlignLossScale = option(
         AlignLossScale.TABLE_VARIANCE, "what the alignment errors are divided by", stages=("1a",)
@@ -198,34 +212,39 @@ class StageConfig:
         1.0, "weight of the error behind --align-layers beside that of the embeddings", low=0, stages=("1a",)
     )
     router_loss_weight: float = option(
-        1.0, "weight of the router's BCE beside the byte cross-entropy", low=0, stages=("2b",)
+        1.0, "weight of the router's BCE beside the byte cross-entropy", low=0, stages=TRAINS_ALL
     )
-    freeze_backbone: bool = option(False, "train the byte side through a fixed backbone", stages=("1b", "2b"))
+    freeze_backbone: bool = option(False, "train the byte side through a fixed backbone", stages=("1b", *TRAINS_ALL))
+    dialogue_data_path: tuple[str, ...] = option(
+        (),
+        "dialogues with a loss mask, instead of the run's data: a data set stem, or a blend; cut by --split",
+        stages=OF_DIALOGUES,
+    )
 
     recompute_granularity: RecomputeGranularity | None = option(
         None,
         "what the backbone (in 1a: its --align-layers) computes again in the backward pass instead of keeping it: "
         "whole layers, or parts of them",
-        stages=("1a", "1b", "2b"),
+        stages=RECOMPUTES,
     )
     recompute_method: RecomputeMethod | None = option(
-        None, "which layers --recompute-granularity full is about; none means uniform", stages=("1a", "1b", "2b")
+        None, "which layers --recompute-granularity full is about; none means uniform", stages=RECOMPUTES
     )
     recompute_num_layers: int | None = option(
         None,
         "layers of a group (uniform) or in all (block); none means 1",
         unit="layers",
         low=1,
-        stages=("1a", "1b", "2b"),
+        stages=RECOMPUTES,
     )
     recompute_modules: tuple[RecomputeModule, ...] = option(
-        (), "parts that --recompute-granularity selective is about; none means core_attn", stages=("1a", "1b", "2b")
+        (), "parts that --recompute-granularity selective is about; none means core_attn", stages=RECOMPUTES
     )
 
     recompute_byte_mixers: bool = option(
         False,
         "compute the byte side's mixer blocks again in the backward pass instead of keeping what they need for it",
-        stages=("1a", "1b", "2a", "2b"),
+        stages=("1a", "1b", *TRAINS_DECODER),
     )
 
     eval_interval: int = option(100, "evaluate every so many updates; 0 means at the stage's end only", low=0)

@@ -10,7 +10,7 @@ from megabyte_distill.config.blend import BlendEntry, parse_blend, parse_split
 from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import ByteSideConfig
 from megabyte_distill.config.options import option
-from megabyte_distill.config.stage import StageConfig
+from megabyte_distill.config.stage import CURRICULUM, STAGE_ORDER, StageConfig
 
 WIDTH_OF_TEACHER = 0
 """Value of ``backbone_width`` that means: whatever the teacher has."""
@@ -177,7 +177,7 @@ class KernelMode(str, Enum):
 class RunConfig:
     """The run itself: which stages, in what precision, how it reports and when it stops."""
 
-    stages: str = option("1a,1b,1c,2a,2b", "stages to run, in this order")
+    stages: str = option(",".join(CURRICULUM), f"stages to run, of {', '.join(STAGE_ORDER)}, in this order")
     smoke: bool = option(False, "a few small updates a stage, to see that everything works")
     dry_run: bool = option(
         False, "print the resolved settings, parameters and memory per rank, and stop; needs no teacher and no GPU"

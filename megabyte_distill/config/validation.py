@@ -7,13 +7,16 @@ from dataclasses import fields
 from typing import Any
 
 from megabyte_distill import optional
+from megabyte_distill.config.blend import parse_blend
 from megabyte_distill.config.engine import EngineConfig, Fp8Recipe, TransformerImpl
 from megabyte_distill.config.layers import SECTIONS
 from megabyte_distill.config.model import MAX_NGRAM, ByteMixer
 from megabyte_distill.config.options import options_of, range_problem
 from megabyte_distill.config.stage import (
+    CHOOSES_TARGETS,
     MERGES_IN,
     STAGE_ORDER,
+    WITH_BACKBONE,
     BoundarySource,
     ByteTargets,
     RecomputeGranularity,
@@ -22,8 +25,6 @@ from megabyte_distill.config.stage import (
 )
 from megabyte_distill.config.training import ParallelConfig, Settings
 
-WITH_BACKBONE = ("1b", "2a", "2b")
-"""Stages in which the backbone runs; with --align-layers the first of its layers run in 1a as well."""
 _CACHE_WITHOUT_MASK = (
     "the cached targets are of each document alone; without --document-mask a teacher beside the student would read "
     "the row's earlier documents as well; give --document-mask, or leave the cache out"
@@ -79,7 +80,8 @@ def _ranges(settings: Settings) -> Iterator[str]:
             if problem:
                 yield f"--{item.flag}: {problem}"
     for item in options_of(StageConfig, "stage"):
-        found = {stage: range_problem(item, getattr(config, item.name)) for stage, config in settings.stages.items()}
+        acting = {stage: config for stage, config in settings.stages.items() if item.acts_in(stage)}
+        found = {stage: range_problem(item, getattr(config, item.name)) for stage, config in acting.items()}
         yield from _by_stage(item.flag, found)
 
 
@@ -129,6 +131,7 @@ def _data(settings: Settings) -> Iterator[str]:
     # parse_arguments has put the file's words into data_path, or reported that it could not
     blend_flag = "--data-path" if data.data_args_path is None else "--data-args-path"
     has_blend = bool(data.data_path) or data.data_args_path is not None
+    own = [config.dialogue_data_path for config in settings.stages.values() if config.dialogue_data_path]
     if not (has_blend or data.train_data_path or data.valid_data_path or data.mock_data):
         yield "no data: give --data-path, or --train-data-path with --valid-data-path, or --mock-data"
         return
@@ -151,12 +154,13 @@ def _data(settings: Settings) -> Iterator[str]:
             yield "--valid-data-path needs --train-data-path"
         if not data.valid_data_path:
             yield "--train-data-path needs --valid-data-path, for the evaluations"
-        if data.split is not None:
+        if data.split is not None and not own:
             yield "--split cuts what --data-path names and does nothing for separate sets; leave it out"
     yield from _unreadable("--split", lambda: data.split_shares)
     yield from _unreadable(blend_flag, lambda: data.blend)
     yield from _unreadable("--train-data-path", lambda: data.train_blend)
     yield from _unreadable("--valid-data-path", lambda: data.valid_blend)
+    yield from _unreadable("--dialogue-data-path", lambda: [parse_blend(words) for words in own])
 
 
 def _unreadable(flag: str, read: Callable[[], object]) -> Iterator[str]:
@@ -364,7 +368,7 @@ def _unused_loss_settings(stage: str, config: StageConfig) -> Iterator[str]:
         and not config.align_layers
     ):
         yield "--align-layers-loss-weight weighs the error behind --align-layers, which is 0 here"
-    if stage not in ("2a", "2b"):
+    if stage not in CHOOSES_TARGETS:
         return
     if config.kd_loss_alpha != default.kd_loss_alpha and targets is not ByteTargets.MIXED:
         yield f"--kd-loss-alpha weighs --byte-targets mixed, which is {targets.value} here"

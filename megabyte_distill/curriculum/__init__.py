@@ -1,1 +1,1 @@
-"""The five stages: which parameters train, which parts run, which losses. One small file each."""
+"""The stages: which parameters train, which parts run, which losses. One small file each."""

@@ -1,4 +1,4 @@
-"""Byte-level fine-tuning: what 2a and 2b share, the cross-entropy over (byte, bit) pairs."""
+"""Byte-level fine-tuning: what 2a, 2b and 3a share, the cross-entropy over (byte, bit) pairs."""
 
 from __future__ import annotations
 
@@ -42,15 +42,23 @@ class ByteSft:
     """512-way cross-entropy on the next byte and its gold bit; with ``trains_router`` the router's BCE beside it.
 
     The targets are the text, the teacher's exact distribution, or a mixture; of merged chunks the teacher tells the
-    bytes alone. Held-out rows are measured on the text.
+    bytes alone. Held-out rows are measured on the text. Of a row with a loss mask only what it marks counts: the pair
+    (byte, bit) of each marked byte, and the router's cut in front of it.
     """
 
     on_first_stage = False
 
     def __init__(
-        self, config: StageConfig, teacher: nn.Module | None, table: TokenBytes | None, *, trains_router: bool
+        self,
+        config: StageConfig,
+        teacher: nn.Module | None,
+        table: TokenBytes | None,
+        *,
+        trains_router: bool,
+        measure: str = MEASURE,
     ) -> None:
         self.weights = {BYTE_LOSS: 1.0}
+        self._measure = measure
         self._parts = Parts.ENCODER | Parts.BACKBONE | Parts.DECODER
         if trains_router:
             self.weights[ROUTER_LOSS] = config.router_loss_weight
@@ -67,8 +75,8 @@ class ByteSft:
             self._exact = _CachedTargets(table) if cached else _TokenModelTargets(teacher, table)
 
     def counts(self, row: PackedRow) -> dict[str, int]:
-        """Bytes that predict something, and those whose boundary is a prediction."""
-        counts = {BYTE_LOSS: int(row.loss_mask.sum())}
+        """Bytes whose prediction is trained, and those of them whose boundary is one."""
+        counts = {BYTE_LOSS: int(row.trained.sum())}
         if ROUTER_LOSS in self.weights:
             counts[ROUTER_LOSS] = int(boundary_positions(row).sum())
         return counts
@@ -102,8 +110,8 @@ class ByteSft:
         # in training the loss is the last to read the logits
         if targets is None:
             hard = joint_nll(logits, row, overwrite_logits=training)
-            self._measures = {MEASURE: joint_bits_pair(hard, row), **chunk_lengths(row)}
-            return hard[row.loss_mask].sum()
+            self._measures = {self._measure: joint_bits_pair(hard, row), **chunk_lengths(row)}
+            return hard[row.trained].sum()
         only_soft = self._alpha == 1.0
         if row.token_bits is None:
             hard, soft = joint_nlls(
@@ -117,9 +125,9 @@ class ByteSft:
         else:
             soft = bytes_and_bit_nll(logits, row.labels, given_own_bits(targets.distribution, row))
             hard = joint_nll(logits.detach() if only_soft else logits, row)
-        self._measures = {MEASURE: joint_bits_pair(hard, row), **targets.measures, **chunk_lengths(row)}
+        self._measures = {self._measure: joint_bits_pair(hard, row), **targets.measures, **chunk_lengths(row)}
         mixed = soft if only_soft else self._alpha * soft + (1.0 - self._alpha) * hard
-        return mixed[row.loss_mask].sum()
+        return mixed[row.trained].sum()
 
     def measures(self) -> Sums:
         """Joint bits per byte of text, the router's F1 where it trains, bytes per chunk there and under merging.
@@ -181,10 +189,10 @@ class _TokenModelTargets:
                 byte_ids=row.byte_ids,
                 bits=row.token_ends,
                 labels=row.labels,
-                wanted=row.loss_mask,
+                wanted=row.trained,
             )
         measures: Sums = {
-            REPLACED: (found.replaced, row.loss_mask.sum()),
+            REPLACED: (found.replaced, row.trained.sum()),
             EXCLUDED: (found.excluded, found.chunks),
         }
         return _Targets(found.distribution, measures)

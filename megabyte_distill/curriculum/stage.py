@@ -38,6 +38,8 @@ class Stage:
     its token table (None where not needed)."""
     measure: str
     """The validation figure that stands for the stage."""
+    reads_loss_mask: bool = False
+    """Whether only what the data's loss mask marks is trained and measured; the data must have one then."""
 
     def keeps_backbone(self, config: StageConfig) -> bool:
         """Whether the backbone is still the teacher's behind this stage, if it was so before: one copy may serve."""

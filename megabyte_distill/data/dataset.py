@@ -13,6 +13,7 @@ from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.blend import parse_blend
 from megabyte_distill.data.alignment import boundary_bits, check_rebuild
 from megabyte_distill.data.formats import IndexedReader
+from megabyte_distill.data.loss_mask import marked_between, spans_problem
 from megabyte_distill.data.manifest import Manifest, StoredPaths
 from megabyte_distill.data.token_bytes import TokenBytes
 
@@ -47,6 +48,13 @@ class DocumentSource(Protocol):
 
     def byte_ids(self, document: int, start: int, stop: int | None) -> NDArray[np.uint8]:
         """Bytes ``start`` … ``stop`` of a document; None reads to its end."""
+        ...
+
+    has_loss_mask: bool
+    """Whether :meth:`marked` may be asked."""
+
+    def marked(self, document: int, start: int, stop: int) -> NDArray[np.bool_]:
+        """[stop − start] whether bytes are trained on; the number behind the last byte is the document's end."""
         ...
 
 
@@ -87,6 +95,13 @@ class ByteTokenDataset:
             raise ValueError(
                 f"{stem}: made with another tokenizer (hash {self.table.hash}, expected {tokenizer_hash}); preprocess "
                 "the text with the teacher's tokenizer"
+            )
+        self.has_loss_mask = self.manifest.loss_mask
+        self._mask = _reader(paths.mask_prefix, "loss mask", (np.int32,)) if self.has_loss_mask else None
+        if self._mask is not None and len(self._mask) != len(self._bytes):
+            raise ValueError(
+                f"{self._mask.idx_path}: {len(self._mask)} documents, {len(self._bytes)} as bytes: files of different "
+                "runs, preprocess again"
             )
         self.documents = range(len(self._bytes))
         self.digest = self.manifest.digest
@@ -136,6 +151,20 @@ class ByteTokenDataset:
 
     def byte_ids(self, document: int, start: int, stop: int | None) -> NDArray[np.uint8]:
         return self._bytes.read(document, start + 1, None if stop is None else stop + 1)
+
+    def spans(self, document: int) -> NDArray[np.int32]:
+        """The spans of loss_mask.py; ValueError without a mask, or where they do not fit the document."""
+        if self._mask is None:
+            raise ValueError(f"{self.name}: no loss mask; preprocess dialogues with --chat-template")
+        spans = self._mask.read(document)
+        if (problem := spans_problem(spans, self.num_bytes(document))) is not None:
+            raise ValueError(
+                f"{self.name}: the loss mask of document {document} is damaged ({problem}); preprocess again"
+            )
+        return spans
+
+    def marked(self, document: int, start: int, stop: int) -> NDArray[np.bool_]:
+        return marked_between(self.spans(document), start, stop)
 
     def __getitem__(self, document: int) -> Document:
         """A whole document by its global index, verified."""

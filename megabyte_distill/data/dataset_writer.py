@@ -1,4 +1,4 @@
-"""The files of one data set, which appear together: bytes, tokens, token table, manifest."""
+"""The files of one data set, which appear together: bytes, tokens, token table, perhaps a loss mask, manifest."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from megabyte_distill.data.encoding import EncodedDocuments, token_dtype
 from megabyte_distill.data.formats import IndexedReader, IndexedWriter, partial_path, publish, write_and_sync
+from megabyte_distill.data.loss_mask import marked_count
 from megabyte_distill.data.manifest import NO_TOKENIZER, Manifest, StoredPaths
 from megabyte_distill.data.skipped import Skipped
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -34,10 +35,10 @@ class Origin:
 class DatasetWriter:
     """Writes a data set; nothing has its final name before :meth:`publish`. Leaving by an exception removes it all."""
 
-    def __init__(self, paths: StoredPaths, table: TokenBytes | None) -> None:
-        """``table`` None writes bytes alone."""
+    def __init__(self, paths: StoredPaths, table: TokenBytes | None, *, loss_mask: bool = False) -> None:
+        """``table`` None writes bytes alone; with ``loss_mask`` the documents come with their spans."""
         self.paths, self._table = paths, table
-        self.documents = self.bytes = self.tokens = self.normalized = 0
+        self.documents = self.bytes = self.tokens = self.normalized = self.marked = 0
         self.skipped = Skipped()
         self._stack = ExitStack()
         paths.byte_prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,9 @@ class DatasetWriter:
         if table is not None:
             writer = IndexedWriter(paths.token_prefix, token_dtype(table.vocab_size))
             self._tokens = self._stack.enter_context(writer)
+        self._mask: IndexedWriter | None = None
+        if loss_mask:
+            self._mask = self._stack.enter_context(IndexedWriter(paths.mask_prefix, np.int32))
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -79,6 +83,9 @@ class DatasetWriter:
         if self._tokens is not None:
             self._tokens.add_many(encoded.tokens, encoded.token_lengths)
             self.tokens += int(encoded.tokens.size) - events * count
+        if self._mask is not None:
+            self._mask.add_many(encoded.spans, encoded.span_lengths)
+            self.marked += marked_count(encoded.spans)
         self.documents += count
         self.bytes += int(encoded.byte_ids.size) - count
         self.normalized += encoded.normalized
@@ -86,7 +93,11 @@ class DatasetWriter:
 
     def extend(self, paths: StoredPaths, manifest: Manifest) -> None:
         """Appends a whole data set; ValueError where its files are damaged."""
-        for writer, prefix in ((self._bytes, paths.byte_prefix), (self._tokens, paths.token_prefix)):
+        for writer, prefix in (
+            (self._bytes, paths.byte_prefix),
+            (self._tokens, paths.token_prefix),
+            (self._mask, paths.mask_prefix),
+        ):
             if writer is None:
                 continue
             reader = IndexedReader(prefix)
@@ -100,6 +111,7 @@ class DatasetWriter:
         self.documents += manifest.documents
         self.bytes += manifest.bytes
         self.tokens += manifest.tokens
+        self.marked += manifest.marked
         self.normalized += manifest.normalized_documents
         self.skipped.update(Skipped(Counter(manifest.skipped), manifest.skipped_at))
 
@@ -113,6 +125,8 @@ class DatasetWriter:
         if self._tokens is not None and self._table is not None:
             self._tokens.finish()
             write_and_sync(partial_path(self.paths.token_table), self._table.to_bytes())
+        if self._mask is not None:
+            self._mask.finish()
         manifest = Manifest(
             tokenizer_hash=NO_TOKENIZER if self._table is None else self._table.hash,
             vocab_size=0 if self._table is None else self._table.vocab_size,
@@ -127,6 +141,8 @@ class DatasetWriter:
             tokenizer=origin.tokenizer,
             versions=dict(origin.versions),
             append_eod=origin.append_eod,
+            loss_mask=self._mask is not None,
+            marked=self.marked,
             settings=dict(origin.settings),
             partition=origin.partition,
         )
@@ -138,6 +154,10 @@ class DatasetWriter:
         if self._tokens is not None:
             self._tokens.publish()
             publish(self.paths.token_table)
+        for ending in (".idx", ".bin"):
+            Path(f"{self.paths.mask_prefix}{ending}").unlink(missing_ok=True)
+        if self._mask is not None:
+            self._mask.publish()
         publish(self.paths.manifest)
         self._bytes.publish()
 
@@ -152,6 +172,7 @@ def remove_dataset(paths: StoredPaths) -> None:
     for path in (
         *(Path(f"{paths.byte_prefix}{ending}") for ending in (".idx", ".bin")),
         *(Path(f"{paths.token_prefix}{ending}") for ending in (".idx", ".bin")),
+        *(Path(f"{paths.mask_prefix}{ending}") for ending in (".idx", ".bin")),
         paths.manifest,
         paths.token_table,
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,12 @@ from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.alignment import RebuildError, all_rebuild, check_rebuild
 from megabyte_distill.data.arrow_text import is_utf8, json_items
-from megabyte_distill.data.readers import RawBatch, RecordKind
+from megabyte_distill.data.chat_template import ChatTemplate, MarkedText
+from megabyte_distill.data.dialogues import dialogues_of
+from megabyte_distill.data.loss_mask import spans_of
+from megabyte_distill.data.readers import Payload, RawBatch, RecordKind
 from megabyte_distill.data.records import InvalidRecordError, OnInvalid, texts_of
-from megabyte_distill.data.skipped import BLANK_LINES, NOT_REBUILT, Skipped
+from megabyte_distill.data.skipped import ANSWER_JOINED, BLANK_LINES, NOT_REBUILT, Skipped
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.data.tokenizers import DocumentTokenizer, EncodingError, TokenizerKind
 
@@ -39,6 +42,8 @@ class EncodeJob:
     on_invalid: OnInvalid = OnInvalid.ERROR
     strict: bool = False
     """A document that its tokens do not rebuild is an error instead of being left out."""
+    chat_template: ChatTemplate | None = None
+    """Records are dialogues, written by it; None: they are texts."""
 
     @property
     def has_tokens(self) -> bool:
@@ -90,6 +95,9 @@ class EncodedDocuments:
     """Each item the start id, the document's tokens and, where asked for, the end-of-text id, in :func:`token_dtype`;
     empty without tokenizer."""
     token_lengths: NDArray[np.int64]
+    spans: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    """Of dialogues, each item the spans of loss_mask.py."""
+    span_lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     normalized: int = 0
     """Documents that normalisation changed."""
     skipped: Skipped = field(default_factory=Skipped)
@@ -111,13 +119,13 @@ def encode_batch(job: EncodeJob, batch: RawBatch) -> EncodedBatch:
         return stored
     skipped = Skipped()
     places: list[int] = []
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[str | MarkedText, ...]] = []
     for index, payload in enumerate(batch.payloads()):
         if batch.pieces and _is_blank(payload, batch.kind):  # type: ignore[arg-type]
             skipped.add(BLANK_LINES)
             continue
         try:
-            rows.append(texts_of(payload, batch, job.json_keys, job.on_invalid))
+            rows.append(_documents_of(payload, batch, job))
         except InvalidRecordError as error:
             if job.on_invalid is OnInvalid.ERROR:
                 raise ValueError(f"{batch.where(index)}: {error}") from error
@@ -127,6 +135,13 @@ def encode_batch(job: EncodeJob, batch: RawBatch) -> EncodedBatch:
     columns = [[row[column] for row in rows] for column in range(len(job.json_keys))]
     where = functools.partial(_place, batch, places)
     return EncodedBatch(tuple(_encode(job, column, where) for column in columns), skipped)
+
+
+def _documents_of(payload: Payload, batch: RawBatch, job: EncodeJob) -> tuple[str | MarkedText, ...]:
+    if job.chat_template is None:
+        return texts_of(payload, batch, job.json_keys, job.on_invalid)
+    assert isinstance(payload, bytes)  # of JSON: preprocessing refuses other formats
+    return dialogues_of(payload, job.json_keys, job.on_invalid, job.chat_template)
 
 
 def _is_blank(line: bytes, kind: RecordKind) -> bool:
@@ -184,7 +199,8 @@ def _without_tokens(byte_ids: NDArray[np.uint8], lengths: NDArray[np.int64]) -> 
     return EncodedDocuments(byte_ids=byte_ids, byte_lengths=lengths, tokens=nothing, token_lengths=nothing)
 
 
-def _encode(job: EncodeJob, texts: list[str], where: functools.partial[str]) -> EncodedDocuments:
+def _encode(job: EncodeJob, given: list[str | MarkedText], where: functools.partial[str]) -> EncodedDocuments:
+    texts = [document.text if isinstance(document, MarkedText) else document for document in given]
     if not job.has_tokens:
         return _only_bytes([text.encode() for text in texts])
     tokenizer = tokenizer_of(job)
@@ -197,9 +213,17 @@ def _encode(job: EncodeJob, texts: list[str], where: functools.partial[str]) -> 
     except EncodingError as error:
         raise ValueError(f"{where(error.index)}: {error}") from error
     skipped = Skipped()
+    spans = _spans(given, documents, tokenizer.normalize)
+    kept = list(range(len(raw)))
     if not all_rebuild([len(document) for document in raw], b"".join(raw), tokens, table):
         kept = _those_that_rebuild(raw, tokens, table, where, skipped, strict=job.strict)
+    joined = {index for index in kept if spans and spans[index] is None}
+    for index in sorted(joined):
+        skipped.add(ANSWER_JOINED, where(index))
+    kept = [index for index in kept if index not in joined]
+    if len(kept) < len(raw):
         raw, tokens, changed = ([column[index] for index in kept] for column in (raw, tokens, changed))  # type: ignore[assignment]
+    kept_spans = [found for index in kept if spans and (found := spans[index]) is not None]
     flat, lengths = _with_events(tokens, table, append_eod=job.append_eod)
     byte_ids, byte_lengths = _joined_behind_bos(raw)
     return EncodedDocuments(
@@ -207,9 +231,19 @@ def _encode(job: EncodeJob, texts: list[str], where: functools.partial[str]) -> 
         byte_lengths=byte_lengths,
         tokens=flat,
         token_lengths=lengths,
+        spans=_joined(kept_spans),
+        span_lengths=np.array([of_document.size for of_document in kept_spans], dtype=np.int64),
         normalized=sum(changed),
         skipped=skipped,
     )
+
+
+def _spans(
+    given: Sequence[str | MarkedText], documents: Sequence[str], normalize: Callable[[str], str]
+) -> list[NDArray[np.int32] | None]:
+    """Of each dialogue, None where it has none; empty for texts."""
+    pairs = zip(given, documents, strict=True)
+    return [spans_of(marked, document, normalize) for marked, document in pairs if isinstance(marked, MarkedText)]
 
 
 def _joined(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:

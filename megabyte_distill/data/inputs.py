@@ -190,7 +190,9 @@ def _is_output(path: str, prefix: str) -> bool:
         return False
     if name.startswith(f"{output_name}.part-"):
         return True
-    return name.startswith(f"{output_name}_") and any(f"{part}." in name for part in ("_document", "_tokens"))
+    return name.startswith(f"{output_name}_") and any(
+        f"{part}." in name for part in ("_document", "_tokens", "_loss_mask")
+    )
 
 
 def _check_name(path: str) -> None:

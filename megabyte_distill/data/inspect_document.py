@@ -35,6 +35,10 @@ def show_document(dataset: ByteTokenDataset, document: int, *, limit: int = 4000
         f"document {document} of {len(dataset)} in {dataset.name}: {size} bytes, {tokens} tokens{per_token}, "
         f"{split} tokens that split a character"
     )
+    if dataset.has_loss_mask:
+        spans = dataset.spans(document).tolist()
+        shown = ", ".join(f"{start}–{stop}" for start, stop in zip(spans[::2], spans[1::2], strict=True)) or "none"
+        header += f"\ntrained bytes (from – to, exclusive; {size} is the document's end): {shown}"
     rest = f"\n… {size - limit} more bytes (--limit)" if size > limit else ""
     return f"{header}\n{_MARK.join([*parts, ''])}{rest}"
 

@@ -20,7 +20,7 @@ _JSON_KINDS: dict[Any, tuple[type, str]] = {
     tuple: (list, "a list"),
 }
 """Type of a field → what its JSON is read as."""
-_DOCUMENT, _TOKENS = "_document", "_tokens"
+_DOCUMENT, _TOKENS, _MASK = "_document", "_tokens", "_loss_mask"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,11 @@ class StoredPaths:
         return Path(self.stem.removesuffix(_DOCUMENT) + _TOKENS)
 
     @property
+    def mask_prefix(self) -> Path:
+        """Of .bin and .idx, where there is a loss mask: int32, each item the spans of loss_mask.py."""
+        return Path(self.stem.removesuffix(_DOCUMENT) + _MASK)
+
+    @property
     def manifest(self) -> Path:
         return Path(self.stem + ".json")
 
@@ -85,6 +90,10 @@ class Manifest:
     """Path, bytes and sha256 of each input file as it lies on the disk, in order."""
     append_eod: bool = False
     """Whether each token item ends with the teacher's end-of-text id."""
+    loss_mask: bool = False
+    """Whether a loss mask lies beside it, which tells what is trained on from what is a prompt."""
+    marked: int = 0
+    """Bytes, and ends of documents, that the loss mask marks."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What else decides the content: partitions with other settings are not merged."""
     partition: tuple[int, int] | None = None
@@ -104,6 +113,7 @@ class Manifest:
     def digest(self) -> str:
         """sha256 in hex of what the data are: the inputs' hashes, the tokenizer's, the counts; not where they lie."""
         content = [self.tokenizer_hash, self.documents, self.bytes, self.tokens, [i.get("sha256") for i in self.inputs]]
+        content += [self.marked] if self.loss_mask else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:

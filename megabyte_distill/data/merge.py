@@ -84,7 +84,7 @@ def _merged(
     """A data set that is written and not yet published."""
     first = manifests[0]
     table = TokenBytes.load(parts[0].token_table) if first.has_tokens else None
-    writer = stack.enter_context(DatasetWriter(paths, table))
+    writer = stack.enter_context(DatasetWriter(paths, table, loss_mask=first.loss_mask))
     for part, manifest in zip(parts, manifests, strict=True):
         writer.extend(part, manifest)
     writer.finish(
@@ -101,7 +101,7 @@ def _merged(
 
 
 def _check_alike(part: StoredPaths, manifest: Manifest, other: StoredPaths, first: Manifest) -> None:
-    compared = ("tokenizer_hash", "vocab_size", "append_eod", "versions")
+    compared = ("tokenizer_hash", "vocab_size", "append_eod", "loss_mask", "versions")
     wrong = [
         f"{name}: {getattr(manifest, name)!r}, {getattr(first, name)!r} in {other.manifest.name}"
         for name in compared

@@ -29,6 +29,8 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
         return rows[0]
     counts = [int(row.token_ends.sum()) for row in rows]
     stored = [row.stored for row in rows if row.stored is not None]
+    is_marked = [row.marked is not None for row in rows]
+    assert all(is_marked) or not any(is_marked), "some rows have a loss mask, others none"
     padding = -sum(counts) % rows[0].chunk_bucket
 
     def join_chunks(name: str) -> Tensor:
@@ -61,4 +63,5 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
         stored=StoredTargets.joined(stored) if len(stored) == len(rows) else None,
         token_bits=join_bytes("token_ends") if is_merged else None,
         forced_ends=torch.cat(forced) if is_merged else None,
+        marked=join_bytes("marked") if all(is_marked) else None,
     )

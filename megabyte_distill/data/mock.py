@@ -11,6 +11,7 @@ from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.data.token_bytes import TokenBytes
 
+MOCK_TURN_BYTES = 9
 _LETTERS = b"etaoinshrdlucmfwypvbgkjqxz "
 
 
@@ -75,6 +76,7 @@ class MockDataset:
         self.documents = range(num_documents)
         self.digest = f"mock data {vocab_size} {seed} {num_documents} {max_tokens}"
         self.table = mock_table(vocab_size)
+        self.has_loss_mask = True
         self._seed, self._max_tokens = seed, max_tokens
 
     def _document(self, document: int) -> NDArray[np.int64]:
@@ -90,11 +92,21 @@ class MockDataset:
     def byte_ids(self, document: int, start: int, stop: int | None) -> NDArray[np.uint8]:
         return self.table.concatenate(self._document(document))[start:stop]
 
+    def marked(self, document: int, start: int, stop: int) -> NDArray[np.bool_]:
+        """Prompts and answers of equal length in turn."""
+        return np.asarray(np.arange(start, stop) // MOCK_TURN_BYTES % 2 == 1)
+
 
 class MockRowStream(RowStream):
     """A :class:`RowStream` that needs nothing but a vocabulary size."""
 
-    def __init__(self, vocab_size: int, *, row_bytes: int, chunk_bucket: int, seed: int) -> None:
+    def __init__(
+        self, vocab_size: int, *, row_bytes: int, chunk_bucket: int, seed: int, reads_loss_mask: bool = False
+    ) -> None:
         super().__init__(
-            [MockDataset(vocab_size, seed=seed)], row_bytes=row_bytes, chunk_bucket=chunk_bucket, seed=seed
+            [MockDataset(vocab_size, seed=seed)],
+            row_bytes=row_bytes,
+            chunk_bucket=chunk_bucket,
+            seed=seed,
+            reads_loss_mask=reads_loss_mask,
         )

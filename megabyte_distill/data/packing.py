@@ -30,7 +30,7 @@ class PackedRow:
     labels: Tensor
     """[P] int64 joint class of the next byte and its bit, also across a cut; 0 on PAD."""
     loss_mask: Tensor
-    """[P] bool, False on PAD."""
+    """[P] bool, False on PAD: positions that predict something."""
     tokens: Tensor
     """[M] int64 teacher token that ends with the chunk, the teacher's start id on BOS chunks; 0 on padding."""
     token_labels: Tensor
@@ -53,11 +53,19 @@ class PackedRow:
     """[P] bool ends of the teacher's tokens where ``bits`` are fewer (chunk_merging.py); None where they are these."""
     forced_ends: Tensor | None = None
     """[P] bool of such a row: ends of chunks that its rule would have merged, had the segment gone on."""
+    marked: Tensor | None = None
+    """[P] bool positions that the data's loss mask marks (the byte they predict is an answer's), where a stage reads
+    it; None where all text is trained."""
 
     @property
     def token_ends(self) -> Tensor:
         """[P] bool: the byte ends a teacher token, one for each of the M chunks of tokens that are no padding."""
         return self.bits if self.token_bits is None else self.token_bits
+
+    @property
+    def trained(self) -> Tensor:
+        """[P] bool: positions whose prediction is trained and measured."""
+        return self.loss_mask if self.marked is None else self.marked
 
     def to(self, device: torch.device | str) -> PackedRow:
         """The same row with every tensor on ``device``."""
@@ -97,6 +105,8 @@ class Segment:
     """First token behind the run; None where the document ends there."""
     next_token_length: int | None
     """Bytes of ``next_token``."""
+    marked: NDArray[np.bool_] | None = None
+    """Whether each byte, and behind them what follows the run, is trained; None without a loss mask."""
 
 
 def pack_row(
@@ -149,7 +159,20 @@ def pack_row(
         cu_chunks=_offsets(chunk_ends - chunk_sizes, real_chunks, chunks, capacity),
         chunk_bucket=chunk_bucket,
         documents=tuple(segment.document for segment in segments),
+        marked=_marked(segments, row_bytes),
     )
+
+
+def _marked(segments: Sequence[Segment], row_bytes: int) -> Tensor | None:
+    """A position is marked where what it predicts is: BOS predicts a segment's first byte."""
+    parts = [segment.marked for segment in segments if segment.marked is not None]
+    if not parts:
+        return None
+    assert len(parts) == len(segments), "some segments have a loss mask, others none"
+    marked = np.zeros(row_bytes, dtype=np.bool_)
+    found = np.concatenate(parts)
+    marked[: found.size] = found
+    return torch.from_numpy(marked)
 
 
 def _behind(first: int, parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:

@@ -126,6 +126,8 @@ class _Run:
             "on_invalid": self.job.on_invalid.value,
             "strict": self.job.strict,
             "corpus": self.corpus,
+            # not for plain text, whose manifests have no such entry
+            **({} if self.job.chat_template is None else {"chat_template": self.job.chat_template.identity}),
             "tokenizer": tokenizer_of(self.job).segmentation_hash if self.job.has_tokens else NO_TOKENIZER,
         }
 
@@ -208,7 +210,9 @@ class _Run:
         shown = (options.progress or self._lines)(total)
         with ExitStack() as stack:
             stack.callback(shown.close)
-            writers = [stack.enter_context(DatasetWriter(paths, table)) for paths in self.paths(prefix)]
+            masked = job.chat_template is not None
+            made = (DatasetWriter(paths, table, loss_mask=masked) for paths in self.paths(prefix))
+            writers = [stack.enter_context(writer) for writer in made]
             may_wait = any(file.may_wait for file in files)
             batches = read_ahead(read_batches(files, job.json_keys, read), RawBatch.size, may_wait=may_wait)
             stack.enter_context(closing(batches))
@@ -266,6 +270,7 @@ def _check_counts(job: EncodeJob, options: PreprocessOptions) -> None:
         "--end-of-text": job.end_of_text,
         "--bos": job.bos,
         "--strict": job.strict,
+        "--chat-template": job.chat_template,
     }
     if not job.has_tokens:
         problems += [f"--tokenizer-type none does not look at {flag}: leave one out" for flag, v in unused.items() if v]
@@ -275,6 +280,11 @@ def _check_counts(job: EncodeJob, options: PreprocessOptions) -> None:
 
 def _check_files(files: Sequence[InputFile], job: EncodeJob, options: PreprocessOptions) -> None:
     for file in files:
+        if job.chat_template is not None and file.format not in (InputFormat.JSONL, InputFormat.JSON):
+            raise ValueError(
+                f"{file.name}: --chat-template reads dialogues, objects with messages, from .jsonl or .json, not from "
+                f"{file.format.value}; convert it first"
+            )
         if not file.has_keys and len(job.json_keys) > 1:
             raise ValueError(f"{file.name}: plain text has no keys {' '.join(job.json_keys)}")
         if file.is_stdin and (options.partitions > 1 or options.resume):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megabyte_distill.data.manifest import Manifest, StoredPaths
-from megabyte_distill.data.skipped import NOT_REBUILT
+from megabyte_distill.data.skipped import OF_ONE_KEY
 
 _PLACES_SHOWN = 5
 
@@ -22,6 +22,8 @@ class PreprocessSummary:
     """Without BOS."""
     tokens: int
     """Without start ids."""
+    marked: int | None
+    """Bytes and ends of documents that the loss masks mark; None for plain text."""
     normalized_documents: int
     skipped: dict[str, int] = field(default_factory=dict)
     """Reason → records, once each however many keys there are."""
@@ -38,10 +40,11 @@ class PreprocessSummary:
             documents=sum(manifest.documents for manifest in manifests),
             bytes=sum(manifest.bytes for manifest in manifests),
             tokens=sum(manifest.tokens for manifest in manifests),
+            marked=sum(manifest.marked for manifest in manifests) if manifests[0].loss_mask else None,
             normalized_documents=sum(manifest.normalized_documents for manifest in manifests),
             # a record that cannot be read is left out of every key, a document that does not rebuild of its own
             skipped={
-                reason: (sum if reason == NOT_REBUILT else max)(m.skipped.get(reason, 0) for m in manifests)
+                reason: (sum if reason in OF_ONE_KEY else max)(m.skipped.get(reason, 0) for m in manifests)
                 for reason in sorted(reasons)
             },
             skipped_at={
@@ -54,8 +57,15 @@ class PreprocessSummary:
         skipped = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "none"
         per_token = f", bytes per token {self.bytes / self.tokens:.3f}" if self.tokens else ""
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
+        share = 100 * (self.marked or 0) / max(1, self.bytes + self.documents)
+        marked = (
+            []
+            if self.marked is None
+            else [f"answers to train on: {self.marked} bytes and ends of documents ({share:.1f} %)"]
+        )
         lines = [
             f"documents {self.documents}, bytes {self.bytes}, tokens {self.tokens}{per_token}",
+            *marked,
             f"changed by normalisation {self.normalized_documents}, skipped: {skipped}",
         ]
         for reason, places in self.skipped_at.items():

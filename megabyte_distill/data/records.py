@@ -43,7 +43,7 @@ def texts_of(payload: Payload, batch: RawBatch, keys: Sequence[str], on_invalid:
     if isinstance(payload, tuple):
         return tuple(_column(value, key, replace) for value, key in zip(payload, keys, strict=True))
     if batch.kind is RecordKind.TEXT:
-        return (_decoded(payload, replace, names_line=batch.is_whole_files),)
+        return (decoded(payload, replace, names_line=batch.is_whole_files),)
     try:
         content = orjson.loads(payload)
         texts = tuple([content[key] for key in keys])
@@ -54,7 +54,7 @@ def texts_of(payload: Payload, batch: RawBatch, keys: Sequence[str], on_invalid:
 
 def _by_the_slow_way(line: bytes, keys: Sequence[str], replace: bool) -> tuple[str, ...]:
     """What the fast reader refuses: NaN and half surrogate pairs, or an error to be named."""
-    text = _decoded(line, replace).removeprefix("\ufeff")
+    text = decoded(line, replace).removeprefix("\ufeff")
     try:
         content: Any = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -81,23 +81,29 @@ def _value(content: dict[str, Any], key: str, replace: bool) -> str:
     value = content[key]
     if not isinstance(value, str):
         raise InvalidRecordError(NOT_TEXT, f"{key!r} is {type(value).__name__}, expected text")
+    return checked_text(value, repr(key), replace)
+
+
+def checked_text(value: str, what: str, replace: bool) -> str:
+    """A text without half surrogate pairs: U+FFFD for each with ``replace``, else InvalidRecordError."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
         if replace:
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         place = error.start
-        raise InvalidRecordError(INVALID_UTF8, f"{key!r} has half a surrogate pair at character {place}") from error
+        raise InvalidRecordError(INVALID_UTF8, f"{what} has half a surrogate pair at character {place}") from error
     return value
 
 
 def _column(value: bytes | None, key: str, replace: bool) -> str:
     if value is None:
         raise InvalidRecordError(NOT_TEXT, f"{key!r} is null, expected text")
-    return _decoded(value, replace)
+    return decoded(value, replace)
 
 
-def _decoded(text: bytes, replace: bool, *, names_line: bool = False) -> str:
+def decoded(text: bytes, replace: bool, *, names_line: bool = False) -> str:
+    """UTF-8 as text: U+FFFD where it is none with ``replace``, else InvalidRecordError."""
     try:
         return text.decode("utf-8", "replace" if replace else "strict")
     except UnicodeDecodeError as error:

@@ -140,8 +140,13 @@ def plan_row(
     return tuple(segments)
 
 
-def materialize(source: DocumentSource, plan: RowPlan, *, row_bytes: int, chunk_bucket: int) -> PackedRow:
-    """Reads the bytes and tokens of a plan; ValueError names a document whose tokens do not spell its bytes."""
+def materialize(
+    source: DocumentSource, plan: RowPlan, *, row_bytes: int, chunk_bucket: int, reads_loss_mask: bool = False
+) -> PackedRow:
+    """Reads the bytes and tokens of a plan; ValueError names a document whose tokens do not spell its bytes.
+
+    ``reads_loss_mask``: what the source's mask marks comes with the row.
+    """
     segments = []
     for part in plan.segments:
         look_ahead = 0 if part.ends_document else 1
@@ -160,6 +165,7 @@ def materialize(source: DocumentSource, plan: RowPlan, *, row_bytes: int, chunk_
                 next_byte=int(byte_ids[-1]) if look_ahead else None,
                 next_token=int(tokens[-1]) if look_ahead else None,
                 next_token_length=int(source.table.lengths[tokens[-1]]) if look_ahead else None,
+                marked=source.marked(part.document, part.byte_start, part.byte_end + 1) if reads_loss_mask else None,
             )
         )
     table = source.table
@@ -219,11 +225,22 @@ class RowStream:
         chunk_bucket: int,
         seed: int,
         min_room: int = MIN_ROOM,
+        reads_loss_mask: bool = False,
     ) -> None:
-        """``weights`` need not sum to one; None means equal. ValueError for empty or mismatched data sets."""
+        """``weights`` need not sum to one; None means equal. ValueError for empty or mismatched data sets.
+
+        ``reads_loss_mask``: rows come with what the data sets' masks mark; ValueError where one has none.
+        """
         weights = [1.0] * len(datasets) if weights is None else list(weights)
         _check_sources(datasets, weights, row_bytes=row_bytes, chunk_bucket=chunk_bucket)
+        without = [source.name for source in datasets if reads_loss_mask and not source.has_loss_mask]
+        if without:
+            raise ValueError(
+                f"{without[0]}: no loss mask, so that answers cannot be told from prompts; preprocess dialogues with "
+                "tools/preprocess_bytes.py --chat-template"
+            )
         self.datasets = tuple(datasets)
+        self._reads_loss_mask = reads_loss_mask
         self._turns = Turns(weights)
         self.row_bytes, self.chunk_bucket, self.seed, self.min_room = row_bytes, chunk_bucket, seed, min_room
         self.rows = 0
@@ -250,7 +267,13 @@ class RowStream:
     def materialize(self, plan: RowPlan) -> PackedRow:
         """The row of a plan; the only step that reads bytes."""
         source = self.datasets[plan.dataset]
-        return materialize(source, plan, row_bytes=self.row_bytes, chunk_bucket=self.chunk_bucket)
+        return materialize(
+            source,
+            plan,
+            row_bytes=self.row_bytes,
+            chunk_bucket=self.chunk_bucket,
+            reads_loss_mask=self._reads_loss_mask,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain numbers, texts, lists and dicts (JSON keeps it exactly)."""

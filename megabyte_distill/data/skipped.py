@@ -9,6 +9,9 @@ from megabyte_distill.data.manifest import PLACES_KEPT
 
 BLANK_LINES = "blank lines"
 NOT_REBUILT = "tokens do not rebuild it"
+ANSWER_JOINED = "normalisation joins a prompt and its answer"
+OF_ONE_KEY = (NOT_REBUILT, ANSWER_JOINED)
+"""Reasons for which a document is left out by itself, and not its record with all keys."""
 
 
 @dataclass(slots=True)

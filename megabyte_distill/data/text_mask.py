@@ -21,8 +21,11 @@ def not_last(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def text_positions(row: PackedRow) -> Tensor:
-    """[P] bool: positions whose label is a byte of text. Their number is the row's text in bytes."""
-    is_byte = row.loss_mask & (row.labels != END_OF_DOCUMENT_CLASS)
+    """[P] bool: positions whose label is a byte of text, under a loss mask a marked one.
+
+    Their number is the row's text in bytes.
+    """
+    is_byte = row.trained & (row.labels != END_OF_DOCUMENT_CLASS)
     return is_byte & not_last(row.cu_seqlens, row.byte_ids.shape[0])
 
 

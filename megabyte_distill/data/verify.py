@@ -13,6 +13,7 @@ from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data.alignment import all_rebuild, check_rebuild
 from megabyte_distill.data.encoding import token_dtype
 from megabyte_distill.data.formats import IndexedReader
+from megabyte_distill.data.loss_mask import marked_count, spans_problem
 from megabyte_distill.data.manifest import Manifest, StoredPaths
 from megabyte_distill.data.token_bytes import TokenBytes
 
@@ -36,7 +37,8 @@ def verify_dataset(stem: str, *, report: Callable[[int, int], None] = lambda don
     """Reads a whole data set and returns its manifest if everything in it agrees; ``report(documents, total)``.
 
     Checked: index against data without gap or overlap, counts against the manifest, BOS in front of each document and
-    nowhere else, UTF-8, the teacher's start id (and end-of-text id), tokens against bytes, the token table's hash.
+    nowhere else, UTF-8, the teacher's start id (and end-of-text id), tokens against bytes, the token table's hash, the
+    loss mask's spans.
     ValueError names the file or the document, and what to do.
     """
     paths = StoredPaths(stem)
@@ -46,10 +48,13 @@ def verify_dataset(stem: str, *, report: Callable[[int, int], None] = lambda don
     if manifest.has_tokens:
         table = _table(paths, manifest)
         token_reader = _verified(paths.token_prefix, token_dtype(table.vocab_size))
+    mask_reader = _verified(paths.mask_prefix, np.dtype(np.int32)) if manifest.loss_mask else None
     _check_count(stem, "documents as bytes", len(byte_reader), manifest.documents)
     if token_reader is not None:
         _check_count(stem, "documents as tokens", len(token_reader), manifest.documents)
-    tokens = 0
+    if mask_reader is not None:
+        _check_count(stem, "documents in the loss mask", len(mask_reader), manifest.documents)
+    tokens = marked = 0
     for first, last in _document_blocks(byte_reader):
         byte_ids, sizes = _block(byte_reader, first, last)
         _check_bytes(stem, byte_ids, sizes, first)
@@ -58,9 +63,12 @@ def verify_dataset(stem: str, *, report: Callable[[int, int], None] = lambda don
             documents = _check_tokens(stem, flat, token_sizes, table, append_eod=manifest.append_eod, first=first)
             _check_rebuild(stem, byte_ids, sizes, documents, table, first)
             tokens += sum(ids.size for ids in documents)
+        if mask_reader is not None:
+            marked += sum(_checked_mask(stem, mask_reader, first + i, int(size)) for i, size in enumerate(sizes))
         report(last, len(byte_reader))
     _check_count(stem, "bytes", byte_reader.bin_bytes - len(byte_reader), manifest.bytes)
     _check_count(stem, "tokens", tokens, manifest.tokens)
+    _check_count(stem, "marked bytes", marked, manifest.marked)
     return manifest
 
 
@@ -159,6 +167,14 @@ def _check_tokens(
             )
         documents.append(item[1:-1] if append_eod else item[1:])
     return documents
+
+
+def _checked_mask(stem: str, reader: IndexedReader, document: int, size: int) -> int:
+    """Bytes that the mask marks of a document whose item has ``size`` bytes, BOS included."""
+    spans = reader.read(document)
+    if (problem := spans_problem(spans, size - 1)) is not None:
+        raise ValueError(f"{stem}: the loss mask of document {document} is damaged ({problem}); preprocess again")
+    return marked_count(spans)
 
 
 def _check_rebuild(

@@ -28,9 +28,9 @@ TITLES = {
     "target_shares": "Shares of the exact targets",
 }
 WHY_MISSING = {
-    "bits_per_byte": "recorded by 1b on held-out text, and by 2a and 2b",
-    "boundary_f1": "recorded where the router is trained: 1c and 2b",
-    "bytes_per_chunk": "recorded where the router is trained, 1c and 2b, or chunks are merged; formerly only there",
+    "bits_per_byte": "recorded by 1b on held-out text, and from 2a on",
+    "boundary_f1": "recorded where the router is trained: 1c, 2b and 3a",
+    "bytes_per_chunk": "recorded where the router is trained (1c, 2b, 3a) or chunks are merged; formerly only there",
 }
 """Pictures that a reader looks for, and why a run may lack them."""
 FIGURES = {

@@ -250,7 +250,7 @@ def _run_micro_batch(
     bytes_per_chunk: float,
 ) -> MicroBatch:
     row = even_row(config, bytes_per_chunk)
-    needs_table = config.byte_targets is not ByteTargets.HARD and stage.name.startswith("2")
+    needs_table = config.byte_targets is not ByteTargets.HARD
     table = even_tokens(part.backbone.backbone_config.vocab_size) if needs_table else None  # type: ignore[union-attr]
     with WithoutValues(), fused_attention():  # type: ignore[no-untyped-call]
         objective = stage.objective(config, built.teacher, table)

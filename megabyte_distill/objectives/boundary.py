@@ -26,7 +26,10 @@ def boundary_bce(p: Tensor, bits: Tensor) -> Tensor:
 
 
 def boundary_positions(row: PackedRow) -> Tensor:
-    """[P] bool: bytes on which the router is trained; not a segment's last one (its p is 1 by definition), not PAD."""
+    """[P] bool: bytes on which the router is trained; not a segment's last one (its p is 1 by definition), not PAD.
+
+    A loss mask does not matter here: a prompt is cut into chunks as an answer is.
+    """
     return row.loss_mask & not_last(row.cu_seqlens, row.byte_ids.shape[0])
 
 

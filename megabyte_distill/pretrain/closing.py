@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megabyte_distill.config import STAGE_ORDER, Settings
-from megabyte_distill.config.stage import GENERATES_FROM
+from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.conversion.run_folder import run_names
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
@@ -130,7 +130,7 @@ def _is_done(root: Path, stage: str, train_iters: int) -> bool:
 def _finished(root: Path) -> bool:
     """True where the decoder is trained and nothing was left half done."""
     progress = [p for stage in STAGE_ORDER if (p := stage_progress(root, stage)) is not None]
-    return all(p.is_complete for p in progress) and any(p.stage in GENERATES_FROM for p in progress)
+    return all(p.is_complete for p in progress) and any(p.stage in TRAINS_DECODER for p in progress)
 
 
 def _measure(
@@ -204,6 +204,8 @@ def _stage_rows(root: Path) -> list[StageRow]:
         counters = read_loop_state(progress.checkpoint)["progress"]
         measured = validation.get(name, {})
         value = measured.get(f"validation {stage.measure}")
+        # of answers alone it stands beside no figure of whole texts
+        is_of_text = stage.measure.endswith("bits per byte") and not stage.reads_loss_mask
         rows.append(
             StageRow(
                 stage=name,
@@ -212,7 +214,7 @@ def _stage_rows(root: Path) -> list[StageRow]:
                 seconds=float(counters["seconds"]),
                 measure=stage.measure,
                 value=value,
-                bits_per_byte=value if stage.measure.endswith("bits per byte") else None,
+                bits_per_byte=value if is_of_text else None,
             )
         )
     return rows

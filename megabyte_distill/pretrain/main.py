@@ -133,7 +133,7 @@ def _prepare_example(settings: Settings, example: object, ranks: World) -> None:
 
 def _run(settings: Settings, ranks: World, example: object) -> int:
     from megabyte_distill.pretrain.closing import closing_report, print_saved_summary
-    from megabyte_distill.pretrain.prepare import check_held_out, prepare_run
+    from megabyte_distill.pretrain.prepare import check_data, prepare_run
 
     position = Position()
     with contextlib.ExitStack() as stack:
@@ -143,7 +143,7 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
             position = stack.enter_context(_watched(root, settings, ranks))
         _prepare_example(settings, example, ranks)
         prepared = prepare_run(settings, ranks)
-        check_held_out(settings, prepared)
+        check_data(settings, prepared)
         if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, ranks, position):
             position.at(CLOSING)
             closing_report(settings, prepared, ranks)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.blend import DEFAULT_SPLIT
@@ -23,6 +24,7 @@ from megabyte_distill.conversion.model_config import (
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.conversion.run_folder import teacher_path
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
+from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import SAMPLE_ROW_BYTES, sample_rows
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.formats import partial_path, publish, write_and_sync
@@ -49,6 +51,9 @@ WRITTEN_BY_RUNS = (
     TOKENIZER_FOLDER,
 )
 """What ``--fresh`` removes from a run's folder, beside its plots; nothing else is touched."""
+
+WeightedSets = tuple[list[ByteTokenDataset], list[float]]
+"""Data sets of a blend and their weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,33 +204,54 @@ def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None)
     return find_checkpoint(prepared.teacher, ckpt_step), "teacher"
 
 
-def check_held_out(settings: Settings, prepared: Prepared) -> None:
-    """ValueError before any training where something is to be measured on held-out text and there is none."""
-    wanted = settings.run.summary_bytes > 0 or any(config.eval_iters for config in settings.stages.values())
-    if not wanted or settings.data.mock_data:
-        return
-    _, (held_out, _) = data_sets(settings, prepared)
-    if not held_out:
+def check_data(settings: Settings, prepared: Prepared) -> None:
+    """ValueError before any training where a stage's data are not what it reads, or no text is held out to measure."""
+    shared = None if settings.data.mock_data else data_sets(settings, prepared)
+    sharing = [config for config in settings.stages.values() if not config.dialogue_data_path]
+    if shared is not None:
+        wanted = settings.run.summary_bytes > 0 or any(config.eval_iters for config in sharing)
+        _check_held_out(settings, shared, wanted=wanted)
+    for name, config in settings.stages.items():
+        own = data_sets(settings, prepared, config) if config.dialogue_data_path else None
+        if own is not None:
+            _check_held_out(settings, own, wanted=config.eval_iters > 0)
+        found = own or shared
+        if found is not None and STAGES[name].reads_loss_mask:
+            _check_loss_masks(name, [*found[0][0], *found[1][0]])
+
+
+def _check_held_out(settings: Settings, found: tuple[WeightedSets, WeightedSets], *, wanted: bool) -> None:
+    if wanted and not found[1][0]:
         raise ValueError(
             f"no document is held out by --split {settings.data.split or DEFAULT_SPLIT}: give --valid-data-path, a "
             "--split with a larger second share, or --eval-iters 0 --summary-bytes 0 to train without measuring"
         )
 
 
-WeightedSets = tuple[list[ByteTokenDataset], list[float]]
-"""Data sets of a blend and their weights."""
+def _check_loss_masks(stage: str, datasets: Sequence[ByteTokenDataset]) -> None:
+    without = [dataset.name for dataset in datasets if not dataset.has_loss_mask]
+    if without:
+        raise ValueError(
+            f"stage {stage} trains on the answers of dialogues, and {without[0]} has no loss mask that tells them from "
+            "prompts: it was preprocessed as plain text. Preprocess dialogues with tools/preprocess_bytes.py "
+            f"--chat-template chatml, and give them with --{stage}.dialogue-data-path (docs/training.md)"
+        )
 
 
-def data_sets(settings: Settings, prepared: Prepared) -> tuple[WeightedSets, WeightedSets]:
+def data_sets(
+    settings: Settings, prepared: Prepared, config: StageConfig | None = None
+) -> tuple[WeightedSets, WeightedSets]:
     """(training, held-out) data sets of the command line; a set whose share of ``--split`` is empty is left out.
 
-    ValueError where data and teacher do not belong together or files are damaged.
+    ``config``: of a stage, which may have data of its own. ValueError where data and teacher do not belong together or
+    files are damaged.
     """
     data, tokenizer_hash = settings.data, prepared.token_bytes.hash
-    if not data.data_path:
+    data_path = (config.dialogue_data_path if config is not None else ()) or data.data_path
+    if not data_path:
         train = open_blend(data.train_data_path, tokenizer_hash=tokenizer_hash)
         return train, open_blend(data.valid_data_path, tokenizer_hash=tokenizer_hash)
-    datasets, weights = open_blend(data.data_path, tokenizer_hash=tokenizer_hash)
+    datasets, weights = open_blend(data_path, tokenizer_hash=tokenizer_hash)
     parts: tuple[WeightedSets, WeightedSets] = ([], []), ([], [])
     for dataset, weight in zip(datasets, weights, strict=True):
         for (sets, kept), documents in zip(parts, split_documents(len(dataset), data.split_shares)[:2], strict=True):
@@ -257,8 +283,11 @@ def row_seed(seed: int, stage: str) -> int:
 
 
 def chunk_sample(settings: Settings, prepared: Prepared) -> list[PackedRow]:
-    """Training text on which chunks are measured: the same in every stage, at any length of rows and for any seed."""
-    size = {"row_bytes": SAMPLE_ROW_BYTES, "chunk_bucket": 1, "seed": 0}
+    """Training text on which chunks are measured: the same in every stage, at any length of rows and for any seed.
+
+    The run's, also in a stage with data of its own, so that an equal length is an equal limit.
+    """
+    size: dict[str, Any] = {"row_bytes": SAMPLE_ROW_BYTES, "chunk_bucket": 1, "seed": 0}
     if settings.data.mock_data:
         return sample_rows(MockRowStream(prepared.model_config.backbone.vocab_size, **size))
     (train, weights), _ = data_sets(settings, prepared)
@@ -270,10 +299,12 @@ def row_streams(
 ) -> tuple[RowStream, RowStream | None]:
     """(training rows, held-out rows or None) of a stage. Each stage reads its data in another order."""
     seed = row_seed(settings.run.seed, stage)
-    size = {"row_bytes": config.seq_length, "chunk_bucket": config.chunk_bucket}
-    if settings.data.mock_data:
+    size: dict[str, Any] = {"row_bytes": config.seq_length, "chunk_bucket": config.chunk_bucket}
+    size["reads_loss_mask"] = STAGES[stage].reads_loss_mask
+    if settings.data.mock_data and not config.dialogue_data_path:
         vocab_size = prepared.model_config.backbone.vocab_size
-        return MockRowStream(vocab_size, seed=seed, **size), MockRowStream(vocab_size, seed=1, **size)
-    (train, weights), (held_out, held_out_weights) = data_sets(settings, prepared)
+        streams = (MockRowStream(vocab_size, seed=s, **size) for s in (seed, 1))
+        return next(streams), next(streams)
+    (train, weights), (held_out, held_out_weights) = data_sets(settings, prepared, config)
     held_out_rows = RowStream(held_out, held_out_weights, seed=1, **size) if held_out else None
     return RowStream(train, weights, seed=seed, **size), held_out_rows

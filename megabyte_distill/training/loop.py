@@ -104,8 +104,8 @@ class _Window:
 
 
 def averages(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """(sum, count) pairs as means; a count of zero is NaN, and is shown as such."""
-    return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+    """(sum, count) pairs as means; what nothing was counted of (rows without an answer) has no figure."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 @dataclass(kw_only=True)

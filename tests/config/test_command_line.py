@@ -143,7 +143,7 @@ def test_everything_wrong_with_a_file_and_beside_it_is_reported_together(tmp_pat
         (["--train_iters", "5"], "did you mean --train-iters?"),
         (["--train", "5"], "unknown flag --train"),
         (["--2a.lrr", "5"], "did you mean --2a.lr?"),
-        (["--3a.lr", "5"], "unknown stage '3a' in --3a.lr"),
+        (["--4a.lr", "5"], "unknown stage '4a' in --4a.lr"),
         (["--2a.seed", "5"], "belongs to the whole run"),
         (["--1a.backbone-lr", "5"], "acts only in 1b, 2b"),
         (["--lr"], "--lr needs a value"),
@@ -189,7 +189,7 @@ def test_flags_without_effect_are_told() -> None:
     parse_arguments([*MOCK, "--stages", "1a", "--2a.lr", "1", "--backbone-lr", "1"], warn=told.append)
     assert len(told) == 2
     assert "stage 2a is not among --stages 1a" in told[0]
-    assert "acts in 1b, 2b only" in told[1]
+    assert "acts in 1b, 2b, 3a only" in told[1]
 
 
 @pytest.mark.parametrize(

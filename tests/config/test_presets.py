@@ -47,8 +47,8 @@ def test_official_is_the_recipe_point_by_point() -> None:
         assert config.floor_ratio == floors[stage]
         assert (config.adam_beta1, config.adam_beta2) == (0.9, 0.95)
         assert (config.weight_decay, config.clip_grad) == (0.1, 1.0)
-        assert config.boundary_source is BoundarySource.ROUTER
-        assert config.align_loss_scale is AlignLossScale.MEAN
+        assert config.boundary_source is (BoundarySource.ROUTER if stage in ("2a", "2b") else BoundarySource.GOLD)
+        assert stage != "1a" or config.align_loss_scale is AlignLossScale.MEAN
         assert not config.freeze_backbone
     assert settings.stages["2b"].backbone_peak_lr == 2e-5
     assert settings.stages["1b"].backbone_peak_lr == 2e-5

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("world")
 
 BYTE_SIDE = {"byte_encoder", "router", "byte_decoder"}
 CONFIG = StageConfig()
-CASES = [(name, False) for name in STAGES] + [("1b", True), ("2b", True)]
-"""(stage, freeze_backbone): the setting exists in 1b and 2b."""
+CASES = [(name, False) for name in STAGES] + [("1b", True), ("2b", True), ("3a", True)]
+"""(stage, freeze_backbone): the setting exists in 1b, 2b and 3a."""
 OFFICIAL = replace(CONFIG, boundary_source=BoundarySource.ROUTER, align_layers=1)
 
 
@@ -70,6 +70,7 @@ def recipe(name: str, *, tied: bool, freeze: bool) -> set[str]:
         "1c": {"router"},
         "2a": {"byte_decoder"},
         "2b": BYTE_SIDE | backbone,
+        "3a": BYTE_SIDE | backbone,
     }[name]
 
 

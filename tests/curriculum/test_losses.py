@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.config.model import DechunkMode
-from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale, BoundarySource, StageConfig
+from megabyte_distill.config.stage import STAGE_ORDER, TRAINS_DECODER, AlignLossScale, BoundarySource, StageConfig
 from megabyte_distill.curriculum import boundary_learning, byte_sft, embedding_alignment, joint_distillation
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.micro_batch import concatenate_rows
@@ -33,8 +33,8 @@ from tests.tiny_student import (
 pytestmark = pytest.mark.usefixtures("world")
 
 CONFIG = StageConfig()
-SOURCES = [(name, BoundarySource.GOLD) for name in STAGES] + [(name, BoundarySource.ROUTER) for name in ("2a", "2b")]
-"""(stage, boundary source): the setting exists in 2a and 2b."""
+SOURCES = [(name, BoundarySource.GOLD) for name in STAGES] + [(name, BoundarySource.ROUTER) for name in TRAINS_DECODER]
+"""(stage, boundary source): the setting exists where the decoder trains."""
 
 
 def objective_of(name: str, config: StageConfig = CONFIG, teacher: Backbone | None = None) -> Objective:
@@ -82,6 +82,7 @@ def test_counts_by_hand() -> None:
         "1c": {"router bce": used - documents},
         "2a": {"byte ce": used},
         "2b": {"byte ce": used, "router bce": used - documents},
+        "3a": {"byte ce": used, "router bce": used - documents},
     }
     assert {name: objective_of(name, replace(CONFIG, align_layers=2)).counts(row) for name in STAGES} == expected
     assert objective_of("1a").counts(row) == {"alignment mse": ends}
@@ -100,7 +101,7 @@ def test_rows_together_documents_apart_and_other_padding_have_one_loss_and_gradi
         "micro-batch": [concatenate_rows(rows)],
         "documents": [document for row in rows for document in segments_alone(row)],
         "other padding": [with_other_padding(rows[0]), *rows[1:]],
-        "other bucket": [replace(row, chunk_bucket=1) if name[0] == "2" else row for row in rows],
+        "other bucket": [replace(row, chunk_bucket=1) if name in TRAINS_DECODER else row for row in rows],
     }
     expected = total(objective, student, rows)
     wanted = gradients(student, lambda: total(objective, student, rows))

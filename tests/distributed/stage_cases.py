@@ -78,6 +78,7 @@ EVERY_STAGE = (
     "2b",
     "2b router, causal",
     "2b frozen, mixed",
+    "3a",
 )
 """What layouts run beside those that run all cases."""
 LAYOUTS: dict[int, dict[str, Layout]] = {
@@ -140,6 +141,7 @@ CASES = {
     "2b router, official": Case("2b", _ROUTER, mode=DechunkMode.OFFICIAL),
     "2b merged, mixed": Case("2b", {"byte_targets": ByteTargets.MIXED}, mode=DechunkMode.CAUSAL, merge_limit=2.5),
     "2b frozen, mixed": Case("2b", {"freeze_backbone": True, "byte_targets": ByteTargets.MIXED}),
+    "3a": Case("3a", {}),
 }
 
 
@@ -225,7 +227,8 @@ def run_case(case: Case, layout: Layout, here: World, start: Path) -> dict[str, 
     )
     student.train()
     frozen = {name: p.detach().clone() for name, p in student.named_parameters() if not p.requires_grad}
-    rows = random_rows(ROWS * UPDATES, row_bytes=ROW_BYTES, bucket=BUCKET, seed=13)
+    sizes = {"row_bytes": ROW_BYTES, "bucket": BUCKET, "seed": 13}
+    rows = random_rows(ROWS * UPDATES, marked=stage.reads_loss_mask, **sizes)
     rows = [merge_row(row, case.merge_limit) for row in rows]
     result: dict[str, Any] = {"losses": [], "grad_norms": [], "margin": 1.0}
     is_decided = here.size == 1 and case.fields.get("boundary_source") is BoundarySource.ROUTER

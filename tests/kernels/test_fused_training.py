@@ -43,6 +43,7 @@ OF_STAGE = {
     "1c": {"routing_forward", "boundary_bits"},
     "2a": {"chunk_index", "chunk_pool_forward", "dechunk_forward", "joint_cross_entropy_forward"},
     "2b": {"routing_forward", "chunk_index", "dechunk_forward", "joint_cross_entropy_forward"},
+    "3a": {"routing_forward", "chunk_index", "dechunk_forward", "joint_cross_entropy_forward"},
 }
 """Kernels that must have run, beside the embedding's."""
 

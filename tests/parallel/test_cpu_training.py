@@ -57,7 +57,7 @@ def test_a_stage_learns_its_row_and_touches_nothing_frozen(
     student = tiny_student()
     if bf16:
         student.bfloat16()
-    stage, config = STAGES[name], replace(CONFIG, backbone_lr=5e-3 if name in ("1b", "2b") else None)
+    stage, config = STAGES[name], replace(CONFIG, backbone_lr=5e-3 if name in ("1b", "2b", "3a") else None)
     set_trainable(student, stage.trains(config, student.backbone.backbone_config))
     before = {key: value.clone() for key, value in student.named_parameters()}
     teacher = tiny_backbone().to(student.backbone.dtype).requires_grad_(False)

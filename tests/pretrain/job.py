@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.teacher_folder import save_teacher
 from megabyte_distill.conversion.tokenizer_files import token_table
+from megabyte_distill.data.chat_template import CHATML, ChatTemplate
+from megabyte_distill.data.dialogues import MESSAGES_KEY
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.pretrain.main import main
@@ -62,6 +64,8 @@ class Job:
     tokenizer: Path
     train: str
     held_out: str
+    dialogues: str
+    """With a loss mask."""
 
     def flags(self, save: Path, *more: str) -> list[str]:
         """The whole curriculum in the smallest size; ``more`` wins."""
@@ -135,6 +139,24 @@ def write_data(prefix: Path, tokenizer: Path, *, seed: int, documents: int, word
     return preprocess([source], output_prefix=prefix, tokenizer_model=tokenizer).stems["text"]
 
 
+def write_dialogues(prefix: Path, tokenizer: Path) -> str:
+    """Stem of preprocessed dialogues of two questions and two answers."""
+    choose = random.Random(2)
+    source = prefix.with_suffix(".jsonl")
+    with open(source, "w", encoding="utf-8") as stream:
+        for _ in range(20):
+            turns = [
+                {"role": role, "content": " ".join(choose.choices(WORDS, k=choose.randrange(9)))}
+                for role in ("user", "assistant") * 2
+            ]
+            stream.write(json.dumps({"messages": turns}) + "\n")
+    keys = (MESSAGES_KEY,)
+    done = preprocess(
+        [source], output_prefix=prefix, tokenizer_model=tokenizer, json_keys=keys, chat_template=ChatTemplate(CHATML)
+    )
+    return done.stems[MESSAGES_KEY]
+
+
 @cache
 def make_job(folder: Path) -> Job:
     """Everything under ``folder``, made once."""
@@ -144,6 +166,7 @@ def make_job(folder: Path) -> Job:
         tokenizer=tokenizer,
         train=write_data(folder / "train", tokenizer, seed=0, documents=16),
         held_out=write_data(folder / "held", tokenizer, seed=1, documents=3),
+        dialogues=write_dialogues(folder / "chat", tokenizer),
     )
 
 

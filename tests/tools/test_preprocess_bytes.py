@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megabyte_distill.data.dataset import ByteTokenDataset
+from tools.preprocess_bytes import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,3 +137,24 @@ def test_partitions_are_merged_by_the_tool(tmp_path: Path, folder: Path) -> None
     stem = str(tmp_path / "o_text_document")
     assert done.returncode == 0 and done.stdout.strip() == f"--data-path {stem}"
     assert ByteTokenDataset(stem)[1].byte_ids.tobytes() == b"document 1"
+
+
+def test_dialogues_are_written_by_a_template_in_workers(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role[0] }}>{{ m.content }}\n{% endfor %}"
+                        "{% if add_generation_prompt %}a>{% endif %}")  # fmt: skip
+    turns = [{"role": "user", "content": "日"}, {"role": "assistant", "content": "本\0"}]
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    prefix, inputs = tmp_path / "chat", [str(tmp_path / f"{number}.jsonl") for number in range(2)]
+    words = ["--input", *inputs, "--output-prefix", str(prefix), "--tokenizer-model", str(folder)]
+    assert main([*words, "--chat-template", str(template), "--workers", "2", "--partitions", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "answers to train on: 12 bytes and ends of documents (42.9 %)" in out
+    assert f"--data-path {prefix}_messages_document" in out
+    assert main(["verify", str(prefix)]) == 0 and main(["inspect", str(prefix), "--document", "1"]) == 0
+    assert "trained bytes (from – to, exclusive; 13 is the document's end): 8–14" in capsys.readouterr().out
+    assert main([*words, "--chat-template", str(tmp_path / "none"), "--overwrite"]) == 2
+    assert "expected chatml, teacher, or a file with a Jinja template" in capsys.readouterr().err
