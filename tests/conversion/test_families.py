@@ -73,7 +73,7 @@ def test_config_fields_are_read_and_written(cases: Path, name: str) -> None:
     written = family.write_config(read)
     assert family.read_config(HfConfig(written, "config.json")) == read
     # what transformers makes of our fields is what it made of its own
-    again = getattr(transformers, f"{prefix}Config")(**written).to_dict()
+    again = getattr(transformers, f"{prefix}ForCausalLM").config_class(**written).to_dict()
     assert family.read_config(HfConfig(again, "config.json")) == read
     assert family_of_config(HfConfig.read(cases / name / "hf")) is family
 
@@ -161,11 +161,11 @@ REQUIRED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", ["Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Olmo3"])
+@pytest.mark.parametrize("prefix", ["Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Olmo3", "Gemma", "Gemma3"])
 def test_absent_fields_mean_what_transformers_takes_them_for(prefix: str) -> None:
     config = HfConfig({"architectures": [f"{prefix}ForCausalLM"], **REQUIRED}, "config.json")
     family = family_of_config(config)
-    theirs_of = getattr(transformers, f"{prefix}Config")(**REQUIRED).to_dict()
+    theirs_of = getattr(transformers, f"{prefix}ForCausalLM").config_class(**REQUIRED).to_dict()
     assert theirs_of["rope_parameters"] and "rms_norm_eps" in theirs_of
     assert family.read_config(config) == family.read_config(HfConfig({**config.fields, **theirs_of}, "config.json"))
 
