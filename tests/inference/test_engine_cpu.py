@@ -20,7 +20,7 @@ from megabyte_distill.inference.engine_slots import Slots, TorchSlots
 from megabyte_distill.inference.state_guess import StateGuess
 from megabyte_distill.kernels import build, step_library
 from megabyte_distill.model.student import Student
-from tests.tiny_student import enlarged, tiny_backbone, tiny_student
+from tests.tiny_student import GEMMA, GEMMA3, enlarged, tiny_backbone, tiny_student
 
 pytestmark = pytest.mark.usefixtures("groups", "step_library")
 
@@ -113,6 +113,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "family": "olmo3", "qk_norm": QkNorm.FULL, "post_norm": True, "sliding_window": 3, "sliding_layers": (0,),
         "rope_scaling": YARN, "rope_scaling_kind": RopeScaling.YARN,
     },
+    "gemma": {**GEMMA, "head_dim": 20},
+    "gemma3": GEMMA3,
     # heads of a group in two parts, values and windows that end inside a vector
     "llama": {
         "num_attention_heads": 6, "num_query_groups": 1, "head_dim": 40, "sliding_window": 21, "sliding_layers": (1,),

@@ -30,7 +30,7 @@ from megabyte_distill.training.optimizer import wrap_for_training
 from megabyte_distill.training.step import evaluate, train_step
 from megabyte_distill.training.throughput import FlopCount
 from tests.fp8_rounding import round_as_fp8
-from tests.tiny_student import BACKBONE, BYTE_SIDE, enlarged, random_rows
+from tests.tiny_student import BACKBONE, BYTE_SIDE, GEMMA3, enlarged, random_rows
 
 WHY = optional.engine_problem()
 pytestmark = [
@@ -50,6 +50,7 @@ FAMILIES = {
     "olmo3": replace(
         LLAMA, family="olmo3", qk_norm=QkNorm.FULL, post_norm=True, sliding_window=48, sliding_layers=(0,)
     ),
+    "gemma3": replace(LLAMA, **{**GEMMA3, "query_pre_attn_scalar": 64, "sliding_window": 48}),
 }
 OFFSETS = torch.tensor([0, 1, 20, 160, 250, 256], dtype=torch.int32)
 """256 positions, the last six of them a dummy segment."""
