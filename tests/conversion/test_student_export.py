@@ -26,7 +26,7 @@ from megabyte_distill.runs import load_student
 from tests.hf.exported import Exported, load, make_exported, native_log_probabilities
 from tests.pretrain.conftest import finished, job
 from tests.pretrain.job import Job
-from tests.tiny_student import GEMMA, GEMMA3
+from tests.tiny_student import FAMILIES
 from tools.convert_checkpoint import main
 
 __all__ = ["finished", "job"]
@@ -125,8 +125,8 @@ def test_other_families_come_back_bit_for_bit(tmp_path: Path, family: str) -> No
         "qwen3": {"qk_norm": QkNorm.HEAD, "tied_embeddings": True},
         "olmo2": {"qk_norm": QkNorm.FULL, "post_norm": True},
         "mistral": {"sliding_window": 8, "sliding_layers": (0, 1)},
-        "gemma": GEMMA,
-        "gemma3": GEMMA3,
+        "gemma": FAMILIES["gemma"],
+        "gemma3": FAMILIES["gemma3"],
     }
     exported = make_exported(tmp_path, **{"family": family, **features[family]})
     logits = exported.load()(torch.tensor([list(b"some text")])).logits[0].double()
