@@ -124,6 +124,21 @@ def test_ids_and_width_come_from_config_json(byte_level_folder: Path, tmp_path: 
         tokenizers.load(tmp_path)
 
 
+def test_a_special_token_behind_the_models_vocabulary_is_left_out(gemma_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(gemma_folder / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizers.load(tmp_path).token_bytes.vocab_size == size
+    with pytest.raises(ValueError, match="belongs to another tokenizer"):  # if it were the one that ends a document
+        tokenizers.load(tmp_path, end_of_text="<image_soft_token>")
+    tokenizer.add_tokens(["<text>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"only {size}; config.json beside it belongs to another tokenizer"):
+        tokenizers.load(tmp_path)
+
+
 def test_a_bare_file_finds_well_known_ids(byte_level_folder: Path, tmp_path: Path) -> None:
     shutil.copy(byte_level_folder / "tokenizer.json", tmp_path / "mine.json")
     table = tokenizers.load(tmp_path / "mine.json").token_bytes
