@@ -20,7 +20,9 @@ from tests.pretrain.test_dry_run import printed_settings
 __all__ = ["job"]
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-MODELS = {"llama3.2_3b.sh": "llama3.2-3b", "qwen3_4b.sh": "qwen3-4b", "olmo2_1b.sh": "olmo2-1b"}
+MODELS = {
+    "llama3.2_3b.sh": "llama3.2-3b", "qwen3_4b.sh": "qwen3-4b", "olmo2_1b.sh": "olmo2-1b", "gemma3_1b.sh": "gemma3-1b",
+}  # fmt: skip
 RECIPE = (
     *("train_iters", "seq_length", "micro_batch_size", "global_batch_size", "lr", "backbone_peak_lr", "floor_ratio"),
     *("warmup_iterations", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "lr_decay_style"),
@@ -46,7 +48,13 @@ def test_every_script_is_valid_bash(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["llama3.2_3b.sh", pytest.param("qwen3_4b.sh", marks=pytest.mark.slow), "olmo2_1b.sh"]
+    "script",
+    [
+        "llama3.2_3b.sh",
+        pytest.param("qwen3_4b.sh", marks=pytest.mark.slow),
+        "olmo2_1b.sh",
+        pytest.param("gemma3_1b.sh", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_script_has_the_papers_numbers(script: str, tmp_path: Path) -> None:
     """Those of --preset official, in each of the five stages, from any folder it is called in."""

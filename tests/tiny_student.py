@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from megabyte_distill.alphabet import PAD_BYTE
 from megabyte_distill.config.model import (
+    Activation,
     BackboneConfig,
     ByteMixer,
     ByteSideConfig,
     ChunkPooling,
     DechunkMode,
+    QkNorm,
+    RopeScaling,
     RouterKind,
 )
 from megabyte_distill.data.mock import MockDataset
@@ -56,6 +59,30 @@ BACKBONE = BackboneConfig(
     norm_eps=1e-5,
     rope_theta=1e4,
 )
+YARN = {
+    "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2,
+    "original_max_position_embeddings": 16.0, "truncate": 1.0,
+}  # fmt: skip
+_GEMMA: dict[str, Any] = {
+    "activation": Activation.GELU_TANH, "zero_centred_norms": True, "scaled_embeddings": True, "tied_embeddings": True,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"family": "qwen2", "qkv_bias": True, "tied_embeddings": True},
+    "qwen3": {"family": "qwen3", "qk_norm": QkNorm.HEAD},
+    "olmo2": {"family": "olmo2", "qk_norm": QkNorm.FULL, "post_norm": True},
+    "olmo3": {
+        "family": "olmo3", "qk_norm": QkNorm.FULL, "post_norm": True, "sliding_window": 5, "sliding_layers": (0,),
+        "rope_scaling": YARN, "rope_scaling_kind": RopeScaling.YARN,
+    },
+    "gemma": {"family": "gemma", **_GEMMA},
+    "gemma3": {
+        "family": "gemma3", **_GEMMA, "qk_norm": QkNorm.HEAD, "query_pre_attn_scalar": 3, "sandwich_norm": True,
+        "sliding_window": 5, "sliding_layers": (0,), "sliding_rope_theta": 50.0,
+        "rope_scaling": {"factor": 8.0}, "rope_scaling_kind": RopeScaling.LINEAR,
+    },
+}  # fmt: skip
+"""What each kind of layers has over :data:`BACKBONE`: wherever layers are computed, a test goes through all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +132,9 @@ def enlarged(module: ModuleT) -> ModuleT:
             nn.init.normal_(parameter, std=0.2)
         else:
             nn.init.uniform_(parameter, 0.5, 1.5)
+    for part in module.modules():
+        if getattr(part, "zero_centred", False):
+            part.get_parameter("weight").data.sub_(1)
     return module
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 MAX_NGRAM = 8
 """Bytes of the longest hashed n-gram."""
@@ -125,6 +126,8 @@ class RopeScaling(str, Enum):
 
     LLAMA3 = "llama3"
     YARN = "yarn"
+    LINEAR = "linear"
+    """Every frequency divided by the same factor (the larger Gemma 3)."""
 
 
 class QkNorm(str, Enum):
@@ -137,12 +140,30 @@ class QkNorm(str, Enum):
     """Over all heads together (OLMo 2 and 3)."""
 
 
+class Activation(str, Enum):
+    """What the gate of the MLP goes through, under Hugging Face's names."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_pytorch_tanh"
+    """GELU by its tanh approximation (Gemma)."""
+
+
+class NormNames(NamedTuple):
+    """Hugging Face's names of a layer's norms; None where it has none."""
+
+    before_attention: str | None
+    behind_attention: str | None
+    """On what attention adds."""
+    before_mlp: str | None
+    behind_mlp: str | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneConfig:
     """A teacher's transformer, family-neutral. Filled from a Hugging Face config by conversion."""
 
     family: str
-    """Name of the conversion table: llama, mistral, qwen2, qwen3, olmo2 or olmo3."""
+    """``name`` of one of conversion/families.py."""
     num_layers: int
     hidden_size: int
     """E."""
@@ -157,20 +178,49 @@ class BackboneConfig:
     rope_theta: float
     rope_scaling: dict[str, float] | None = None
     """Of kind llama3: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings. Of kind yarn:
-    factor, beta_fast, beta_slow, attention_factor, original_max_position_embeddings, truncate (0 or 1)."""
+    factor, beta_fast, beta_slow, attention_factor, original_max_position_embeddings, truncate (0 or 1). Of kind linear:
+    factor."""
     rope_scaling_kind: RopeScaling = RopeScaling.LLAMA3
     """Of ``rope_scaling``, where there is one."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen 2)."""
     qk_norm: QkNorm = QkNorm.NONE
+    query_pre_attn_scalar: int | None = None
+    """Products of queries and keys are divided by its square root; None: ``head_dim``."""
+    activation: Activation = Activation.SILU
     post_norm: bool = False
     """Norms on what attention and MLP add (OLMo 2 and 3) instead of on what they read."""
+    sandwich_norm: bool = False
+    """Norms on what attention and MLP read and on what they add (Gemma 3); not together with ``post_norm``."""
+    zero_centred_norms: bool = False
+    """Every norm multiplies by 1 + its weight (Gemma)."""
+    scaled_embeddings: bool = False
+    """The first layer reads token embeddings times √E, rounded to their dtype (Gemma); a tied head has them as they
+    are."""
     sliding_window: int | None = None
     """Positions a layer of ``sliding_layers`` attends to, its own included."""
     sliding_layers: tuple[int, ...] = ()
     """Counted from 0. RoPE is not scaled in them (OLMo 3)."""
+    sliding_rope_theta: float | None = None
+    """RoPE's base in them (Gemma 3); None: ``rope_theta``."""
     tied_embeddings: bool = False
     max_position_embeddings: int = 2048
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What products of queries and keys are multiplied by; None: 1 / √head_dim."""
+        return None if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar**-0.5
+
+    @property
+    def norm_names(self) -> NormNames:
+        """Which norms a layer has."""
+        before, behind = not self.post_norm, self.post_norm or self.sandwich_norm
+        return NormNames(
+            before_attention="input_layernorm" if before else None,
+            behind_attention="post_attention_layernorm" if behind else None,
+            before_mlp=("pre_feedforward_layernorm" if behind else "post_attention_layernorm") if before else None,
+            behind_mlp="post_feedforward_layernorm" if behind else None,
+        )
 
     @property
     def padded_vocab_size(self) -> int:

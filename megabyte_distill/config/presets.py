@@ -131,6 +131,7 @@ PRESETS: Mapping[str, Layer] = MappingProxyType(
         "qwen3-4b": _published(2560),
         "olmo2-1b": _published(2048),
         "llama3.1-8b": _published(4096),
+        "gemma3-1b": _published(1152),
     }
 )
 """By name: ``official`` is RECIPE point by point; the model presets take its numbers with gold bits, hard dechunk and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from megabyte_distill.config.model import BackboneConfig, QkNorm, RopeScaling
+from megabyte_distill.config.model import Activation, BackboneConfig, QkNorm, RopeScaling
 
 
 def _llama3_scaling(factor: float) -> dict[str, float]:
@@ -79,6 +79,29 @@ PUBLISHED_BACKBONES: Mapping[str, BackboneConfig] = MappingProxyType(
             rope_scaling=_llama3_scaling(8.0),
             rope_scaling_kind=RopeScaling.LLAMA3,
             max_position_embeddings=131_072,
+        ),
+        "gemma3-1b": BackboneConfig(
+            family="gemma3",
+            num_layers=26,
+            hidden_size=1152,
+            ffn_hidden_size=6912,
+            num_attention_heads=4,
+            num_query_groups=1,
+            head_dim=256,
+            vocab_size=262_144,
+            norm_eps=1e-6,
+            rope_theta=1_000_000.0,
+            qk_norm=QkNorm.HEAD,
+            query_pre_attn_scalar=256,
+            activation=Activation.GELU_TANH,
+            sandwich_norm=True,
+            zero_centred_norms=True,
+            scaled_embeddings=True,
+            sliding_window=512,
+            sliding_layers=tuple(layer for layer in range(26) if (layer + 1) % 6),
+            sliding_rope_theta=10_000.0,
+            tied_embeddings=True,
+            max_position_embeddings=32_768,
         ),
     }
 )

@@ -6,14 +6,19 @@ from typing import Any
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.hf_config import HfConfig
-from megabyte_distill.conversion.rope_fields import read_rope
-
-SLIDING, FULL = "sliding_attention", "full_attention"
+from megabyte_distill.conversion.rope_fields import FULL, SLIDING, read_rope
 
 
-def read_decoder(config: HfConfig, family: str, **features: Any) -> BackboneConfig:
-    """A backbone of the shared fields and of ``features``, which are fields of BackboneConfig and go over them."""
-    config.refuse("hidden_act", ("silu", "swish"), "the backbone's MLP is SwiGLU")
+def read_decoder(
+    config: HfConfig, family: str, *, scales_sliding_layers: bool = True, **features: Any
+) -> BackboneConfig:
+    """A backbone of the shared fields and of ``features``, which are fields of BackboneConfig and go over them.
+
+    ``scales_sliding_layers``: whether transformers stretches RoPE in layers with a window as in the others, which the
+    backbone cannot. A family with another ``activation`` than SwiGLU's looks after the fields that name it.
+    """
+    if "activation" not in features:
+        config.refuse("hidden_act", ("silu", "swish"), "the MLP of this family is SwiGLU")
     config.refuse("mlp_bias", (False,), "the backbone's MLP has no bias")
     config.refuse("partial_rotary_factor", (1, 1.0), "only whole-head rotary positions are")
     config.refuse("quantization_config", (), "convert from the unquantised weights")
@@ -42,7 +47,7 @@ def read_decoder(config: HfConfig, family: str, **features: Any) -> BackboneConf
     if "rope_theta" not in fields:
         fields |= read_rope(config)
     backbone = BackboneConfig(**fields)
-    if backbone.sliding_layers and backbone.rope_scaling is not None and family != "olmo3":
+    if backbone.sliding_layers and backbone.rope_scaling is not None and scales_sliding_layers:
         raise ValueError(f"{config.where}: a sliding window together with RoPE scaling is not supported")
     return backbone
 
@@ -61,7 +66,7 @@ def write_decoder(config: BackboneConfig, model_type: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
-        "hidden_act": "silu",
+        "hidden_act": config.activation.value,
     }
 
 

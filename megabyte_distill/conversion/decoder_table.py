@@ -1,6 +1,6 @@
 """The parameters of a decoder as ``BackboneConfig`` describes it, under the names transformers gives them.
 
-Llama, Mistral, Qwen 2 and 3, OLMo 2 and 3 name the same things alike; what a model has follows from its configuration.
+All known families name the same things alike; what a model has follows from its configuration.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def _attention(config: BackboneConfig, ours: str, theirs: str) -> list[Parameter
 
 
 def _norms(config: BackboneConfig, ours: str, theirs: str) -> list[ParameterMapping]:
-    names = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
-    if config.post_norm:
-        names = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
+    mine = ("input_layernorm", "post_attention_norm", "pre_mlp_layernorm", "post_mlp_norm")
     return [
-        Direct(f"{ours}{mine}.weight", f"{theirs}{name}.weight", (config.hidden_size,)) for mine, name in names.items()
+        Direct(f"{ours}{own}.weight", f"{theirs}{name}.weight", (config.hidden_size,))
+        for own, name in zip(mine, config.norm_names, strict=True)
+        if name is not None
     ]
 
 

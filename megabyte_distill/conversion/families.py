@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from megabyte_distill.conversion.family import Family
+from megabyte_distill.conversion.gemma import GEMMA, GEMMA3
 from megabyte_distill.conversion.hf_config import HfConfig
 from megabyte_distill.conversion.llama import LLAMA, MISTRAL
 from megabyte_distill.conversion.olmo import OLMO2, OLMO3
 from megabyte_distill.conversion.qwen import QWEN2, QWEN3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3, GEMMA, GEMMA3)
 """A new family: one file beside llama.py that makes a :class:`Family`, and its name here (docs/adding-a-family.md)."""
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
-from megabyte_distill.conversion.decoder_config import (
-    FULL,
-    SLIDING,
-    layer_types,
-    read_decoder,
-    sliding_layers,
-    write_decoder,
-)
+from megabyte_distill.conversion.decoder_config import layer_types, read_decoder, sliding_layers, write_decoder
 from megabyte_distill.conversion.family import Family
 from megabyte_distill.conversion.hf_config import HfConfig
-from megabyte_distill.conversion.rope_fields import read_rope, rope_fields
+from megabyte_distill.conversion.rope_fields import (
+    FULL,
+    SLIDING,
+    read_rope,
+    read_rope_by_kind,
+    rope_fields,
+    rope_fields_by_kind,
+)
 
 _OLMO3_THETA = 500_000.0
 _EPS = 1e-5
@@ -35,32 +35,20 @@ def _read_olmo3(config: HfConfig) -> BackboneConfig:
     count = config.integer("num_hidden_layers")
     layers = sliding_layers(config, tuple(layer for layer in range(count) if (layer + 1) % 4))
     window = {"sliding_window": config.integer("sliding_window", _WINDOW), "sliding_layers": layers} if layers else {}
-    return read_decoder(config, "olmo3", **_features(config), **_olmo3_rope(config), **window)
+    return read_decoder(
+        config, "olmo3", scales_sliding_layers=False, **_features(config), **_olmo3_rope(config), **window
+    )
 
 
 def _olmo3_rope(config: HfConfig) -> dict[str, Any]:
     """The rotation of the full layers; that of the sliding ones must be the same without scaling."""
-    parameters = config.section("rope_parameters")
-    if parameters is None:
+    if config.section("rope_parameters") is None:
         return read_rope(config, default_theta=_OLMO3_THETA)
-    sections = {kind: parameters.section(kind) for kind in (FULL, SLIDING)}
-    if all(section is None for section in sections.values()):
-        raise ValueError(
-            f"{parameters.where}: has neither {FULL} nor {SLIDING}, and transformers' versions read that differently; "
-            "expected one object for each"
-        )
-    full, slides = (
-        read_rope(
-            HfConfig({**above, "rope_parameters": None if section is None else dict(section.fields)}, config.where),
-            default_theta=_OLMO3_THETA,
-        )
-        # the old spelling beside the new one is about the full layers
-        for section, above in ((sections[FULL], config.fields), (sections[SLIDING], {}))
-    )
+    full, slides = read_rope_by_kind(config, dict.fromkeys((FULL, SLIDING), _OLMO3_THETA)).values()
     if slides["rope_scaling"] is not None or slides["rope_theta"] != full["rope_theta"]:
         raise ValueError(
-            f"{parameters.where}: {SLIDING} has {slides}; expected no scaling and the rope_theta of {FULL}, "
-            f"{full['rope_theta']}"
+            f"{config.where}, rope_parameters: {SLIDING} has {slides}; expected no scaling and the rope_theta of "
+            f"{FULL}, {full['rope_theta']}"
         )
     return full
 
@@ -70,15 +58,12 @@ def _write_olmo2(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _write_olmo3(config: BackboneConfig) -> dict[str, Any]:
-    rope = rope_fields(config)
-    plain = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         **write_decoder(config, "olmo3"),
         "attention_bias": False,
         "sliding_window": config.sliding_window or _WINDOW,
         "layer_types": layer_types(config),
-        **rope,
-        "rope_parameters": {FULL: rope["rope_parameters"], SLIDING: plain},
+        **rope_fields_by_kind(config),
     }
 
 

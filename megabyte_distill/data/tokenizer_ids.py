@@ -90,11 +90,14 @@ class SpecialIds:
                 raise ValueError(f"{path}: the {role} token {value!r} is not in the vocabulary")
         end_id = resolved["end of text"]
         assert end_id is not None
+        size = self.vocab_size
+        if size is not None and max(end_id, resolved["BOS"] or 0) < size and not any(tokens[size:]):
+            tokens = tokens[:size]  # no text has these: Gemma 3's image token, which its smallest models lack
         table = TokenBytes.from_list(tokens, end_of_text_id=end_id, bos_id=resolved["BOS"])
-        if self.vocab_size is None:
+        if size is None:
             return table
         try:
-            return table.padded(self.vocab_size)
+            return table.padded(size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; config.json beside it belongs to another tokenizer") from error
 

@@ -42,18 +42,18 @@ class JsonTokenizer:
             ]
             model_type = spec["model"].get("type")
             names = {step["type"] for step in steps}
+            byte_level = "ByteLevel" in names
+            marked = not byte_level and ("Metaspace" in names or any(_is_space_mark(step) for step in steps))
             added = {token["content"]: token for token in spec.get("added_tokens") or () if _check_added(token)}
-            bare = _without_additions(spec, added)
+            bare = _without_additions(spec, added, _user_defined(spec["model"], added) if marked else [])
         except (OSError, UnicodeDecodeError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from error
-        byte_level = "ByteLevel" in names
-        marked = "Metaspace" in names or any(_is_space_mark(step) for step in steps)
         if not byte_level and not marked:
             raise ValueError(
                 f"{path}: model {model_type} with {', '.join(sorted(names)) or 'no steps'}: tokens without "
                 "exact bytes; expected byte-level BPE, or Metaspace with byte fallback"
             )
-        self._marked = marked and not byte_level
+        self._marked = marked
         try:
             self._normalizer, self._form = _text_normalizer(spec.get("normalizer"))
             self._bare = json.dumps(bare)
@@ -83,8 +83,8 @@ class JsonTokenizer:
 
     @cached_property
     def segmentation_hash(self) -> str:
-        """See :class:`megabyte_distill.data.tokenizers.DocumentTokenizer`; added tokens do not count, text never
-        becomes one."""
+        """See :class:`megabyte_distill.data.tokenizers.DocumentTokenizer`; added tokens that no text becomes do not
+        count."""
         spec = orjson.loads(self._bare)
         if "merges" in spec["model"]:  # newer files write a merge as two strings
             merges = spec["model"]["merges"]
@@ -136,9 +136,19 @@ def _text_normalizer(spec: dict[str, Any] | None) -> tuple[normalizers.Normalize
     return normalizer, forms[0] if forms else None
 
 
-def _without_additions(spec: dict[str, Any], added: Collection[str]) -> dict[str, Any]:
+def _user_defined(model: dict[str, Any], added: dict[str, Any]) -> list[dict[str, Any]]:
+    """Added tokens that were user-defined symbols of a SentencePiece model, found by being in its vocabulary and not
+    special: Gemma's runs of spaces and line ends and its HTML tags. They are text, of which the teacher has learnt that
+    it comes in one piece."""
+    pieces = [token for text, token in added.items() if not token.get("special") and text in model["vocab"]]
+    return [{**token, "lstrip": False, "rstrip": False} for token in pieces]  # what is stripped would be lost
+
+
+def _without_additions(
+    spec: dict[str, Any], added: Collection[str], user_defined: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The same tokenizer without whatever adds to the text or cuts it: dummy prefix, template, truncation, padding,
-    and without added tokens, which would turn a document's "<tool_call>" into an event."""
+    and without added tokens but for ``user_defined``: others would turn a document's "<tool_call>" into an event."""
 
     def cleaned(part: Any) -> Any:
         if isinstance(part, list):
@@ -158,7 +168,7 @@ def _without_additions(spec: dict[str, Any], added: Collection[str]) -> dict[str
         normalizer = None
     return {
         **spec,
-        "added_tokens": [],
+        "added_tokens": user_defined,
         "model": _without_added(spec["model"], added),
         "normalizer": cleaned(normalizer),
         "pre_tokenizer": cleaned(spec.get("pre_tokenizer")),
@@ -190,7 +200,7 @@ def _token_bytes(
         raise ValueError("the vocabulary is empty")
     alphabet = byte_level_alphabet()
     for text, index in vocabulary.items():
-        if text in added:
+        if text in added and (byte_level or added[text].get("special")):
             result[index] = None if added[text].get("special") else text.encode()
         elif text == unknown:
             continue

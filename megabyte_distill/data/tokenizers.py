@@ -6,6 +6,7 @@
     tokenizer.token_bytes.concatenate(tokens).tobytes() == document.encode()
 
 Text never becomes a special or added token: "<|endoftext|>" in a document is thirteen characters, "<tool_call>" eleven.
+User-defined symbols of a SentencePiece vocabulary are no such tokens but text: Gemma's "<table>" is one token.
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
+from megabyte_distill.model.feed_forward import TEACHER_GATES
+from megabyte_distill.model.normalization import TeacherRMSNorm, multiplier
 from megabyte_distill.model.packed_attention import (
     KeyValueCache,
     LayerReach,
@@ -26,6 +27,11 @@ from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 
 Attend = Callable[[Tensor, Tensor, Tensor, int, LayerReach], Tensor]
 """(query [N, heads, d], key and value [N, groups, d], layer, its reach) → [N, heads · d]."""
+
+
+def rms_norm(config: BackboneConfig, width: int) -> TeacherRMSNorm:
+    """A norm over ``width`` features as the family has them."""
+    return TeacherRMSNorm(width, eps=config.norm_eps, zero_centred=config.zero_centred_norms)
 
 
 class BackboneAttention(nn.Module):
@@ -42,8 +48,8 @@ class BackboneAttention(nn.Module):
         self.norm_kind = config.qk_norm
         if config.qk_norm is not QkNorm.NONE:
             per_head = config.qk_norm is QkNorm.HEAD
-            self.q_norm = nn.RMSNorm(width if per_head else heads * width, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(width if per_head else groups * width, eps=config.norm_eps)
+            self.q_norm = rms_norm(config, width if per_head else heads * width)
+            self.k_norm = rms_norm(config, width if per_head else groups * width)
 
     def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[N, E] → [N, E]; rotations as RotaryTable gives them."""
@@ -59,41 +65,42 @@ class BackboneAttention(nn.Module):
 
 
 class BackboneMLP(nn.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """down(activation(gate(x)) · up(x))."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, E] → [N, E]."""
-        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        result: Tensor = self.down_proj(TEACHER_GATES[self.activation](self.gate_proj(x)) * self.up_proj(x))
         return result
 
 
 class BackboneLayer(nn.Module):
-    """Attention and MLP on a residual stream, norms in front of them or on what they add (``post_norm``)."""
+    """Attention and MLP on a residual stream, with norms in front of them, on what they add, or both."""
 
     def __init__(self, config: BackboneConfig, layer: int) -> None:
         super().__init__()
-        self.post_norm = config.post_norm
         self.self_attn = BackboneAttention(config, layer)
         self.mlp = BackboneMLP(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        if config.post_norm:
-            self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        else:
-            self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.names = config.norm_names
+        for name in filter(None, self.names):
+            setattr(self, name, rms_norm(config, config.hidden_size))
+
+    def _normed(self, name: str | None, x: Tensor) -> Tensor:
+        """By the norm of that name, x itself where there is none."""
+        normed: Tensor = x if name is None else getattr(self, name)(x)
+        return normed
 
     def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[N, E] → [N, E]."""
-        if self.post_norm:
-            x = x + self.post_attention_layernorm(self.self_attn(x, rotations, attend))
-            return x + self.post_feedforward_layernorm(self.mlp(x))  # type: ignore[no-any-return]
-        x = x + self.self_attn(self.input_layernorm(x), rotations, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        attended = self.self_attn(self._normed(self.names.before_attention, x), rotations, attend)
+        x = x + self._normed(self.names.behind_attention, attended)
+        return x + self._normed(self.names.behind_mlp, self.mlp(self._normed(self.names.before_mlp, x)))
 
     def step_layer(self) -> StepLayer:
         """Its weights: all queries, all keys, all values."""
@@ -104,12 +111,7 @@ class BackboneLayer(nn.Module):
             [begin + place for place in range(0, projection.out_features, attention.head_dim)]
             for begin, projection in zip(begins, projections, strict=True)
         ]
-        after_attention = self.post_attention_layernorm
-        first, second = (
-            (after_attention, self.post_feedforward_layernorm)
-            if self.post_norm
-            else (self.input_layernorm, after_attention)
-        )
+        norms = [None if name is None else multiplier(getattr(self, name)) for name in self.names]
         has_norm = attention.norm_kind is not QkNorm.NONE
         return StepLayer(
             projections=[(projection.weight, projection.bias) for projection in projections],
@@ -119,10 +121,12 @@ class BackboneLayer(nn.Module):
             out=attention.o_proj.weight,
             up=[mlp.gate_proj.weight, mlp.up_proj.weight],
             down=mlp.down_proj.weight,
-            attention_norm=first.weight,
-            mlp_norm=second.weight,
-            query_norm=attention.q_norm.weight if has_norm else None,
-            key_norm=attention.k_norm.weight if has_norm else None,
+            norm_before_attention=norms[0],
+            norm_behind_attention=norms[1],
+            norm_before_mlp=norms[2],
+            norm_behind_mlp=norms[3],
+            query_norm=multiplier(attention.q_norm) if has_norm else None,
+            key_norm=multiplier(attention.k_norm) if has_norm else None,
         )
 
 
@@ -133,7 +137,7 @@ class BackboneStack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BackboneLayer(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = rms_norm(config, config.hidden_size)
 
     def forward(self, x: Tensor, rotations: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[N, E] in the weights' dtype → states [N, E] after the final norm."""
@@ -150,6 +154,7 @@ class TorchBackbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.backbone_config = config
+        self._scale = config.attention_scale
         self.model = BackboneStack(config)
         if not config.tied_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -160,7 +165,8 @@ class TorchBackbone(nn.Module):
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
-            return packed_attention(query, key, value, lengths, reach.window, cu_seqlens=cu_seqlens.to(torch.int32))
+            offsets = cu_seqlens.to(torch.int32)
+            return packed_attention(query, key, value, lengths, reach.window, self._scale, offsets)
 
         states: Tensor = self.model(x, self._rotations(packed_positions(cu_seqlens, x.shape[0])), attend)
         return states
@@ -168,7 +174,7 @@ class TorchBackbone(nn.Module):
     def step_weights(self) -> StepBackbone:
         """The weights themselves, for steps outside these modules."""
         layers = [layer.step_layer() for layer in self.model.layers if isinstance(layer, BackboneLayer)]
-        return StepBackbone(config=self.backbone_config, layers=layers, final_norm=self.model.norm.weight)
+        return StepBackbone(config=self.backbone_config, layers=layers, final_norm=multiplier(self.model.norm))
 
     def init_cache(self, rows: int) -> KeyValueCache:
         """An empty key/value cache for :meth:`step`."""
@@ -194,7 +200,9 @@ class TorchBackbone(nn.Module):
         new = NewPositions.of(cache, rows, offsets)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, reach: LayerReach) -> Tensor:
-            return cached_attention(query, key, value, cache=cache, layer=layer, new=new, window=reach.window)
+            return cached_attention(
+                query, key, value, cache=cache, layer=layer, new=new, window=reach.window, scale=self._scale
+            )
 
         states: Tensor = self.model(x, self._rotations(new.places), attend)
         return states

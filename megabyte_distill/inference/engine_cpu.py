@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill.alphabet import JOINT_CLASSES
-from megabyte_distill.config.model import MAX_NGRAM, ChunkPooling, DechunkMode, QkNorm
+from megabyte_distill.config.model import MAX_NGRAM, Activation, ChunkPooling, DechunkMode, QkNorm
 from megabyte_distill.inference.engine_slots import remember_last
 from megabyte_distill.inference.state_guess import StateGuess, following
 from megabyte_distill.kernels.step_library import Description, StepModel
@@ -28,6 +28,7 @@ from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 from megabyte_distill.model.student import Student
 
 _QK_NORMS = {QkNorm.NONE: 0, QkNorm.HEAD: 1, QkNorm.FULL: 2}
+_ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
 
 
 def refusal(student: Student) -> str | None:
@@ -268,19 +269,20 @@ def _backbone(out: Description, weights: StepBackbone) -> None:
     first = weights.layers[0]
     out.number(config.hidden_size, config.head_dim, config.ffn_hidden_size)
     out.number(sum(weight.shape[0] for weight, _ in first.projections))
-    out.number(int(config.post_norm), _QK_NORMS[config.qk_norm])
+    out.number(_QK_NORMS[config.qk_norm], _ACTIVATIONS[config.activation])
     full, sliding, magnitude = RotaryTable(config).frequencies
     out.fraction(config.norm_eps)
     out.fraction(magnitude)
+    out.fraction(config.attention_scale or config.head_dim**-0.5)
     out.pointer(full)
     out.pointer(sliding)
     out.number(len(weights.layers))
     for number, layer in enumerate(weights.layers):
-        _layer(out, layer, config.norm_eps, LayerReach.of(config, number).window)
+        _layer(out, layer, LayerReach.of(config, number).window)
     out.norm(weights.final_norm, config.norm_eps)
 
 
-def _layer(out: Description, layer: StepLayer, eps: float, window: int | None) -> None:
+def _layer(out: Description, layer: StepLayer, window: int | None) -> None:
     out.number(len(layer.projections))
     for weight, bias in layer.projections:
         out.dense(weight, bias)
@@ -291,8 +293,9 @@ def _layer(out: Description, layer: StepLayer, eps: float, window: int | None) -
     for weight in layer.up:
         out.dense(weight)
     out.dense(layer.down)
-    out.norm(layer.attention_norm, eps)
-    out.norm(layer.mlp_norm, eps)
-    out.pointer(layer.query_norm)
-    out.pointer(layer.key_norm)
+    for norm in (
+        layer.norm_before_attention, layer.norm_behind_attention, layer.norm_before_mlp, layer.norm_behind_mlp,
+        layer.query_norm, layer.key_norm,
+    ):  # fmt: skip
+        out.pointer(norm)
     out.number(window or 0)

@@ -25,6 +25,8 @@ from megabyte_distill.model.backbone_layers import (
     step_layer,
 )
 from megabyte_distill.model.engine_layers import engine_parts
+from megabyte_distill.model.feed_forward import TEACHER_GATES
+from megabyte_distill.model.normalization import multiplier
 from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions, RotaryTable
 from megabyte_distill.model.rotary import packed_positions
 from megabyte_distill.model.step_layers import StepBackbone
@@ -59,8 +61,10 @@ def transformer_config(config: BackboneConfig, **overrides: Any) -> TransformerC
         "kv_channels": config.head_dim,
         "layernorm_epsilon": config.norm_eps,
         "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": config.zero_centred_norms,
+        "softmax_scale": config.attention_scale,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": TEACHER_GATES[config.activation],
         "add_bias_linear": False,
         "add_qkv_bias": config.qkv_bias,
         "qk_layernorm": config.qk_norm is not QkNorm.NONE,
@@ -143,17 +147,21 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         """Megatron's schedules call it; what a later stage works on is an argument of :meth:`forward`."""
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token embeddings [T, E] of ids [T] int64."""
+        """What the first layer reads of ids [T] int64, [T, E]: their embeddings, scaled where the family scales."""
         assert self.embedding is not None, "only the first pipeline stage embeds"
-        embedded: Tensor = self.embedding(tokens)
-        return embedded
+        return self._scaled(self.embedding(tokens))
 
     @property
     def embedding_table(self) -> Tensor:
-        """This rank's rows of the token embedding [columns.count, E]."""
+        """What :meth:`embed` gives for each of this rank's rows of the token embedding [columns.count, E]."""
         assert self.embedding is not None, "only the first pipeline stage embeds"
-        table: Tensor = self.embedding.weight[: self.columns.count]
-        return table
+        return self._scaled(self.embedding.weight[: self.columns.count])
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
+        if not self.backbone_config.scaled_embeddings:
+            return embedded
+        # the factor itself is rounded, as in transformers
+        return embedded * embedded.new_full((), self.backbone_config.hidden_size**0.5)
 
     @property
     def tied_weight(self) -> Tensor | None:
@@ -281,7 +289,7 @@ class Backbone(MegatronModule):  # type: ignore[misc]
         return StepBackbone(
             config=config,
             layers=[step_layer(layer, config) for layer in self.decoder.layers],
-            final_norm=self.decoder.final_layernorm.weight,
+            final_norm=multiplier(self.decoder.final_layernorm),
         )
 
     def init_cache(self, rows: int) -> KeyValueCache:

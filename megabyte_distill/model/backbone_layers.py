@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.attention import SegmentAttention
+from megabyte_distill.model.normalization import TeacherRMSNorm, multiplier
 from megabyte_distill.model.parallel_linears import total_over_ranks
 from megabyte_distill.model.step_layers import StepLayer
 
@@ -35,19 +36,19 @@ _CUT_ALONG = {
 }
 
 
-class BackboneRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm for the local spec that is allowed under sequence parallelism (megatron reads the attribute)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class HeadRMSNorm(torch.nn.RMSNorm):
+class HeadRMSNorm(TeacherRMSNorm):
     """RMSNorm of each head [.., head_dim]; a replica on each tensor-parallel rank, whose gradients megatron adds up."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, zero_centred=config.layernorm_zero_centered_gamma)
+
+
+class BackboneRMSNorm(HeadRMSNorm):
+    """RMSNorm for the local spec that is allowed under sequence parallelism (megatron reads the attribute)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(config, hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class FullRMSNorm(torch.nn.Module):
@@ -58,6 +59,7 @@ class FullRMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
+        assert not config.layernorm_zero_centered_gamma, "no known family has both"
         heads, head_dim, ranks = getattr(config, self.heads), hidden_size, config.tensor_model_parallel_size
         if heads % ranks:
             raise ValueError(
@@ -99,7 +101,10 @@ class FullKeyNorm(FullRMSNorm):
 
 
 class PostNormLayer(TransformerLayer):  # type: ignore[misc]
-    """x + norm(f(x)) for attention and MLP (OLMo 2 and 3): the norms act where a branch is added to the residual."""
+    """x + norm(f(x)) for attention and MLP: the norms act where a branch is added to the residual.
+
+    Others may stand in front (Gemma 3) or not (OLMo 2 and 3): they are the spec's, as in any layer.
+    """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, norm: Callable[..., Any], **options: Any) -> None:
         super().__init__(config, *arguments, **options)
@@ -190,8 +195,9 @@ def block_spec(
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     norm = final_norm = parts.norm
-    if backbone.post_norm:
+    if backbone.norm_names.behind_attention is not None:
         spec.module, spec.params = PostNormLayer, {**spec.params, "norm": parts.norm}
+    if backbone.norm_names.before_attention is None:
         parts, norm = parts.without_inner_norm(), IdentityOp
     elif parts.norm_column is not None:
         norm = IdentityOp
@@ -232,12 +238,7 @@ def step_layer(layer: Any, config: BackboneConfig) -> StepLayer:
     heads = config.num_attention_heads // groups
     begins = [group * (heads + 2) * width for group in range(groups)]
     attention, mlp = layer.self_attention, layer.mlp
-    has_norm = config.qk_norm is not QkNorm.NONE
-    first, second = (
-        (layer.post_attention_norm, layer.post_mlp_norm)
-        if config.post_norm
-        else (layer.input_layernorm, layer.pre_mlp_layernorm)
-    )
+    has_norm, names = config.qk_norm is not QkNorm.NONE, config.norm_names
     return StepLayer(
         projections=[(attention.linear_qkv.weight, attention.linear_qkv.bias)],
         query_at=[begin + head * width for begin in begins for head in range(heads)],
@@ -246,8 +247,10 @@ def step_layer(layer: Any, config: BackboneConfig) -> StepLayer:
         out=attention.linear_proj.weight,
         up=[mlp.linear_fc1.weight],
         down=mlp.linear_fc2.weight,
-        attention_norm=first.weight,
-        mlp_norm=second.weight,
-        query_norm=attention.q_layernorm.weight if has_norm else None,
-        key_norm=attention.k_layernorm.weight if has_norm else None,
+        norm_before_attention=multiplier(layer.input_layernorm) if names.before_attention else None,
+        norm_behind_attention=multiplier(layer.post_attention_norm) if names.behind_attention else None,
+        norm_before_mlp=multiplier(layer.pre_mlp_layernorm) if names.before_mlp else None,
+        norm_behind_mlp=multiplier(layer.post_mlp_norm) if names.behind_mlp else None,
+        query_norm=multiplier(attention.q_layernorm) if has_norm else None,
+        key_norm=multiplier(attention.k_layernorm) if has_norm else None,
     )

@@ -27,7 +27,7 @@ class RotaryTable:
         self._full = inverse_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling, config.rope_scaling_kind
         )
-        self._sliding = inverse_frequencies(config.head_dim, config.rope_theta)
+        self._sliding = inverse_frequencies(config.head_dim, config.sliding_rope_theta or config.rope_theta)
         self._has_sliding = bool(config.sliding_layers)
         self._magnitude = rotation_magnitude(config.rope_scaling, config.rope_scaling_kind)
 
@@ -39,7 +39,7 @@ class RotaryTable:
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(turns [2, N, head_dim] of full layers, of sliding layers), fp32; the same where no layer slides.
 
-        Layers with a window turn at unscaled frequencies.
+        Layers with a window turn at unscaled frequencies, of a base of their own where the configuration has one.
         """
         if self._full.device != positions.device:
             self._full, self._sliding = self._full.to(positions.device), self._sliding.to(positions.device)

@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies, with Llama 3's scaling and YaRN, and the rotation; of no library's version."""
+"""Rotary positions: frequencies, with Llama 3's scaling, YaRN and linear, and the rotation; of no library's version."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def inverse_frequencies(
     """The head_dim / 2 angular frequencies [head_dim // 2], fp32, radians per position.
 
     ``scaling``: as ``BackboneConfig.rope_scaling``. Source: the Llama 3.1 release, and YaRN (Peng et al. 2023); the
-    same numbers as transformers' ``rope_type`` llama3 and yarn.
+    same numbers as transformers' ``rope_type`` llama3, yarn and linear.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (theta**exponent)
     if scaling is None:
         return frequencies
+    if kind is RopeScaling.LINEAR:
+        return frequencies / scaling["factor"]
     return _llama3(frequencies, scaling) if kind is RopeScaling.LLAMA3 else _yarn(frequencies, theta, scaling)
 
 

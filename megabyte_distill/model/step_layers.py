@@ -24,9 +24,12 @@ class StepLayer:
     up: list[Tensor]
     """The gate's and the value's matrix, or one with the gate first."""
     down: Tensor
-    attention_norm: Tensor
-    """In front of attention, or on what it adds (``post_norm``)."""
-    mlp_norm: Tensor
+    norm_before_attention: Tensor | None
+    """What it multiplies by, as all norms here; None where there is none."""
+    norm_behind_attention: Tensor | None
+    """On what it adds."""
+    norm_before_mlp: Tensor | None
+    norm_behind_mlp: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
 

@@ -10,7 +10,7 @@ from megabyte_distill.config.presets import SMOKE
 from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale, ByteTargets
 
 GPUS = 8
-PUBLISHED = {"llama3.2-3b": 3072, "qwen3-4b": 2560, "olmo2-1b": 2048}
+PUBLISHED = {"llama3.2-3b": 3072, "qwen3-4b": 2560, "olmo2-1b": 2048, "gemma3-1b": 1152}
 
 
 @pytest.mark.parametrize("name", PRESETS)

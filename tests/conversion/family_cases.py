@@ -22,6 +22,7 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 12345.0, "factor": 4.0, "beta_fast": 16.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 12345.0, "factor": 8.0}
 THETA = {"rope_type": "default", "rope_theta": 12345.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, scaled": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 20}),
@@ -39,8 +40,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Olmo3",
         {"sliding_window": 5, "rope_parameters": {"full_attention": YARN, "sliding_attention": THETA}},
     ),
-}
-"""Name → class prefix in transformers, fields over :data:`SHAPE`."""
+    "gemma": ("Gemma", {"rope_parameters": THETA, "head_dim": 20, "num_key_value_heads": 1}),
+    "gemma, untied": ("Gemma", {"tie_word_embeddings": False}),
+    "gemma3, scaled": (
+        "Gemma3",
+        {
+            "sliding_window": 5, "head_dim": 20, "query_pre_attn_scalar": 33, "sliding_window_pattern": 3,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {**THETA, "rope_theta": 321.0}},
+        },
+    ),
+    "gemma3": ("Gemma3", {"sliding_window": 7, "head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": False}),
+}  # fmt: skip
+"""Name → prefix of the model's class in transformers, fields over :data:`SHAPE`."""
 LENGTHS = (23, 17)
 
 
@@ -54,12 +65,13 @@ def theirs(name: str) -> Any:
     import transformers
 
     prefix, fields = CASES[name]
-    config = getattr(transformers, f"{prefix}Config")(**copy.deepcopy({**SHAPE, **fields}), attn_implementation="eager")
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    kind = getattr(transformers, f"{prefix}ForCausalLM")
+    config = kind.config_class(**copy.deepcopy({**SHAPE, **fields}), attn_implementation="eager")
+    model = kind(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            around = 1.0 if "norm" in parameter_name else 0.0
+            around = float(parameter.mean()) if "norm" in parameter_name else 0.0  # Gemma's are born as zeros
             parameter.copy_(around + 0.12 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 

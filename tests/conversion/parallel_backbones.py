@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node N tests/conversion/parallel_backbones.py FOLDER T P OUTPUT
 
-Writes to OUTPUT what is furthest from them, by case: logits, and gradients where there are no pipeline stages.
+Writes to OUTPUT what is furthest from them, by case: logits, and gradients where there are no pipeline stages, of
+several ranks without and with sequence parallelism.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ def measure(folder: Path) -> dict[str, float]:
     result = {}
     if backbone.pre_process and backbone.post_process:
         result["gradients"] = gradient_distance(backbone, answers["gradients"])
+        if backbone.config.tensor_model_parallel_size > 1:
+            cut = load_teacher(folder / "megatron", overrides={"sequence_parallel": True}).backbone
+            result["gradients"] = max(result["gradients"], gradient_distance(cut, answers["gradients"]))
     with torch.no_grad():
         logits = pipelined_logits(backbone)
     if logits is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 import transformers
 
+from megabyte_distill.config.model import RopeScaling
+from megabyte_distill.config.published import PUBLISHED_BACKBONES
 from megabyte_distill.conversion.compare import roundtrip
 from megabyte_distill.conversion.families import family_named, family_of_config
 from megabyte_distill.conversion.hf_config import HfConfig
@@ -73,7 +77,7 @@ def test_config_fields_are_read_and_written(cases: Path, name: str) -> None:
     written = family.write_config(read)
     assert family.read_config(HfConfig(written, "config.json")) == read
     # what transformers makes of our fields is what it made of its own
-    again = getattr(transformers, f"{prefix}Config")(**written).to_dict()
+    again = getattr(transformers, f"{prefix}ForCausalLM").config_class(**written).to_dict()
     assert family.read_config(HfConfig(again, "config.json")) == read
     assert family_of_config(HfConfig.read(cases / name / "hf")) is family
 
@@ -136,6 +140,16 @@ def config_of(architecture: str, **fields: Any) -> HfConfig:
         ),
         (config_of("Qwen2", rope_scaling={"type": "yarn", "factor": 2, "mscale": 1.0}), "mscale = 1.0"),
         (config_of("Olmo2", attention_bias=True), "attention_bias = True"),
+        (config_of("Gemma", hidden_act="silu"), "hidden_act = 'silu' is not supported"),
+        (config_of("Gemma", use_bidirectional_attention=True), "the backbone is causal"),
+        (config_of("Gemma3", num_key_value_heads=None), "num_key_value_heads is missing"),
+        (config_of("Gemma3", final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
+        (config_of("Gemma3", attn_logit_softcapping=50.0), "attn_logit_softcapping = 50.0"),
+        (
+            config_of("Gemma3", rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 2.0}}),
+            "expected no scaling",
+        ),
+        (config_of("Gemma3", rope_parameters={"rope_type": "default"}), "neither full_attention nor"),
     ],
 )
 def test_what_a_family_cannot_reproduce_is_refused(config: HfConfig, message: str) -> None:
@@ -155,17 +169,46 @@ def test_olmo3s_old_spelling_scales_the_full_layers_alone() -> None:
     assert family_of_config(config).read_config(HfConfig(theirs_of.to_dict(), "config.json")) == read
 
 
+GEMMA3_1B = {
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
+    "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+    "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26,
+    "num_key_value_heads": 1, "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+    "sliding_window_pattern": 6, "vocab_size": 262144,
+}  # fmt: skip
+"""As the first releases of Gemma 3 spell it."""
+
+
+@pytest.mark.parametrize("fields", [{}, {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}])
+def test_gemma3s_old_spelling_is_read_as_transformers_reads_it(fields: dict[str, Any]) -> None:
+    config = HfConfig({**GEMMA3_1B, **fields}, "config.json")
+    read = family_of_config(config).read_config(config)
+    scaled = {"rope_scaling": {"factor": 8.0}, "rope_scaling_kind": RopeScaling.LINEAR} if fields else {}
+    assert read == replace(PUBLISHED_BACKBONES["gemma3-1b"], **scaled)
+    theirs_of = transformers.Gemma3TextConfig(**{**GEMMA3_1B, **copy.deepcopy(fields)}).to_dict()
+    assert theirs_of["rope_parameters"]["sliding_attention"]["rope_type"] == "default"
+    assert family_of_config(config).read_config(HfConfig(theirs_of, "config.json")) == read
+
+
+def test_gemmas_first_releases_say_gelu_and_mean_its_tanh() -> None:
+    read = family_of_config(config_of("Gemma")).read_config
+    assert read(config_of("Gemma", hidden_act="gelu")) == read(config_of("Gemma"))
+    assert transformers.GemmaConfig(hidden_act="gelu").hidden_act == "gelu_pytorch_tanh"
+
+
 REQUIRED = {
     "hidden_size": 72, "intermediate_size": 92, "num_hidden_layers": 4, "num_attention_heads": 6,
     "num_key_value_heads": 2, "vocab_size": 131,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", ["Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Olmo3"])
+@pytest.mark.parametrize("prefix", ["Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Olmo3", "Gemma", "Gemma3"])
 def test_absent_fields_mean_what_transformers_takes_them_for(prefix: str) -> None:
     config = HfConfig({"architectures": [f"{prefix}ForCausalLM"], **REQUIRED}, "config.json")
     family = family_of_config(config)
-    theirs_of = getattr(transformers, f"{prefix}Config")(**REQUIRED).to_dict()
+    theirs_of = getattr(transformers, f"{prefix}ForCausalLM").config_class(**REQUIRED).to_dict()
     assert theirs_of["rope_parameters"] and "rms_norm_eps" in theirs_of
     assert family.read_config(config) == family.read_config(HfConfig({**config.fields, **theirs_of}, "config.json"))
 

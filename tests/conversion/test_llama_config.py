@@ -95,9 +95,9 @@ def test_a_window_as_long_as_the_context_is_no_window() -> None:
 
 
 def test_unknown_architectures_and_families_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown architecture GemmaForCausalLM; known are .*LlamaForCausalLM"):
-        family_of_config(HfConfig({"architectures": ["GemmaForCausalLM"]}, "config.json"))
+    with pytest.raises(ValueError, match=r"unknown architecture Gemma2ForCausalLM; known are .*LlamaForCausalLM"):
+        family_of_config(HfConfig({"architectures": ["Gemma2ForCausalLM"]}, "config.json"))
     with pytest.raises(ValueError, match="architectures is None"):
         family_of_config(HfConfig({}, "config.json"))
-    with pytest.raises(ValueError, match="unknown model family 'gemma'; known are llama"):
-        family_named("gemma")
+    with pytest.raises(ValueError, match="unknown model family 'gemma2'; known are llama"):
+        family_named("gemma2")

@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "head-norm": {"qk_norm": QkNorm.HEAD, "tied_embeddings": True},
     "full-norm-behind": {"qk_norm": QkNorm.FULL, "post_norm": True},
+    "norms-around": {"sandwich_norm": True, "zero_centred_norms": True},
     "biases": {"qkv_bias": True},
 }
 

@@ -26,6 +26,7 @@ from megabyte_distill.runs import load_student
 from tests.hf.exported import Exported, load, make_exported, native_log_probabilities
 from tests.pretrain.conftest import finished, job
 from tests.pretrain.job import Job
+from tests.tiny_student import FAMILIES
 from tools.convert_checkpoint import main
 
 __all__ = ["finished", "job"]
@@ -121,15 +122,12 @@ def test_weights_have_the_names_of_the_teachers_family(tmp_path: Path, dtype: to
             assert same(weights[name], parameter.detach().to(dtype)), name
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "mistral"])
+OTHERS = {**FAMILIES, "mistral": {"family": "mistral", "sliding_window": 8, "sliding_layers": (0, 1)}}
+
+
+@pytest.mark.parametrize("family", [name for name in OTHERS if name != "llama"])
 def test_other_families_come_back_bit_for_bit(tmp_path: Path, family: str) -> None:
-    features: dict[str, dict[str, Any]] = {
-        "qwen2": {"qkv_bias": True, "tied_embeddings": True},
-        "qwen3": {"qk_norm": QkNorm.HEAD, "tied_embeddings": True},
-        "olmo2": {"qk_norm": QkNorm.FULL, "post_norm": True},
-        "mistral": {"sliding_window": 8, "sliding_layers": (0, 1)},
-    }
-    exported = make_exported(tmp_path, family=family, **features[family])
+    exported = make_exported(tmp_path, **OTHERS[family])
     logits = exported.load()(torch.tensor([list(b"some text")])).logits[0].double()
     wanted = native_log_probabilities(exported.student, b"some text")[1:]
     torch.testing.assert_close(logits, wanted, rtol=5e-6, atol=1e-5)

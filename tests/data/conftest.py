@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.dataset import ByteTokenDataset
@@ -93,6 +93,26 @@ def metaspace_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma's kind of tokenizer.json: no prefix, byte fallback with a tab of its own, user-defined symbols."""
+    symbols = ["<unused0>", "<table>", "\n\n", "  ", "   ", "▁▁▁▁"]
+    vocabulary = {piece: index for index, piece in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", *symbols))}
+    for byte in range(256):
+        vocabulary["\t" if byte == 9 else f"<0x{byte:02X}>"] = len(vocabulary)
+    for piece in ("▁", "\n", "t", "h", "e", "a", "日", "▁t", "he", "▁the", "▁▁", "e\n"):
+        vocabulary[piece] = len(vocabulary)
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "▁"), ("▁▁", "▁▁"), ("e", "\n")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    path = tmp_path_factory.mktemp("tokenizers") / "gemma"
+    return _folder(path, tokenizer, eos_token="<eos>", bos_token="<bos>")
+
+
+@pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model that was trained with the dummy prefix, NFKC and byte fallback."""
     model = io.BytesIO()
@@ -112,7 +132,7 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=["byte_level", "metaspace", "sentencepiece"])
+@pytest.fixture(scope="session", params=["byte_level", "metaspace", "gemma", "sentencepiece"])
 def tokenizer(request: pytest.FixtureRequest) -> DocumentTokenizer:
     """Each kind in turn."""
     return tokenizers.load(request.getfixturevalue(f"{request.param}_folder"))

@@ -88,6 +88,23 @@ def test_metaspace_pre_tokenizer_is_read_without_prefix(tmp_path: Path) -> None:
     assert loaded.token_bytes.special[unknown].all()
 
 
+def test_user_defined_symbols_are_text_in_one_piece(gemma_folder: Path, texts: list[str]) -> None:
+    """As the tokenizers library has it, of which only what it adds is left out."""
+    theirs, loaded = Tokenizer.from_file(str(gemma_folder / "tokenizer.json")), tokenizers.load(gemma_folder)
+    table = loaded.token_bytes
+    assert (table.end_of_text_id, table.bos_id) == (1, 2)
+    document = "the\n\n\n<table>  a   the     the\tthe<unused0> 日本\0é"
+    for text in (document, *map(loaded.normalize, texts)):
+        if "<" in text.replace("<table>", "").replace("<unused0>", ""):
+            continue  # theirs turns "<eos>" into an event
+        [ids] = loaded.encode_batch([text])
+        assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+        assert table.concatenate(ids).tobytes() == text.encode()
+    [ids] = loaded.encode_batch([document])
+    assert [theirs.id_to_token(index) for index in ids[:5]] == ["t", "he", "\n\n", "\n", "<table>"]
+    assert table[theirs.token_to_id("▁▁▁▁")] == b"    "
+
+
 def test_ids_come_from_the_files(byte_level_folder: Path, metaspace_folder: Path, sentencepiece_folder: Path) -> None:
     byte_level = tokenizers.load(byte_level_folder).token_bytes
     assert (byte_level.end_of_text_id, byte_level.bos_id, byte_level.start_id) == (0, None, 0)
@@ -104,6 +121,21 @@ def test_ids_and_width_come_from_config_json(byte_level_folder: Path, tmp_path: 
     assert (table.end_of_text_id, table.bos_id, table.vocab_size) == (0, 3, 512)
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     with pytest.raises(ValueError, match=r"only 100.*another tokenizer"):
+        tokenizers.load(tmp_path)
+
+
+def test_a_special_token_behind_the_models_vocabulary_is_left_out(gemma_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(gemma_folder / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizers.load(tmp_path).token_bytes.vocab_size == size
+    with pytest.raises(ValueError, match="belongs to another tokenizer"):  # if it were the one that ends a document
+        tokenizers.load(tmp_path, end_of_text="<image_soft_token>")
+    tokenizer.add_tokens(["<text>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"only {size}; config.json beside it belongs to another tokenizer"):
         tokenizers.load(tmp_path)
 
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megabyte_distill.config.model import QkNorm, RopeScaling
+from megabyte_distill.config.model import Activation, QkNorm, RopeScaling
 from megabyte_distill.conversion.mapping import QueryKeyValue
 from megabyte_distill.hf.torch_backbone import TorchBackbone
 from megabyte_distill.model.backbone import Backbone
-from tests.tiny_student import tiny_backbone
+from tests.tiny_student import FAMILIES, YARN, tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("world")
 
 LENGTHS = [1, 19, 6, 1, 40]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16.0}
-YARN = {
-    "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2,
-    "original_max_position_embeddings": 16.0, "truncate": 1.0,
-}  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {
-    "plain": {},
+FEATURES: dict[str, dict[str, Any]] = {
+    **FAMILIES,
     "tied": {"tied_embeddings": True},
     "one group": {"num_query_groups": 1},
     "no groups": {"num_query_groups": 4, "head_dim": 16},
@@ -37,10 +34,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_scaling": YARN, "rope_scaling_kind": RopeScaling.YARN},
     "yarn not truncated": {"rope_scaling": {**YARN, "truncate": 0.0}, "rope_scaling_kind": RopeScaling.YARN},
     "qwen3": {"qk_norm": QkNorm.HEAD, "tied_embeddings": True, "rope_theta": 1e6, "norm_eps": 1e-6},
-    "olmo3": {
-        "qk_norm": QkNorm.FULL, "post_norm": True, "sliding_window": 7, "sliding_layers": (0,),
-        "rope_scaling": YARN, "rope_scaling_kind": RopeScaling.YARN,
-    },
+    "gelu": {"activation": Activation.GELU_TANH},
+    "norms around": {"sandwich_norm": True},
+    "centred norms": {"zero_centred_norms": True},
+    "scale": {"query_pre_attn_scalar": 3},
+    "linear": {"rope_scaling": {"factor": 8.0}, "rope_scaling_kind": RopeScaling.LINEAR},
+    "base of windows": {"sliding_window": 5, "sliding_layers": (1,), "sliding_rope_theta": 50.0},
 }  # fmt: skip
 
 
@@ -56,6 +55,11 @@ def copy_of(backbone: Backbone) -> TorchBackbone:
     if not config.tied_embeddings:
         theirs["lm_head.weight"] = ours.pop("output_layer.weight")[: config.vocab_size]
     norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+    if config.sandwich_norm:
+        norms = {
+            "input_layernorm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
+            "pre_mlp_layernorm": "pre_feedforward_layernorm", "post_mlp_norm": "post_feedforward_layernorm",
+        }  # fmt: skip
     if config.post_norm:
         norms = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
     for layer in range(config.num_layers):
@@ -84,7 +88,7 @@ def copy_of(backbone: Backbone) -> TorchBackbone:
     return copy
 
 
-@pytest.mark.parametrize("fields", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES.keys())
 def test_packed_and_stepped_states_equal_megatrons(fields: dict[str, Any]) -> None:
     backbone = tiny_backbone(**fields).eval()
     for name, parameter in backbone.named_parameters():
@@ -112,10 +116,15 @@ def test_every_setting_above_matters() -> None:
     x, cu_seqlens = torch.randn(40, 32), torch.tensor([0, 40], dtype=torch.int32)
     plain = tiny_backbone()
     reference = copy_of(plain)(x, cu_seqlens)
-    for name in ("one window", "llama3", "yarn", "yarn not truncated"):
-        other = tiny_backbone(**FAMILIES[name])
+    for name in ("llama3", "yarn", "yarn not truncated", "linear", "gelu", "centred norms", "scale"):
+        other = tiny_backbone(**FEATURES[name])
         other.load_state_dict(plain.state_dict())
         assert (copy_of(other)(x, cu_seqlens) - reference).abs().max() > 1e-3, name
+    windows = [tiny_backbone(**FEATURES[name]) for name in ("one window", "base of windows")]
+    for other in windows:
+        other.load_state_dict(plain.state_dict())
+    states = [reference, *(copy_of(other)(x, cu_seqlens) for other in windows)]
+    assert all((one - next_one).abs().max() > 1e-3 for one, next_one in itertools.pairwise(states))
 
 
 def test_rows_of_a_cache_are_replaced_by_shorter_and_longer_ones() -> None:

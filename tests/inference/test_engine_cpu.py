@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode, QkNorm, RopeScaling
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.config.training import KernelMode
 from megabyte_distill.inference import engine
 from megabyte_distill.inference.engine_cpu import CpuSlots, refusal
@@ -20,7 +20,7 @@ from megabyte_distill.inference.engine_slots import Slots, TorchSlots
 from megabyte_distill.inference.state_guess import StateGuess
 from megabyte_distill.kernels import build, step_library
 from megabyte_distill.model.student import Student
-from tests.tiny_student import enlarged, tiny_backbone, tiny_student
+from tests.tiny_student import FAMILIES, enlarged, tiny_backbone, tiny_student
 
 pytestmark = pytest.mark.usefixtures("groups", "step_library")
 
@@ -97,22 +97,11 @@ def test_ngrams_are_hashed_alike(ngrams: tuple[int, ...]) -> None:
     assert_steps_agree(tiny_student(ngrams=ngrams))
 
 
-YARN = {
-    "factor": 4.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "attention_factor": 1.2,
-    "original_max_position_embeddings": 16.0,
-    "truncate": 1.0,
-}
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2": {"family": "qwen2", "qkv_bias": True, "num_query_groups": 4},
-    "qwen3": {"family": "qwen3", "qk_norm": QkNorm.HEAD, "head_dim": 20, "num_query_groups": 1},
-    "olmo2": {"family": "olmo2", "qk_norm": QkNorm.FULL, "post_norm": True},
-    "olmo3": {
-        "family": "olmo3", "qk_norm": QkNorm.FULL, "post_norm": True, "sliding_window": 3, "sliding_layers": (0,),
-        "rope_scaling": YARN, "rope_scaling_kind": RopeScaling.YARN,
-    },
+    **FAMILIES,
+    "qwen2": {**FAMILIES["qwen2"], "num_query_groups": 4},
+    "qwen3": {**FAMILIES["qwen3"], "head_dim": 20, "num_query_groups": 1},
+    "olmo3": {**FAMILIES["olmo3"], "sliding_window": 3},
     # heads of a group in two parts, values and windows that end inside a vector
     "llama": {
         "num_attention_heads": 6, "num_query_groups": 1, "head_dim": 40, "sliding_window": 21, "sliding_layers": (1,),

@@ -47,6 +47,7 @@ def exact(memory: RankMemory) -> dict[str, int]:
         ("qwen3-4b", 4_022_468_096),
         ("olmo2-1b", 1_484_916_736),
         ("llama3.1-8b", 8_030_261_248),
+        ("gemma3-1b", 999_885_952),
     ],
 )
 def test_published_shapes_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:

@@ -50,12 +50,13 @@ class NormColumn(KeptColumn):
     def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
+        self.offset = float(config.layernorm_zero_centered_gamma)
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel
         self.layer_norm_weight.tensor_model_parallel = False
         self.eps = config.layernorm_epsilon
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return super().forward(F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps))
+        return super().forward(F.rms_norm(x, x.shape[-1:], self.offset + self.layer_norm_weight, self.eps))
 
 
 class ThdAttention(torch.nn.Module):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from megabyte_distill.conversion.llama import LLAMA
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.normalization import TeacherRMSNorm
 from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions
-from tests.tiny_student import BACKBONE, VOCAB_SIZE, assert_same, gradients, tiny_backbone
+from tests.tiny_student import BACKBONE, FAMILIES, VOCAB_SIZE, assert_same, gradients, tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -163,3 +164,27 @@ def test_gradients_equal_those_of_transformers(tied: bool) -> None:
     expected = dict(mapping.to_ours(lambda name: theirs_by_name[name].grad.clone()))
     assert_same(got, expected, rtol=1e-3, atol=2e-6)
     assert BACKBONE.num_layers == 2 and float(got["embedding.weight"].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_embeddings_are_what_the_first_layer_reads_and_not_what_a_tied_head_has(dtype: torch.dtype) -> None:
+    backbone = tiny_backbone(**FAMILIES["gemma"]).to(dtype)
+    weight = backbone.embedding.weight[:VOCAB_SIZE]
+    wanted = weight * torch.tensor(32**0.5).to(dtype)
+    assert torch.equal(backbone.embed(torch.arange(VOCAB_SIZE)), wanted)
+    assert torch.equal(backbone.embedding_table, wanted), "1a compares with it, and in units of its variance"
+    states = torch.randn(5, 32, dtype=dtype)
+    torch.testing.assert_close(backbone.logits(states), states @ weight.T)
+
+
+def test_small_weights_of_centred_norms_survive_bf16() -> None:
+    """1 + 0.003 is 1 in bf16; transformers multiplies in fp32 and rounds once."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    ours, theirs = TeacherRMSNorm(32, eps=1e-6, zero_centred=True).bfloat16(), Gemma3RMSNorm(32).bfloat16()
+    assert not ours.weight.any(), "born as zeros, that is as one"
+    for norm in (ours, theirs):
+        torch.nn.init.constant_(norm.weight, 0.003)
+    x = torch.randn(100, 32, dtype=torch.bfloat16)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2**-8, atol=0)
+    assert (ours(x) == theirs(x)).float().mean() > 0.99 > (ours(x) == torch.nn.RMSNorm(32).bfloat16()(x)).float().mean()

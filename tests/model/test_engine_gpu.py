@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megabyte_distill import optional
 from megabyte_distill.config.engine import EngineConfig, Fp8Format, Fp8Recipe, TransformerImpl
-from megabyte_distill.config.model import BackboneConfig, QkNorm
+from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import LrDecayStyle, RecomputeGranularity, StageConfig
 from megabyte_distill.conversion.teacher_folder import TeacherHolder
 from megabyte_distill.curriculum.stages import STAGES
@@ -31,6 +31,7 @@ from megabyte_distill.training.step import evaluate, train_step
 from megabyte_distill.training.throughput import FlopCount
 from tests.fp8_rounding import round_as_fp8
 from tests.tiny_student import BACKBONE, BYTE_SIDE, enlarged, random_rows
+from tests.tiny_student import FAMILIES as FIELDS
 
 WHY = optional.engine_problem()
 pytestmark = [
@@ -43,13 +44,10 @@ pytestmark = [
 
 LLAMA = replace(BACKBONE, hidden_size=128, ffn_hidden_size=256, num_attention_heads=4, num_query_groups=2, head_dim=64)
 FAMILIES = {
-    "llama": LLAMA,
-    "qwen2": replace(LLAMA, family="qwen2", qkv_bias=True, tied_embeddings=True),
-    "qwen3": replace(LLAMA, family="qwen3", qk_norm=QkNorm.HEAD),
-    "olmo2": replace(LLAMA, family="olmo2", qk_norm=QkNorm.FULL, post_norm=True),
-    "olmo3": replace(
-        LLAMA, family="olmo3", qk_norm=QkNorm.FULL, post_norm=True, sliding_window=48, sliding_layers=(0,)
-    ),
+    name: replace(
+        LLAMA, **{**fields, "rope_scaling": None, "sliding_window": 48 if "sliding_window" in fields else None}
+    )
+    for name, fields in FIELDS.items()
 }
 OFFSETS = torch.tensor([0, 1, 20, 160, 250, 256], dtype=torch.int32)
 """256 positions, the last six of them a dummy segment."""

@@ -10,25 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from megabyte_distill import optional
-from megabyte_distill.config.model import BackboneConfig, QkNorm
+from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.teacher_folder import TeacherHolder
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.engine_layers import requantize_weights
 from megabyte_distill.training.checkpoint import load_checkpoint, save_checkpoint, sharded_state_dict
 from tests.model.engine_twin import NormColumn, twin_parts
 from tests.tiny_student import BACKBONE, enlarged, gradients
+from tests.tiny_student import FAMILIES as FIELDS
 
 pytestmark = pytest.mark.usefixtures("world")
 
-FAMILIES = {
-    "llama": BACKBONE,
-    "qwen2": replace(BACKBONE, family="qwen2", qkv_bias=True, tied_embeddings=True),
-    "qwen3": replace(BACKBONE, family="qwen3", qk_norm=QkNorm.HEAD),
-    "olmo2": replace(BACKBONE, family="olmo2", qk_norm=QkNorm.FULL, post_norm=True),
-    "olmo3": replace(
-        BACKBONE, family="olmo3", qk_norm=QkNorm.FULL, post_norm=True, sliding_window=5, sliding_layers=(0,)
-    ),
-}
+FAMILIES = {name: replace(BACKBONE, **fields) for name, fields in FIELDS.items()}
 INSIDE = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -92,7 +85,7 @@ def test_states_and_gradients_are_those_of_the_local_layers(family: str, tmp_pat
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "olmo3", "gemma3"])
 def test_steps_equal_forward(family: str) -> None:
     twin = enlarged(pair(FAMILIES[family])[1])
     x, cache, row = torch.randn(12, 32), twin.init_cache(1), torch.tensor([0])

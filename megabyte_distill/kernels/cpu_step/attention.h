@@ -8,9 +8,11 @@ namespace mbs {
 
 // What one group of heads remembers, of positions `first` to `end` − 1: keys in blocks of kLanes positions,
 // [width][kLanes] each, so that lanes are positions and no sum goes across them; values in rows of padded(width).
+// Products with a query are multiplied by `scale`.
 struct Past {
   const float *keys, *values;
   int64_t first, end, width;
+  float scale;
 };
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 // Numbers that keys and values of so many positions, a multiple of kLanes, take.
@@ -49,7 +51,6 @@ inline void attend(const float* const* queries, const Past& past, float* out) {
   static thread_local Numbers scores;
   const int64_t begin = past.first / kLanes * kLanes, size = padded(past.end) - begin, width = past.width;
   float *own = room(scores, R * size), sum[R];
-  const float scale = 1.0f / std::sqrt(float(width));
   for (int64_t block = 0; block < size; block += kLanes) {
     const float* keys = past.keys + (begin + block) * width;
     Vec products[R] = {};
@@ -57,7 +58,7 @@ inline void attend(const float* const* queries, const Past& past, float* out) {
       const Vec key = load(keys + d * kLanes);
       for (int r = 0; r < R; r++) products[r] += key * queries[r][d];
     }
-    for (int r = 0; r < R; r++) store(own + r * size + block, products[r] * scale);
+    for (int r = 0; r < R; r++) store(own + r * size + block, products[r] * past.scale);
   }
   for (int r = 0; r < R; r++) sum[r] = soften(own + r * size, past.first - begin, past.end - begin, size);
   constexpr int kParts = 2;  // of a value, in vectors: what they add up to stays in registers

@@ -303,11 +303,13 @@ struct AttentionBlock : Block {
   int64_t head_dim, window;
   const float* frequencies;
   int64_t width, heads;
+  float scale;
   Numbers turns;
   // State: keys of the last bytes in a ring, head by head, then their values.
   explicit AttentionBlock(Reader& in, int64_t slots)
       : norm(in), query(in.dense()), key(in.dense()), value(in.dense()), out(in.dense()), head_dim(in.number()),
-        window(in.number()), frequencies(in.pointer()), width(query.out), heads(width / head_dim) {
+        window(in.number()), frequencies(in.pointer()), width(query.out), heads(width / head_dim),
+        scale(1.0f / std::sqrt(float(head_dim))) {
     state_size = heads * (keys_size(padded(window), head_dim) + values_size(padded(window), head_dim));
     state.resize(slots * state_size);
   }
@@ -341,7 +343,7 @@ struct AttentionBlock : Block {
           rotate(own, head_dim / 2, turns.data() + at * head_dim);
           rotate(own + width, head_dim / 2, turns.data() + at * head_dim);
           remember(own, ring, head, read);
-          const Past past{keys_of(ring, head), values_of(ring, head), 0, std::min(read + 1, window), head_dim};
+          const Past past{keys_of(ring, head), values_of(ring, head), 0, std::min(read + 1, window), head_dim, scale};
           attend(1, &own, past, mixed + at * width + head * head_dim);
         }
     dense(out, count, mixed, width, x, out.out, true);
@@ -440,7 +442,8 @@ struct Layer {
   Dense out;
   std::vector<Dense> up;  // [gate | up] in one matrix or two
   Dense down;
-  Norm attention_norm, mlp_norm;  // in front of the branches, or on what they add
+  // in front of the branches and on what they add; null where there is none
+  const float *before_attention, *behind_attention, *before_mlp, *behind_mlp;
   const float *query_norm, *key_norm;
   int64_t window;  // 0 for none
   static std::vector<Dense> several(Reader& in) {
@@ -455,8 +458,8 @@ struct Layer {
   }
   explicit Layer(Reader& in)
       : projections(several(in)), query(list(in)), key(list(in)), value(list(in)), out(in.dense()), up(several(in)),
-        down(in.dense()), attention_norm(in), mlp_norm(in), query_norm(in.pointer()), key_norm(in.pointer()),
-        window(in.number()) {
+        down(in.dense()), before_attention(in.pointer()), behind_attention(in.pointer()), before_mlp(in.pointer()),
+        behind_mlp(in.pointer()), query_norm(in.pointer()), key_norm(in.pointer()), window(in.number()) {
     int64_t at = 0;
     for (const Dense& own : projections) {
       offsets.push_back(at);
@@ -470,17 +473,17 @@ struct Layer {
 
 struct Backbone {
   int64_t width, head_dim, hidden, columns;
-  bool post_norm;
   int64_t qk_norm;  // 0 none, 1 each head, 2 all heads together
-  float eps, magnitude;
+  int64_t activation;  // 0 silu, 1 gelu
+  float eps, magnitude, scale;
   const float *frequencies, *sliding;
   std::vector<std::unique_ptr<Layer>> layers;
   Norm last;
   Numbers x, normed, qkv, attended, inner, branch, turns;
   Backbone(Reader& in, int64_t slots)
       : width(in.number()), head_dim(in.number()), hidden(in.number()), columns(in.number()),
-        post_norm(in.number() != 0), qk_norm(in.number()), eps(in.fraction()), magnitude(in.fraction()),
-        frequencies(in.pointer()), sliding(in.pointer()), layers(in.number()), last(with_layers(in, slots)) {}
+        qk_norm(in.number()), activation(in.number()), eps(in.fraction()), magnitude(in.fraction()),
+        scale(in.fraction()), frequencies(in.pointer()), sliding(in.pointer()), layers(in.number()), last(with_layers(in, slots)) {}
   Reader& with_layers(Reader& in, int64_t slots) {
     for (auto& layer : layers) {
       layer = std::make_unique<Layer>(in);
@@ -544,7 +547,7 @@ struct Backbone {
     const int64_t capacity = layer.capacity[slot];
     const Past past{layer.keys[slot].data() + group * keys_size(capacity, head_dim),
                     layer.values[slot].data() + group * values_size(capacity, head_dim),
-                    layer.window && at >= layer.window ? at - layer.window + 1 : 0, at + 1, head_dim};
+                    layer.window && at >= layer.window ? at - layer.window + 1 : 0, at + 1, head_dim, scale};
     const float* queries[kHeads];
     for (int64_t i = 0; i < heads; i++) queries[i] = row + layer.query[head + i];
     attend(int(heads), queries, past, out);
@@ -568,26 +571,26 @@ struct Backbone {
       last(count, stream, out);
     }
   }
-  // out = matrix(in), added to the stream; where norms stand behind the branches, normed first.
-  void add(const Dense& matrix, const Norm& norm, int64_t count, const float* in, int64_t stride) {
-    if (!post_norm) {
+  // out = matrix(in), added to the stream; normed first where there is a norm.
+  void add(const Dense& matrix, const float* norm, int64_t count, const float* in, int64_t stride) {
+    if (!norm) {
       dense(matrix, count, in, stride, x.data(), width, true);
 #pragma omp barrier
       return;
     }
     dense(matrix, count, in, stride, branch.data(), width);
 #pragma omp barrier
-    norm(count, branch.data(), normed.data());
+    rms_norms(count, branch.data(), norm, eps, width, normed.data());
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count * width; i++) x[i] += normed[i];
   }
-  const float* enter(const Norm& norm, int64_t count) {
-    if (post_norm) return x.data();
-    norm(count, x.data(), normed.data());
+  const float* enter(const float* norm, int64_t count) {
+    if (!norm) return x.data();
+    rms_norms(count, x.data(), norm, eps, width, normed.data());
     return normed.data();
   }
   void one(Layer& layer, int64_t count, int64_t heads, const int64_t* slots, const int64_t* places) {
-    const float* entered = enter(layer.attention_norm, count);
+    const float* entered = enter(layer.before_attention, count);
     for (size_t i = 0; i < layer.projections.size(); i++)
       dense(layer.projections[i], count, entered, width, qkv.data() + layer.offsets[i], columns);
 #pragma omp barrier
@@ -604,8 +607,8 @@ struct Backbone {
         attend_heads(layer, qkv.data() + n * columns, head, end - begin, slots[n], places[n],
                      attended.data() + (n * heads + head) * head_dim);
       }
-    add(layer.out, layer.attention_norm, count, attended.data(), heads * head_dim);
-    entered = enter(layer.mlp_norm, count);
+    add(layer.out, layer.behind_attention, count, attended.data(), heads * head_dim);
+    entered = enter(layer.before_mlp, count);
     int64_t at = 0;
     for (const Dense& own : layer.up) {
       dense(own, count, entered, width, inner.data() + at, 2 * hidden);
@@ -615,9 +618,12 @@ struct Backbone {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < count; n++) {
       float *gate = inner.data() + n * 2 * hidden, *value = gate + hidden;
-      each(hidden, gate, [&](int64_t i, int c) { return silu(load(gate + i, c)) * load(value + i, c); });
+      const auto activated = [&](auto f) {
+        each(hidden, gate, [&](int64_t i, int c) { return f(load(gate + i, c)) * load(value + i, c); });
+      };
+      activation ? activated([](Vec v) { return gelu(v); }) : activated([](Vec v) { return silu(v); });
     }
-    add(layer.down, layer.mlp_norm, count, inner.data(), 2 * hidden);
+    add(layer.down, layer.behind_mlp, count, inner.data(), 2 * hidden);
   }
 };
 

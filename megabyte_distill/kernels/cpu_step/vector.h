@@ -52,6 +52,8 @@ inline Vec exp(Vec x) {
   return p * (Vec)power;  // the bits, as a float
 }
 inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+// By the tanh approximation: (1 + tanh(u)) / 2 is 1 / (1 + e^(−2u)), with u = √(2/π) (x + 0.044715 x³).
+inline Vec gelu(Vec x) { return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
 // f(first, vector) over n numbers; the last vector may hold fewer than it has room for.
 template <class F>
