@@ -260,11 +260,20 @@ def _check_python(words: Sequence[str], world_size: int) -> None:
 
 
 class _Read(Exception):
-    """A command line was read; what of it is not the program's own."""
+    """A command line was read: the values that its flags refuse, and what is not the program's own."""
 
-    def __init__(self, left: Sequence[str]) -> None:
+    def __init__(self, namespace: argparse.Namespace, left: Sequence[str]) -> None:
         super().__init__()
-        self.left = left
+        self.refused, self.left = list(_refused(namespace)), left
+
+
+def _refused(namespace: argparse.Namespace) -> Iterator[str]:
+    """Of the tools' flags, which keep what is wrong with their values; a file that the reader brings may be missing."""
+    for name, value in vars(namespace).items():
+        for one in value if isinstance(value, list) else [value]:
+            problem = getattr(one, "problem", None)
+            if problem and "there is none" not in problem:
+                yield f"{name}: {problem}"
 
 
 def _check_script(script: Path, words: Sequence[str]) -> None:
@@ -283,11 +292,12 @@ def _check_script(script: Path, words: Sequence[str]) -> None:
             with contextlib.redirect_stderr(errors):
                 runpy.run_path(str(script), run_name="__main__")
         except _Read as read:
-            left = read.left
-        except SystemExit as refused:
-            raise AssertionError(f"{script.name} {' '.join(words)}\n{errors.getvalue()}") from refused
+            refused, left = read.refused, read.left
+        except SystemExit as end:
+            raise AssertionError(f"{script.name} {' '.join(words)}\n{errors.getvalue()}") from end
         else:
             raise AssertionError(f"{script} read no command line")
+    assert not refused, refused
     assert not left or script.name in TAKES_TRAINING_FLAGS, f"{script.name} does not know {' '.join(left)}"
     if left:
         check_training_flags(left, 1)
@@ -298,7 +308,7 @@ def _check_memory(words: Sequence[str]) -> None:
     from megabyte_distill.memory.__main__ import main
 
     def stop(*_: object, **__: object) -> None:
-        raise _Read(())
+        raise _Read(argparse.Namespace(), ())
 
     errors = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), contextlib.suppress(_Read):
@@ -319,6 +329,6 @@ def _stop_behind_parsing(patch: pytest.MonkeyPatch) -> None:
             depth -= 1
         if depth:  # of a command below
             return namespace, left
-        raise _Read(left)
+        raise _Read(namespace, left)
 
     patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)

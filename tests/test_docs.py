@@ -19,13 +19,8 @@ PAGES = [
     "examples/tiny/README.md",
     *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
 ]
-OF_OTHER_PROGRAMS = {
-    "--array", "--dependency", "--gpus", "--ipc", "--no-deps", "--nodes", "--nproc-per-node", "--nnodes", "--build-arg",
-    "--check", "--index-url", "--batch_size", "--model", "--model_args", "--tasks", "--include_path",
-}  # fmt: skip
-"""Flags that the pages name and that are torchrun's, pip's, Slurm's, Docker's, ruff's or the harness's."""
-
-
+OF_OTHER_PROGRAMS = {"--batch_size", "--dependency", "--flag", "--index-url", "--ipc", "--model", "--no-deps"}
+"""Flags that the pages name and that are the harness's, Slurm's, pip's or Docker's, or stand for any."""
 OF_OTHER_PROJECTS = {"hnet/modules/dc.py", "launch_stage1_7b.sh"}
 
 
@@ -78,6 +73,7 @@ def is_shell_alone(text: str) -> bool:
     [
         ("python tools/generate.py --load RUN --prompt x --frob 3", "frob"),
         ("python tools/generate.py --prompt x", "--load"),
+        ("python tools/generate.py --load RUN --prompt x --top-k 2.5", "2.5"),
         ("python tools/nothing.py", "not in the repository"),
         ("python -m megabyte_distill.memory --preset olmo2-1b --stage 9z", "unknown stage"),
         ("python -m megabyte_distill.kernels build gpu", "invalid choice"),
