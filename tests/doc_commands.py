@@ -39,8 +39,8 @@ MODULES_ELSEWHERE = {
 TAKES_TRAINING_FLAGS = {"real_teacher.py"}
 """Scripts that hand on the flags that they do not know."""
 READERS_OWN = (
-    "corpus.jsonl", "train.jsonl.xz", "heldout.jsonl.xz", "documents-*.jsonl", "shards/*.jsonl.zst", "checkpoints/",
-    "/data/", "/runs/", "/lustre/", "/opt/",
+    "corpus.jsonl", "chat.jsonl", "train.jsonl.xz", "heldout.jsonl.xz", "documents-*.jsonl", "shards/*.jsonl.zst",
+    "checkpoints/", "/data/", "/runs/", "/lustre/", "/opt/",
 )  # fmt: skip
 """Files that a command reads and no command of the pages makes: the reader brings them."""
 WRITES = {

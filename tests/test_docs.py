@@ -122,15 +122,17 @@ def test_no_command_hides_in_an_indented_block(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_python_compiles_and_imports_what_it_imports(page: str) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE):
-        for node in ast.walk(ast.parse(block)):
+        for node in ast.walk(ast.parse(block.replace("…", "..."))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 exec(ast.unparse(node), {})
 
 
 def anchors(path: Path) -> set[str]:
-    """GitHub's names of a page's headings."""
-    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", title).lower()).replace(" ", "-") for title in titles}
+    """GitHub's names of a page's headings, and names that the page gives to places itself."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    given = set(re.findall(r'<a id="([^"]+)">', text))
+    return given | {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", title).lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES)
