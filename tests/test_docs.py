@@ -174,7 +174,7 @@ def test_every_flag_that_a_page_names_is_one(page: str) -> None:
     known = {flag for path in sources for flag in re.findall(r"\"(--[\w-]+)\"", path.read_text(encoding="utf-8"))}
     known |= {f"--{option.flag}" for option in all_options().values()} | OF_OTHER_PROGRAMS
     unknown = []
-    for flag in re.findall(r"(?<![\w-])--(?:[12][abc]\.)?([a-z][\w-]*)", " ".join(spans(page))):
+    for flag in re.findall(r"(?<![\w-])--(?:\d[a-z]\.)?([a-z][\w-]*)", " ".join(spans(page))):
         name = flag.removeprefix("no-")
         if not {f"--{flag}", f"--{name}"} & known and find_megatron_flag(flag) is None:
             unknown.append(f"--{flag}")
