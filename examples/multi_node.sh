@@ -1,7 +1,7 @@
 #!/bin/bash
 # One of the model scripts on several machines, which meet by torchrun's rendezvous. The same line on each of them:
 #
-#   NUM_NODES=4 RDZV_ENDPOINT=node0:29400 bash examples/multi_node.sh examples/llama3.2_3b.sh [flags]
+#   NUM_NODES=2 RDZV_ENDPOINT=node0:29400 bash examples/multi_node.sh examples/llama3.2_3b.sh [flags]
 #
 # RDZV_ENDPOINT names one of the machines and a free port there; RDZV_ID tells two runs on one endpoint apart. CHECKPOINT,
 # DATA_PATH and RUN lie on storage that all of them see. TP stays within a machine: it divides GPUS_PER_NODE. Machines may

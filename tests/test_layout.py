@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megabyte_distill.conversion.flat_sources import exported_modules
 
@@ -104,7 +106,10 @@ EXPORTED = {
 """Copied as they are into a Hugging Face export: they import torch, the standard library and each other only, and the
 three files that transformers opens import transformers."""
 OPTIONAL_PACKAGES = {"transformer_engine", "apex", "mamba_ssm", "wandb"}
-REQUIRED_FILES = ("pyproject.toml", "README.md", "Dockerfile", "Makefile", "LICENSE", "NOTICE", ".ci/run")
+REQUIRED_FILES = (
+    *("pyproject.toml", "README.md", "CONTRIBUTING.md", "Dockerfile", "Makefile", "LICENSE", "NOTICE"),
+    *(".ci/run", ".pre-commit-config.yaml"),
+)
 
 
 def package_files() -> list[Path]:
@@ -234,6 +239,17 @@ def test_every_module_says_what_it_is() -> None:
         if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not silent, silent
+
+
+def test_a_commit_is_linted_as_make_lint_does_and_downloads_nothing() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lints = re.findall(r"^\t\$\(BIN\)/(.*)$", makefile.split("\nlint:")[1].split("\n\n")[0], re.MULTILINE)
+    entries = {hook["entry"].replace(" --force-exclude", "") for hook in hooks[0]["hooks"]}
+    assert entries == {line.removesuffix(" .") for line in lints}
+    assert {hook["language"] for hook in hooks[0]["hooks"]} == {"system"}
+    assert "make lint\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", REQUIRED_FILES)
