@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megabyte_distill.config.model import DechunkMode, QkNorm
+from megabyte_distill.config.model import DechunkMode
 from megabyte_distill.conversion import safetensors_folder
 from megabyte_distill.conversion.compare import compare_logits, roundtrip
 from megabyte_distill.conversion.flat_sources import ROOTS, flat_sources
