@@ -36,7 +36,7 @@ from megabyte_distill.config.model import BackboneConfig  # noqa: E402
 from megabyte_distill.config.published import PUBLISHED_BACKBONES  # noqa: E402
 from megabyte_distill.config.stage import StageConfig  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
-from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
+from megabyte_distill.curriculum.stages import STAGES, resolved_stages  # noqa: E402
 
 PRESETS = ("llama3.2-3b", "qwen3-4b", "olmo2-1b")
 TENSOR, PIPELINE, DATA = 2, 4, 8
@@ -73,7 +73,7 @@ def measure(preset: str, flags: Sequence[str]) -> Iterator[dict[str, Any]]:
     settings, backbone = settings_of(preset, flags), PUBLISHED_BACKBONES[preset]
     world_size = TENSOR * PIPELINE * DATA
     memories = list(estimate(settings, backbone, world_size=world_size, bytes_per_chunk=BYTES_PER_CHUNK))
-    for stage, config in settings.stages.items():
+    for stage, config in resolved_stages(settings.stages).items():
         ranks = [memory for memory in memories if memory.stage == stage]
         chunks = int(even_row(config, BYTES_PER_CHUNK).token_mask.sum())
         # in the order in which a micro-batch passes them

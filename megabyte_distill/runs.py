@@ -74,6 +74,13 @@ def stage_progress(root: Path, stage: str) -> StageProgress | None:
     )
 
 
+def stages_behind(root: Path | None, before: str | None = None) -> list[str]:
+    """Stages of a run that are complete, in order; only those ``before`` one where it is given. None has none."""
+    names = STAGE_ORDER if before is None else STAGE_ORDER[: STAGE_ORDER.index(before)]
+    found = [] if root is None else [stage_progress(root, name) for name in names]
+    return [progress.stage for progress in found if progress is not None and progress.is_complete]
+
+
 def chunk_limit(checkpoint: Path) -> float | None:
     """What a stage merged tokens with at a checkpoint (``chunk_merging.merge_row``); None where it did not."""
     limit = read_loop_state(checkpoint)["rows"].get(CHUNK_LIMIT)

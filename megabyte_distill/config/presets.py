@@ -77,12 +77,8 @@ _PAPER_BEHAVIOUR: Mapping[str, Any] = {
 
 
 def _published(backbone_width: int) -> Layer:
-    """The paper's sizes and learning rates for a teacher of hidden size E, with this package's safer behaviour.
-
-    2a learns from the exact targets, which the student's own backbone gives there at no second forward.
-    """
-    stages = {**_PAPER_STAGES, "2a": {**_PAPER_STAGES["2a"], "byte_targets": ByteTargets.EXACT}}
-    return Layer(common={**_PAPER_COMMON, **_PAPER_WIDTHS, "backbone_width": backbone_width}, stages=stages)
+    """The paper's sizes and learning rates for a teacher of hidden size E, with this package's safer behaviour."""
+    return Layer(common={**_PAPER_COMMON, **_PAPER_WIDTHS, "backbone_width": backbone_width}, stages=_PAPER_STAGES)
 
 
 _TINY = Layer(

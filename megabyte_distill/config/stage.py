@@ -62,7 +62,7 @@ class TargetsFrom(str, Enum):
     """Whose next-token distribution the exact byte targets of 2a are made of."""
 
     AUTO = "auto"
-    """The student's where its chunks are the teacher's tokens, the teacher's elsewhere."""
+    """The student's where it tells what the teacher would (curriculum/stages.py), the teacher's elsewhere."""
     TEACHER = "teacher"
     """The teacher's own, which reads the gold tokens beside the student."""
     STUDENT = "student"
@@ -189,8 +189,8 @@ class StageConfig:
     exact_targets_from: TargetsFrom = option(
         TargetsFrom.AUTO,
         "whose next-token distribution makes the exact targets: the teacher's, which runs beside the student, or that "
-        "of the student's own frozen backbone and token head, which costs no second forward; auto: the latter where "
-        "chunks are the teacher's tokens",
+        "of the student's own frozen backbone and token head, which costs no second forward; auto: the latter behind "
+        "1b, where chunks are the teacher's tokens",
         stages=("2a",),
     )
     logits_load_dir: str | None = option(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from megabyte_distill.config.stage import BoundarySource, StageConfig, TargetsFrom
+from megabyte_distill.config.stage import StageConfig, TargetsFrom
 from megabyte_distill.curriculum.byte_sft import MEASURE, ByteSft, teacher_need
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 
 
 def _teacher(config: StageConfig) -> TeacherNeed:
-    """None where the student's own frozen backbone tells: its chunks are the teacher's tokens."""
-    are_tokens = config.boundary_source is BoundarySource.GOLD and config.target_bytes_per_chunk is None
-    if config.exact_targets_from is TargetsFrom.STUDENT:
-        return TeacherNeed.NONE
-    if config.exact_targets_from is TargetsFrom.AUTO and are_tokens:
-        return TeacherNeed.NONE
-    return teacher_need(config)
+    """None where the student's own frozen backbone tells."""
+    return TeacherNeed.NONE if config.exact_targets_from is TargetsFrom.STUDENT else teacher_need(config)
 
 
 STAGE = Stage(

@@ -21,7 +21,7 @@ from megabyte_distill.config.stage import ByteTargets
 from megabyte_distill.conversion.model_config import ModelConfig, is_run
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
-from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.curriculum.stages import STAGES, resolved_stages
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.memory.in_flight import worst_moment
@@ -32,7 +32,7 @@ from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import built_in_stages, joined, virtual_size, virtual_stages
-from megabyte_distill.runs import backbone_overrides, build_model, training_dtype
+from megabyte_distill.runs import backbone_overrides, build_model, stages_behind, training_dtype
 from megabyte_distill.training.optimizer import TrainerModel, wrap_for_training
 from megabyte_distill.training.step import stage_link, stage_output
 
@@ -100,7 +100,8 @@ def estimate(
         layers_per_virtual_stage=settings.parallel.num_layers_per_virtual_pipeline_stage,
         align_layers=settings.align_layers,
     )
-    for name, config in settings.stages.items():
+    behind = stages_behind(Path(settings.checkpoint.load or "")) if _starts_from_a_run(settings) else []
+    for name, config in resolved_stages(settings.stages, behind).items():
         yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
 
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
-from megabyte_distill.config.stage import MERGES_IN
+from megabyte_distill.config.stage import MERGES_IN, ByteTargets, TargetsFrom
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher_stages
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
-from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.curriculum.stages import STAGES, resolved_stages
 from megabyte_distill.data.chunk_merging import ChunkSchedule, ChunkSizes
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import set_trainable
@@ -24,7 +24,14 @@ from megabyte_distill.parallel.pipeline import joined, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
 from megabyte_distill.pretrain.prepare import Prepared, chunk_sample, row_streams, starting_point, stored_targets
-from megabyte_distill.runs import StageProgress, backbone_overrides, build_model, stage_progress, training_dtype
+from megabyte_distill.runs import (
+    StageProgress,
+    backbone_overrides,
+    build_model,
+    stage_progress,
+    stages_behind,
+    training_dtype,
+)
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
 from megabyte_distill.training.invariants import Invariants
 from megabyte_distill.training.logging import MetricWriter, say
@@ -50,7 +57,7 @@ class StageRunner:
 
     def run(self, name: str) -> StopReason:
         """Train a stage to its end (or until somebody stops it); its checkpoints lie in RUN/<stage>."""
-        stage, config = STAGES[name], self.settings.stages[name]
+        stage, config = STAGES[name], self._config(name)
         progress = stage_progress(self.prepared.root, name)
         if progress is not None:
             self._check_parent(progress)
@@ -77,6 +84,16 @@ class StageRunner:
             for line in self._changes(progress.checkpoint, name):
                 self._say(f" warning: changed since that checkpoint: {line}")
         return loop.run()
+
+    def _config(self, name: str) -> StageConfig:
+        """The stage's settings, decided where they depend on what its weights have been through."""
+        given = self.settings.stages[name]
+        behind = stages_behind(self.prepared.source) + stages_behind(self.prepared.root, before=name)
+        config = resolved_stages({name: given}, behind)[name]
+        if config != given and config.byte_targets is not ByteTargets.HARD and config.logits_load_dir is None:
+            whose = "the student's own backbone" if config.exact_targets_from is TargetsFrom.STUDENT else "the teacher"
+            self._say(f" stage {name}: {whose} makes the exact targets")
+        return config
 
     def _check_parent(self, progress: StageProgress) -> None:
         """ValueError where the stage this one was built on has been trained further since."""

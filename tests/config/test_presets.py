@@ -7,7 +7,7 @@ import pytest
 from megabyte_distill.config import PRESETS, BoundarySource, DechunkMode, parse_arguments
 from megabyte_distill.config.layers import all_options
 from megabyte_distill.config.presets import SMOKE
-from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale, ByteTargets
+from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale
 
 GPUS = 8
 PUBLISHED = {"llama3.2-3b": 3072, "qwen3-4b": 2560, "olmo2-1b": 2048, "gemma3-1b": 1152}
@@ -69,8 +69,6 @@ def test_model_presets_have_the_published_widths_and_our_behaviour(name: str, wi
     assert side.dechunk_mode is DechunkMode.HARD
     assert settings.model.document_mask
     assert settings.stages["2a"].boundary_source is BoundarySource.GOLD
-    assert settings.stages["2a"].byte_targets is ByteTargets.EXACT
-    assert settings.stages["2b"].byte_targets is ByteTargets.HARD
 
 
 def test_a_preset_refuses_another_teacher() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig, TargetsFrom
 from megabyte_distill.curriculum.byte_sft import BYTE_LOSS, EXCLUDED, MEASURE, REPLACED, ByteSft
 from megabyte_distill.curriculum.stage import TeacherNeed
-from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.curriculum.stages import STAGES, resolved_stages
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.model.backbone import Backbone
@@ -85,22 +85,36 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
 
 
 @pytest.mark.parametrize(
-    ("changes", "need"),
+    ("changes", "behind", "whose"),
     [
-        ({}, TeacherNeed.NONE),
-        ({"exact_targets_from": TargetsFrom.TEACHER}, TeacherNeed.FROZEN),
-        ({"boundary_source": BoundarySource.ROUTER}, TeacherNeed.FROZEN),
-        ({"target_bytes_per_chunk": 9.0}, TeacherNeed.FROZEN),
-        ({"target_bytes_per_chunk": 9.0, "byte_targets": ByteTargets.HARD}, TeacherNeed.NONE),
-        ({"boundary_source": BoundarySource.ROUTER, "logits_load_dir": "somewhere"}, TeacherNeed.NONE),
+        ({}, ["1a", "1b", "1c"], TargetsFrom.STUDENT),
+        ({}, ["1b"], TargetsFrom.STUDENT),
+        ({}, [], TargetsFrom.TEACHER),
+        ({}, ["1a", "1c"], TargetsFrom.TEACHER),
+        ({}, ["1a", "1b", "1c", "2a", "2b"], TargetsFrom.TEACHER),
+        ({}, ["1a", "1b", "1c", "3a"], TargetsFrom.TEACHER),
+        ({}, ["1a", "1b", "1c", "2a", "2b", "1a", "1b"], TargetsFrom.STUDENT),
+        ({"boundary_source": BoundarySource.ROUTER}, ["1a", "1b", "1c"], TargetsFrom.TEACHER),
+        ({"target_bytes_per_chunk": 9.0}, ["1a", "1b", "1c"], TargetsFrom.TEACHER),
+        ({"exact_targets_from": TargetsFrom.TEACHER}, ["1a", "1b", "1c"], TargetsFrom.TEACHER),
+        ({"exact_targets_from": TargetsFrom.STUDENT}, [], TargetsFrom.STUDENT),
     ],
 )
-def test_2a_needs_a_teacher_where_the_students_chunks_are_not_its_tokens(
-    changes: dict[str, Any], need: TeacherNeed
+def test_auto_takes_the_students_backbone_where_it_is_the_token_model_that_1b_made(
+    changes: dict[str, Any], behind: list[str], whose: TargetsFrom
 ) -> None:
     config = replace(StageConfig(byte_targets=ByteTargets.EXACT), **changes)
-    assert STAGES["2a"].teacher(config) is need
-    assert STAGES["2b"].teacher(config) is (TeacherNeed.FROZEN if changes == {} else need)
+    found = resolved_stages({"2a": config}, behind)["2a"]
+    assert found == replace(config, exact_targets_from=whose)
+    needs = {TargetsFrom.STUDENT: TeacherNeed.NONE, TargetsFrom.TEACHER: TeacherNeed.FROZEN}
+    assert STAGES["2a"].teacher(found) is needs[whose]
+    assert STAGES["2b"].teacher(found) is TeacherNeed.FROZEN
+
+
+@pytest.mark.parametrize(("order", "whose"), [("1a,1b,1c,2a", TargetsFrom.STUDENT), ("1a,1c,2a", TargetsFrom.TEACHER)])
+def test_stages_of_one_run_stand_behind_each_other(order: str, whose: TargetsFrom) -> None:
+    stages = dict.fromkeys(order.split(","), StageConfig(byte_targets=ByteTargets.EXACT))
+    assert resolved_stages(stages)["2a"].exact_targets_from is whose
 
 
 def test_the_students_own_targets_are_of_its_backbone_on_its_chunks_and_get_no_gradient(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megabyte_distill.config import Settings, parse_arguments
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
-from megabyte_distill.curriculum.stages import STAGES
+from megabyte_distill.curriculum.stages import STAGES, resolved_stages
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
@@ -87,7 +87,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 def real_models(settings: Settings, stage: Stage) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
     """This rank's part of the student, its teacher if any, and the same teacher where it is a copy of its own."""
-    config = settings.stages[stage.name]
+    config = resolved_stages(settings.stages)[stage.name]
     overrides, dtype = backbone_overrides(settings, config), training_dtype(settings)
     byte_side = settings.model.byte_side_for(BACKBONE.hidden_size)
     student = build_model(ModelConfig(backbone=BACKBONE, byte_side=byte_side), overrides=overrides).to(dtype)
@@ -124,7 +124,7 @@ def real_sizes(settings: Settings, stage_name: str) -> RealSizes:
 
     from megabyte_distill.parallel.process_groups import current_world
 
-    stage, config, ranks = STAGES[stage_name], settings.stages[stage_name], current_world()
+    stage, config, ranks = STAGES[stage_name], resolved_stages(settings.stages)[stage_name], current_world()
     student, teacher, own_teacher = real_models(settings, stage)
     trained = wrap_for_training(
         student,

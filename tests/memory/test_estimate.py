@@ -142,8 +142,9 @@ def test_activations_are_those_of_a_real_run(stage: str, flags: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "flags", "has_teacher"),
     [
-        ("2a", "--byte-targets exact --exact-targets-from teacher", True),
-        ("2a", "--byte-targets mixed --kd-temperature 2", False),  # nor does it need another here
+        ("2a", "--byte-targets exact", True),
+        ("2a", "--byte-targets mixed --kd-temperature 2", True),
+        ("2a", "--byte-targets exact --exact-targets-from student", False),
         ("2a", "--byte-targets exact --logits-load-dir somewhere", False),
         ("1a", "--align-layers 3", False),  # the student's own backbone serves
     ],
