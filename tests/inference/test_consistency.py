@@ -105,7 +105,7 @@ def test_with_bits_given_no_later_byte_changes_a_score(
     before = joint_nll(student(row).logits, row.bits, row)
     place = int(row.cu_seqlens[1]) // 2
     for byte in (0, ord("z"), 0xE3):
-        changed: Any = SimpleNamespace(**{name: getattr(row, name) for name in row.__slots__})
+        changed: Any = SimpleNamespace(trained=row.trained, **{name: getattr(row, name) for name in row.__slots__})
         changed.byte_ids = row.byte_ids.clone()
         changed.byte_ids[place] = byte
         after = joint_nll(student(changed).logits, row.bits, changed)

@@ -1,6 +1,6 @@
 """One rank that really builds and runs a stage of the curriculum, and what its tensors take: JSON on each rank's line.
 
-torchrun --nproc-per-node 4 tests/memory/real_rank.py STAGES FLAGS…
+torchrun --nproc-per-node 4 tests/memory/real_rank.py FLAGS…
 """
 
 from __future__ import annotations
@@ -152,8 +152,7 @@ def real_sizes(settings: Settings, stage_name: str) -> RealSizes:
 
 def main(argv: Sequence[str]) -> None:
     """Print this rank's sizes, one line a stage."""
-    stages, *flags = argv
-    settings = parse_arguments([*SMALL, "--stages", stages, *flags], world_size=torchrun_environment()[1])
+    settings = parse_arguments([*SMALL, *argv], world_size=torchrun_environment()[1])
     parallel = settings.parallel
     torch.set_num_threads(1)
     with world(

@@ -85,14 +85,14 @@ def sum_of_backbone() -> int:
     ("layout", "virtual"), [("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", VIRTUAL), ("", (1,))]
 )
 def test_four_ranks_hold_what_was_reckoned_for_them(layout: str, virtual: tuple[int, ...]) -> None:
-    flags = f"{layout} --use-distributed-optimizer --bf16"
+    flags = f"{layout} --use-distributed-optimizer --bf16 --stages {','.join(STAGE_ORDER)}"
     wanted = {
         (number, memory.stage, memory.pipeline_rank): exact(memory)
         for number in virtual
         for memory in reckoned(f"{flags} --num-virtual-stages-per-pipeline-rank {number}", world_size=4)[1]
     }
     script = Path(__file__).with_name("real_rank.py")
-    done = run_as_ranks(str(script), ",".join(STAGE_ORDER), *flags.split(), processes=4)
+    done = run_as_ranks(str(script), *flags.split(), processes=4)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = [json.loads(line) for line in re.findall(r"sizes (\{.*\})", done.stdout)]
     assert len(found) == 4 * len(STAGE_ORDER) * len(virtual)

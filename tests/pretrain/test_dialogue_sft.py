@@ -24,11 +24,11 @@ def behind(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_six_stages_are_five_and_one(
-    job: Job, finished: Path, behind: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Job, finished: Path, behind: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     flags = ("--stages", SIX, "--3a.dialogue-data-path", job.dialogues, "--split", "70,30,0", "--summary-bytes", "1500")
     assert job.run(behind, *flags) == 0
-    out = capsys.readouterr().out
+    out = capsysbinary.readouterr().out.decode()
     assert "stage 2b (byte SFT, everything) is complete at iteration 4: skipped" in out
     assert "stage 3a (byte SFT, dialogues) starts from stage 2b" in out
     row = next(line for line in out.splitlines() if line.startswith("3a "))
@@ -43,10 +43,10 @@ def test_six_stages_are_five_and_one(
     for _ in range(2):  # killed at its second update, then to the end
         assert job.run(again, *flags[:-2], "--3a.save-interval", "2", "--exit-interval", "2") == 0
     assert_same_run(again, behind, ["3a"])
-    capsys.readouterr()
+    capsysbinary.readouterr()
     prompt = "<|im_start|>user\nthe old house<|im_end|>\n<|im_start|>assistant\n"
     assert generate(["--load", str(behind), "--prompt", prompt, "--max-new-bytes", "5"]) == 0
-    assert capsys.readouterr().out.startswith(prompt)
+    assert capsysbinary.readouterr().out.startswith(prompt.encode())
 
 
 def test_the_runs_own_data_may_be_the_dialogues(job: Job, behind: Path) -> None:

@@ -85,7 +85,7 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
         ([*GENERATE, "--utf8", "x"], "--utf8: got 'x', expected raw or constrain"),
         (
             [*GENERATE, "--stage", "1c"],
-            "--stage: got '1c', expected 2a or 2b; earlier stages leave the decoder untrained",
+            "--stage: got '1c', expected 2a or 2b or 3a; earlier stages leave the decoder untrained",
         ),
         ([*GENERATE, "--stage", "2b"], "--stage: {run} has no stage 2b; it has 2a: take one of these, or train it"),
         ([*GENERATE, "--load", "{export}", "--stage", "2a"], "--stage: {export} is an export, which holds the weights"),
