@@ -82,6 +82,8 @@ def run_arm(arm: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         load = args.work_dir / f"random-teacher-{seed}"
         random_teacher(shared.teacher, load, seed)
     flags = [
+        # in every arm alike: behind no 1b the student's backbone tells nothing
+        *([] if arm == "from scratch" else ["--2a.exact-targets-from", "teacher"]),
         *("--summary-bytes", str(args.summary_bytes), "--summary-paths", "0"),
         *arm_flags(arm, iterations(args.scale)),
         *(["--seq-length", "512"] if args.quick else []),

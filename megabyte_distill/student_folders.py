@@ -70,7 +70,7 @@ def require_stage_of(folder: Path, stage: str | None) -> None:
 
 
 def _is_of_run(folder: Path) -> bool:
-    return is_run(folder) or is_run(folder.resolve().parent)
+    return is_run(folder) or split_stage(folder)[1] is not None
 
 
 def stored_threshold(folder: Path) -> float | None:

@@ -215,7 +215,7 @@ def test_rows_that_are_timed_early_and_late_write_the_same_chunks() -> None:
 def test_the_fused_operators_move_what_they_must(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("the counting build needs g++; run on a machine that has it")
-    command = [sys.executable, str(BENCHMARKS / "kernel_traffic.py"), "--no-compile", "--rows", "1024"]
+    command = [sys.executable, str(BENCHMARKS / "kernel_traffic.py"), "--no-compile", "--rows", "8192"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -48,7 +48,8 @@ class Range:
         """The number that a command line's word stands for; ValueError("got …, expected …") without a flag's name."""
         try:
             value = int(text) if self.whole else float(text)
-        except ValueError:
+            float(value)
+        except (ValueError, OverflowError):
             raise ValueError(f"got {text!r}, expected {self.words}") from None
         if not self.holds(value):
             raise ValueError(f"got {text}, expected {self.words}")

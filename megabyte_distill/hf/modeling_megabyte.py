@@ -23,6 +23,7 @@ from megabyte_distill.hf.byte_filter import ByteFilter
 from megabyte_distill.hf.configuration_megabyte import MegabyteConfig
 from megabyte_distill.hf.torch_backbone import TorchBackbone
 from megabyte_distill.inference.generation import Generated, GenerationSettings, generate
+from megabyte_distill.inference.prompt_reading import PATH_WINDOW
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.model.student import Student
@@ -178,11 +179,15 @@ class MegabyteForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         min_p: float = 0.0,
         seed: int = 0,
         paths: int | None = None,
+        path_window: int = PATH_WINDOW,
         boundary_threshold: float | Literal[False] | None = None,
         stop: str | bytes | Sequence[str | bytes] = (),
         utf8: str = "raw",
     ) -> list[Generated]:
-        """Continuations drawn as (byte, bit) pairs; ``paths`` (default: the configuration's) read the prompts.
+        """Continuations drawn as (byte, bit) pairs.
+
+        ``paths`` (default: the configuration's) read the last ``path_window`` bytes of a prompt; what stands in front
+        of them is cut by the router, where :meth:`forward` and ``generate`` read all of it along the paths.
 
         With ``boundary_threshold`` (default: the configuration's) a byte ends a chunk where the model gives that more;
         False draws the bits with their bytes, exact samples, whatever the configuration says.
@@ -200,6 +205,7 @@ class MegabyteForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, boundary_threshold=threshold
             ),
             paths=self.config.paths if paths is None else paths,
+            path_window=path_window,
             seed=seed,
             stop=tuple(text.encode() if isinstance(text, str) else text for text in texts),
             utf8=Utf8Mode(utf8),

@@ -45,8 +45,8 @@ class Slots(Protocol):
 class TorchSlots:
     """:class:`Slots` of a student as it is."""
 
-    at_once = 1024
-    # torch attends under a mask over all that a row holds, for each new chunk and head of a group
+    at_once = 512
+    # Mamba-2 compares each byte of a block with each, and attention each new chunk with all that a row holds
 
     def __init__(self, student: Student, count: int, guess: StateGuess | None) -> None:
         """``guess``, which learns from what the backbone says; None where nothing is drafted."""

@@ -39,8 +39,14 @@ def read_prompts(
     """
     names = names or [prompt_name(number, len(prompts)) for number in range(len(prompts))]
     fronts = [max(len(prompt) - path_window, 0) for prompt in prompts]
-    begun = _read_fronts(student, prompts, fronts, names) if any(fronts) else None
-    read = BitPaths(student, len(prompts), paths, keep_history=True, begun=begun)
+    # no name for what the fronts left behind: its cache would stay beside the one that is made of it
+    read = BitPaths(
+        student,
+        len(prompts),
+        paths,
+        keep_history=True,
+        begun=_read_fronts(student, prompts, fronts, names) if any(fronts) else None,
+    )
     _read_ends(read, prompts, fronts, names)
     return read
 

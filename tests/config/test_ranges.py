@@ -62,3 +62,8 @@ def test_a_list_is_read_in_order_each_once() -> None:
 def test_a_boundary_threshold_has_one_range_everywhere(make: Callable[..., object], threshold: float) -> None:
     with pytest.raises(ValueError, match=f"^boundary_threshold is {threshold}; expected {BOUNDARY_THRESHOLD.words}$"):
         make(boundary_threshold=threshold)
+
+
+def test_a_number_beyond_all_numbers_is_refused_like_others() -> None:
+    with pytest.raises(ValueError, match="expected a whole number"):
+        SEED.read("1" + "0" * 400)

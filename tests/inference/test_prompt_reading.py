@@ -17,6 +17,7 @@ from megabyte_distill.inference.generation import GenerationMode, GenerationSett
 from megabyte_distill.inference.prompt_reading import read_prompts
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.student import Given, Parts, RouterDecides, Student
+from tools.generate import build_parser
 
 LONG = "a prompt of 日本語, é and some more words".encode() + bytes(range(60))
 PROMPTS = [LONG, b"", b"short", LONG[20:57], b"\0" * 30]
@@ -105,3 +106,7 @@ def test_generation_goes_on_behind_a_long_prompt(student: Student, mode: Generat
             found = engine.generate(PROMPTS, settings)
             assert [row.byte_ids for row in found] == [row.byte_ids for row in results]
             assert [row.prompt_bits for row in found] == [row.prompt_bits for row in results]
+
+
+def test_the_tool_has_the_same_window() -> None:
+    assert build_parser().get_default("path_window") == prompt_reading.PATH_WINDOW
