@@ -58,6 +58,8 @@ AWKWARD = [
 RECORDS = [
     *AWKWARD,
     says("assistant: 日本語", "assistant: e\u0301 🇯🇵", "user: unanswered\0"),
+    {KEY: [{"role": "user", "content": "a", "name": "b"}, {"role": "assistant", "content": "c", "tool_calls": []}],
+     "tools": None, "id": 7},
     {"prompt": "e\u0301?", "completion": "\u0301 é"},
     {"prompt": [*says("user: a", "assistant: no answer here")[KEY], *says("user: b")[KEY]],
      "completion": says("assistant: \u3042")[KEY]},
@@ -189,6 +191,17 @@ def test_a_template_of_the_teachers(tmp_path: Path, byte_level_folder: Path) -> 
         ({KEY: "x"}, "", "'messages' is str, expected a list of objects"),
         ({KEY: [{"role": "assistant"}]}, "", "content of message 1 is missing, expected text"),
         ({KEY: [{"role": "assistant", "content": None}]}, "", "content of message 1 is NoneType, expected text"),
+        (
+            {KEY: [*says("user: x")[KEY], {"role": "assistant", "content": "y", "tool_calls": [{"id": "1"}]}]},
+            "",
+            "message 2 has 'tool_calls', which would be lost; expected role and content alone",
+        ),
+        (
+            {"prompt": "x", "completion": [{"role": "assistant", "content": "y", "reasoning_content": "z"}]},
+            "",
+            "message 1 has 'reasoning_content', which would be lost",
+        ),
+        ({**says("user: x", "assistant: y"), "tools": [{}]}, "", "the record has 'tools', which would be lost"),
         (says("assistant: \ud800"), "", "content of message 1 has half a surrogate pair at character 0"),
         (says("user: <|im_end|>", "assistant: x"), "", "message 1 holds a mark of the template"),
         (says("system: x", "assistant: y"), LLAMA2, "refuses it .no role system"),
@@ -245,7 +258,7 @@ def test_partitions_and_resume(tmp_path: Path, byte_level_folder: Path) -> None:
     [
         (put(1, 0, 10**6), "loss mask of document 1 is damaged .spans 1000000, .* do not rise"),
         (lambda items: items[0].pop(), "loss mask of document 0 is damaged .3 numbers"),
-        (lambda items: items.pop(), "documents in the loss mask, 16 in the manifest"),
+        (lambda items: items.pop(), "documents in the loss mask, 17 in the manifest"),
         (lambda items: items[2].clear(), "marked bytes, .* in the manifest"),
     ],
 )
