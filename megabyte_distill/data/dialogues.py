@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -27,12 +27,19 @@ NOT_A_DIALOGUE, NO_ANSWER, NOT_WRITTEN = "not a dialogue", "no answer to train o
 
 
 def dialogues_of(
-    payload: bytes, keys: Sequence[str], on_invalid: OnInvalid, template: ChatTemplate
+    payload: bytes,
+    keys: Sequence[str],
+    on_invalid: OnInvalid,
+    template: ChatTemplate,
+    normalize: Callable[[str], str],
 ) -> tuple[MarkedText, ...]:
-    """A JSON record's dialogues, one a key; InvalidRecordError where it has none that can be trained on."""
+    """A JSON record's dialogues, one a key; InvalidRecordError where it has none that can be trained on.
+
+    ``normalize``: what the tokenizer does to the texts afterwards.
+    """
     replace = on_invalid is OnInvalid.REPLACE
     content = _parsed(payload, replace)
-    return tuple(_written(_turns(content, key, replace), template) for key in keys)
+    return tuple(_written(_turns(content, key, replace), template, normalize) for key in keys)
 
 
 def _parsed(line: bytes, replace: bool) -> dict[str, Any]:
@@ -101,8 +108,8 @@ def _would_be_lost(holder: str, key: str, expected: str) -> InvalidRecordError:
     )
 
 
-def _written(turns: Sequence[Turn], template: ChatTemplate) -> MarkedText:
+def _written(turns: Sequence[Turn], template: ChatTemplate, normalize: Callable[[str], str]) -> MarkedText:
     try:
-        return template.write(turns)
+        return template.write(turns, normalize)
     except TemplateError as error:
         raise InvalidRecordError(NOT_WRITTEN, str(error)) from error
