@@ -133,7 +133,8 @@ def _merge_parser() -> ToolParser:
     parser = ToolParser(description="Joins the partitions of one run, wherever they were made, into one data set.")
     parser.prog += " merge"
     parser.add_argument("--output-prefix", required=True, help="as it was given for the partitions")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys that were read (text)")
+    parser.add_argument("--json-keys", nargs="+", default=["text"],
+                        help="keys that were read; of dialogues messages, or what was given then (text)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
     parser.add_argument("--keep-partitions", action="store_true", help="do not remove them at the end")
     return parser

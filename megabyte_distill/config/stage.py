@@ -27,7 +27,7 @@ RECOMPUTES = ("1a", "1b", *TRAINS_ALL)
 MERGES_IN = ("1c", *TRAINS_DECODER)
 """Stages in which a chunk may be several teacher tokens: 1a and 1b compare chunks with tokens, one to one."""
 OF_DIALOGUES = ("3a",)
-"""Stages that train on the answers of dialogues alone, which the data's loss mask marks."""
+"""Stages whose byte loss is of the answers of dialogues alone, which the data's loss mask marks."""
 
 
 class BoundarySource(str, Enum):

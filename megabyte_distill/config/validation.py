@@ -133,7 +133,10 @@ def _data(settings: Settings) -> Iterator[str]:
     has_blend = bool(data.data_path) or data.data_args_path is not None
     own = [config.dialogue_data_path for config in settings.stages.values() if config.dialogue_data_path]
     if not (has_blend or data.train_data_path or data.valid_data_path or data.mock_data):
-        yield "no data: give --data-path, or --train-data-path with --valid-data-path, or --mock-data"
+        more = ""
+        if own:
+            more = f"; where 3a runs alone, its dialogues are the run's data: --data-path {' '.join(own[0])}"
+        yield f"no data: give --data-path, or --train-data-path with --valid-data-path, or --mock-data{more}"
         return
     given = {
         blend_flag: has_blend,

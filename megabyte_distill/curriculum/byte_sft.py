@@ -42,8 +42,8 @@ class ByteSft:
     """512-way cross-entropy on the next byte and its gold bit; with ``trains_router`` the router's BCE beside it.
 
     The targets are the text, the teacher's exact distribution, or a mixture; of merged chunks the teacher tells the
-    bytes alone. Held-out rows are measured on the text. Of a row with a loss mask only what it marks counts: the pair
-    (byte, bit) of each marked byte, and the router's cut in front of it.
+    bytes alone. Held-out rows are measured on the text. Of a row with a loss mask the pair (byte, bit) of each marked
+    byte counts alone; the router learns and is measured on all bytes, prompts as well, which it has to cut too.
     """
 
     on_first_stage = False
@@ -75,7 +75,7 @@ class ByteSft:
             self._exact = _CachedTargets(table) if cached else _TokenModelTargets(teacher, table)
 
     def counts(self, row: PackedRow) -> dict[str, int]:
-        """Bytes whose prediction is trained, and those of them whose boundary is one."""
+        """Positions of each loss: bytes whose prediction is trained, and bytes whose boundary is one, marked or not."""
         counts = {BYTE_LOSS: int(row.trained.sum())}
         if ROUTER_LOSS in self.weights:
             counts[ROUTER_LOSS] = int(boundary_positions(row).sum())

@@ -39,7 +39,8 @@ class Stage:
     measure: str
     """The validation figure that stands for the stage."""
     reads_loss_mask: bool = False
-    """Whether only what the data's loss mask marks is trained and measured; the data must have one then."""
+    """Whether the byte loss and its measure are of what the data's loss mask marks alone (the router's are of all
+    bytes); the data must have a mask then."""
 
     def keeps_backbone(self, config: StageConfig) -> bool:
         """Whether the backbone is still the teacher's behind this stage, if it was so before: one copy may serve."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ TEACHER = "teacher"
 ASSISTANT = "assistant"
 _OPEN, _CLOSE = "<|im_start|>", "<|im_end|>"
 _CONFIG_FILE, _TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+_NO_EOS = f"it uses eos_token, which {_CONFIG_FILE} beside the tokenizer does not name; put it there"
 
 
 class Turn(NamedTuple):
@@ -48,7 +49,8 @@ class ChatTemplate:
     source: str = ""
     """Of the Jinja template; empty for the built-in one."""
     end_of_text: str = ""
-    """What a Jinja template calls eos_token. Its bos_token is empty: the byte BOS stands there already."""
+    """What a Jinja template calls eos_token; empty where none is known: one that writes it is refused then. Its
+    bos_token is empty: the byte BOS stands there already."""
 
     @property
     def identity(self) -> str:
@@ -56,17 +58,22 @@ class ChatTemplate:
         content = json.dumps([self.source, self.end_of_text]).encode("utf-8", "surrogatepass")
         return f"jinja {hashlib.sha256(content).hexdigest()[:16]}" if self.source else self.name
 
-    def write(self, turns: Sequence[Turn]) -> MarkedText:
-        """The dialogue's text. TemplateError where it cannot be written so that answers are told from prompts."""
-        text, answers = _by_jinja(self, turns) if self.source else _by_chatml(turns)
+    def write(self, turns: Sequence[Turn], normalize: Callable[[str], str] = str) -> MarkedText:
+        """The dialogue's text. TemplateError where it cannot be written so that answers are told from prompts.
+
+        ``normalize``: what becomes of the text behind this; the built-in template looks for its marks there as well.
+        """
+        text, answers = _by_jinja(self, turns) if self.source else _by_chatml(turns, normalize)
         return MarkedText(text, answers, bool(turns) and turns[-1].is_answer)
 
 
-def _by_chatml(turns: Sequence[Turn]) -> tuple[str, tuple[tuple[int, int], ...]]:
+def _by_chatml(turns: Sequence[Turn], normalize: Callable[[str], str]) -> tuple[str, tuple[tuple[int, int], ...]]:
     text, answers = "", []
     for number, turn in enumerate(turns, start=1):
-        # a byte model has no special tokens: in a message the mark would be a turn of its own
-        if any(mark in part for mark in (_OPEN, _CLOSE) for part in (turn.role, turn.content)) or "\n" in turn.role:
+        # a byte model has no special tokens: in a message the mark would be a turn of its own, also where it becomes
+        # one later, as full-width ＜|im_end|＞ does under NFKC
+        roles, contents = ((part, normalize(part)) for part in (turn.role, turn.content))
+        if any(mark in part for mark in (_OPEN, _CLOSE) for part in (*roles, *contents)) or "\n" in "".join(roles):
             raise TemplateError(f"message {number} holds a mark of the template, {_OPEN}, {_CLOSE} or a role's newline")
         text += f"{_OPEN}{turn.role}\n"
         start = len(text)
@@ -102,13 +109,17 @@ def _rendered(template: ChatTemplate, messages: list[dict[str, str]], *, add_gen
             messages=messages,
             add_generation_prompt=add_generation_prompt,
             bos_token="",
-            eos_token=template.end_of_text,
+            # as nothing, answers would have no end of turn
+            eos_token=template.end_of_text or jinja2.StrictUndefined(hint=_NO_EOS),
             tools=None,
             documents=None,
         )
         return text
-    except (jinja2.TemplateError, TypeError) as error:
-        raise TemplateError(f"the chat template {template.name} refuses it ({error})") from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program: on some record it may divide by zero
+        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+        raise TemplateError(f"the chat template {template.name} refuses it ({kind}{error})") from error
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -20,16 +20,26 @@ from megabyte_distill.data.records import (
 
 MESSAGES_KEY = "messages"
 PROMPT, COMPLETION = "prompt", "completion"
+TOOLS = "tools"
+_READ = ("role", "content", "name")
+"""A message's keys; a name says the role again and is not written."""
 NOT_A_DIALOGUE, NO_ANSWER, NOT_WRITTEN = "not a dialogue", "no answer to train on", "not what the template can write"
 
 
 def dialogues_of(
-    payload: bytes, keys: Sequence[str], on_invalid: OnInvalid, template: ChatTemplate
+    payload: bytes,
+    keys: Sequence[str],
+    on_invalid: OnInvalid,
+    template: ChatTemplate,
+    normalize: Callable[[str], str],
 ) -> tuple[MarkedText, ...]:
-    """A JSON record's dialogues, one a key; InvalidRecordError where it has none that can be trained on."""
+    """A JSON record's dialogues, one a key; InvalidRecordError where it has none that can be trained on.
+
+    ``normalize``: what the tokenizer does to the texts afterwards.
+    """
     replace = on_invalid is OnInvalid.REPLACE
     content = _parsed(payload, replace)
-    return tuple(_written(_turns(content, key, replace), template) for key in keys)
+    return tuple(_written(_turns(content, key, replace), template, normalize) for key in keys)
 
 
 def _parsed(line: bytes, replace: bool) -> dict[str, Any]:
@@ -46,6 +56,8 @@ def _parsed(line: bytes, replace: bool) -> dict[str, Any]:
 
 
 def _turns(content: dict[str, Any], key: str, replace: bool) -> list[Turn]:
+    if content.get(TOOLS):
+        raise _would_be_lost("the record", TOOLS, "a dialogue without tools: write them into a message's content")
     if key in content:
         turns = _messages(content[key], key, replace)
     elif key == MESSAGES_KEY and PROMPT in content and COMPLETION in content:
@@ -83,12 +95,21 @@ def _messages(value: Any, key: str, replace: bool) -> list[Turn]:
                 got = "missing" if name not in message else type(part).__name__
                 raise InvalidRecordError(NOT_A_DIALOGUE, f"{name} of message {number} is {got}, expected text")
             parts[name] = checked_text(part, f"{name} of message {number}", replace)
+        others = [name for name, part in message.items() if part and name not in _READ]
+        if others:
+            raise _would_be_lost(f"message {number}", others[0], "role and content alone: write it into content")
         turns.append(Turn(parts["role"], parts["content"], parts["role"] == ASSISTANT))
     return turns
 
 
-def _written(turns: Sequence[Turn], template: ChatTemplate) -> MarkedText:
+def _would_be_lost(holder: str, key: str, expected: str) -> InvalidRecordError:
+    return InvalidRecordError(
+        NOT_A_DIALOGUE, f"{holder} has {key!r}, which would be lost; expected {expected}, or remove it"
+    )
+
+
+def _written(turns: Sequence[Turn], template: ChatTemplate, normalize: Callable[[str], str]) -> MarkedText:
     try:
-        return template.write(turns)
+        return template.write(turns, normalize)
     except TemplateError as error:
         raise InvalidRecordError(NOT_WRITTEN, str(error)) from error

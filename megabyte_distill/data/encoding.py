@@ -141,7 +141,8 @@ def _documents_of(payload: Payload, batch: RawBatch, job: EncodeJob) -> tuple[st
     if job.chat_template is None:
         return texts_of(payload, batch, job.json_keys, job.on_invalid)
     assert isinstance(payload, bytes)  # of JSON: preprocessing refuses other formats
-    return dialogues_of(payload, job.json_keys, job.on_invalid, job.chat_template)
+    normalize = tokenizer_of(job).normalize
+    return dialogues_of(payload, job.json_keys, job.on_invalid, job.chat_template, normalize)
 
 
 def _is_blank(line: bytes, kind: RecordKind) -> bool:

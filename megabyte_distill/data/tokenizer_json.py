@@ -62,6 +62,11 @@ class JsonTokenizer:
             raise ValueError(f"{path}: the tokenizers library does not read it ({error})") from error
         tokens = _token_bytes(vocabulary, spec, added, byte_level=byte_level)
         self.token_bytes = ids.table(tokens, vocabulary, path)
+        events = (self.token_bytes.end_of_text_id, self.token_bytes.bos_id)
+        text = [token for token in bare["added_tokens"] if vocabulary[token["content"]] not in events]
+        if len(text) < len(bare["added_tokens"]):
+            self._bare = json.dumps({**bare, "added_tokens": text})
+            del self._tokenizer
         self._fast, self.encoder = None, "tokenizers, batched (not byte-level)"
         if byte_level:
             self._fast, self.encoder = fast_encoder(
@@ -139,8 +144,9 @@ def _text_normalizer(spec: dict[str, Any] | None) -> tuple[normalizers.Normalize
 def _user_defined(model: dict[str, Any], added: dict[str, Any]) -> list[dict[str, Any]]:
     """Added tokens that were user-defined symbols of a SentencePiece model, found by being in its vocabulary and not
     special: Gemma's runs of spaces and line ends and its HTML tags. They are text, of which the teacher has learnt that
-    it comes in one piece."""
-    pieces = [token for text, token in added.items() if not token.get("special") and text in model["vocab"]]
+    it comes in one piece. The unknown token is none, whatever the file says: no text is its."""
+    ordinary = {text: token for text, token in added.items() if not token.get("special")}
+    pieces = [token for text, token in ordinary.items() if text in model["vocab"] and text != model.get("unk_token")]
     return [{**token, "lstrip": False, "rstrip": False} for token in pieces]  # what is stripped would be lost
 
 

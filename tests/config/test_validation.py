@@ -13,6 +13,10 @@ MOCK = "--mock-data "
     ("line", "expected"),
     [
         ("", "no data: give --data-path"),
+        (
+            "--stages 3a --3a.dialogue-data-path d",
+            "where 3a runs alone, its dialogues are the run's data: --data-path d",
+        ),
         (MOCK + "--data-path x", "--mock-data and --data-path contradict"),
         (MOCK + "--split 1,1,1", "--mock-data and --split contradict"),
         ("--data-path x --train-data-path y --valid-data-path z", "--train-data-path"),

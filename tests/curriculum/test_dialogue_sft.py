@@ -114,5 +114,13 @@ def test_an_update_is_normalised_by_all_its_marked_bytes(world: World) -> None:
 
 def test_bos_predicts_an_answer_that_begins_a_row(world: World) -> None:
     """A row that begins inside an answer trains its first byte, which BOS stands in front of."""
-    first = [row for row in random_rows(60, marked=True) if row.marked is not None and row.marked[0]]
-    assert first and all(int(row.byte_ids[0]) == BOS_BYTE for row in first)
+    student = tiny_student().eval()
+    objective = STAGE.objective(StageConfig(), None, None)
+    row = next(row for row in random_rows(60, marked=True) if row.marked is not None and row.marked[0])
+    assert row.marked is not None and int(row.byte_ids[0]) == BOS_BYTE
+    without = replace(row, marked=row.marked & (torch.arange(row.marked.numel()) > 0))
+    with torch.no_grad():
+        on, off = (float(objective.losses(student, given)["byte ce"]) for given in (row, without))
+        first = -float(student(row, Given(row.bits)).logits.log_softmax(-1)[0, row.labels[0]])
+    assert first > 1 and on - off == pytest.approx(first, rel=1e-3)
+    assert objective.counts(row)["byte ce"] == objective.counts(without)["byte ce"] + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from megabyte_distill.alphabet import BYTE_VOCAB
 from megabyte_distill.data.chat_template import CHATML, TEACHER, ChatTemplate, Turn, load_template
@@ -44,6 +46,11 @@ BARE = (
     "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 )
 
+FRAGILE = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}{{ m.content.index('1') // (m.content | int) }}"
+    "{% for _ in range(m.content | int) %}{% endfor %}{% endif %}{% endfor %}"
+)
+
 
 def says(*turns: str) -> dict[str, Any]:
     """``user: text`` and so on, as a record."""
@@ -58,6 +65,8 @@ AWKWARD = [
 RECORDS = [
     *AWKWARD,
     says("assistant: 日本語", "assistant: e\u0301 🇯🇵", "user: unanswered\0"),
+    {KEY: [{"role": "user", "content": "a", "name": "b"}, {"role": "assistant", "content": "c", "tool_calls": []}],
+     "tools": None, "id": 7},
     {"prompt": "e\u0301?", "completion": "\u0301 é"},
     {"prompt": [*says("user: a", "assistant: no answer here")[KEY], *says("user: b")[KEY]],
      "completion": says("assistant: \u3042")[KEY]},
@@ -173,6 +182,13 @@ def test_a_template_of_the_teachers(tmp_path: Path, byte_level_folder: Path) -> 
     ]
     (folder / "chat_template.jinja").write_text(BARE)
     assert load_template(TEACHER, str(folder)).source == BARE
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    template = load_template(TEACHER, str(folder))
+    assert template.write([Turn("user", "x", False), Turn("assistant", "y", True)]).text == "userxassistanty"
+    (folder / "chat_template.jinja").write_text(LLAMA2)
+    with pytest.raises(ValueError, match=r"line 1: .*eos_token, which tokenizer_config.json beside .* does not name"):
+        store(folder, folder, [record], load_template(TEACHER, str(folder)), end_of_text="<|endoftext|>")
+    (folder / "chat_template.jinja").write_text(BARE)
     assert load_template(str(folder / "chat_template.jinja"), str(folder)).identity.startswith("jinja ")
     (tmp_path / "bad").write_text("{% if")
     with pytest.raises(ValueError, match="not a Jinja template"):
@@ -189,10 +205,24 @@ def test_a_template_of_the_teachers(tmp_path: Path, byte_level_folder: Path) -> 
         ({KEY: "x"}, "", "'messages' is str, expected a list of objects"),
         ({KEY: [{"role": "assistant"}]}, "", "content of message 1 is missing, expected text"),
         ({KEY: [{"role": "assistant", "content": None}]}, "", "content of message 1 is NoneType, expected text"),
+        (
+            {KEY: [*says("user: x")[KEY], {"role": "assistant", "content": "y", "tool_calls": [{"id": "1"}]}]},
+            "",
+            "message 2 has 'tool_calls', which would be lost; expected role and content alone",
+        ),
+        (
+            {"prompt": "x", "completion": [{"role": "assistant", "content": "y", "reasoning_content": "z"}]},
+            "",
+            "message 1 has 'reasoning_content', which would be lost",
+        ),
+        ({**says("user: x", "assistant: y"), "tools": [{}]}, "", "the record has 'tools', which would be lost"),
         (says("assistant: \ud800"), "", "content of message 1 has half a surrogate pair at character 0"),
         (says("user: <|im_end|>", "assistant: x"), "", "message 1 holds a mark of the template"),
-        (says("system: x", "assistant: y"), LLAMA2, "refuses it .no role system"),
+        (says("system: x", "assistant: y"), LLAMA2.replace("eos_token", "'!'"), "refuses it .no role system"),
         (says("assistant: y", "user: x"), FORGETFUL, "writes message 1 otherwise once it is answered"),
+        (says("user: 1x", "assistant: y"), FRAGILE, "refuses it .ZeroDivisionError: "),
+        (says("user: 1000000", "assistant: y"), FRAGILE, "refuses it .OverflowError: Range too big"),
+        (says("user: x", "assistant: y"), FRAGILE, "refuses it .ValueError: "),
     ],
 )
 def test_a_record_that_cannot_be_trained_on_stops_or_is_counted(
@@ -215,6 +245,23 @@ def test_an_answer_that_normalisation_joins_to_its_prompt_is_left_out(tmp_path: 
     assert done.documents == 1 and done.skipped == {"normalisation joins a prompt and its answer": 1}
     dataset = ByteTokenDataset(done.stems[KEY])
     assert dataset.spans(0).tolist() == [14, 17] and dataset.num_bytes(0) == 16
+
+
+@pytest.mark.parametrize("record", [says("user: ＜|im_end|＞", "assistant: y"), says("us\u1160er: x", "assistant: y")])
+def test_a_mark_that_normalisation_makes_is_one(
+    tmp_path: Path, byte_level_folder: Path, record: dict[str, Any]
+) -> None:
+    """Full-width signs under NFKC, and a role's character that the tokenizer writes as a line end."""
+    tokenizer = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\u1160", "\n")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    shutil.copy(byte_level_folder / "tokenizer_config.json", tmp_path)
+    records = [says("user: ＜x＞\u1160", "assistant: ＜y"), record]
+    with pytest.raises(ValueError, match="line 2: message 1 holds a mark of the template"):
+        store(tmp_path, tmp_path, records)
+    done = store(tmp_path, tmp_path, records, on_invalid=OnInvalid.SKIP)
+    text = ByteTokenDataset(done.stems[KEY])[0].byte_ids.tobytes().decode()
+    assert done.documents == 1 and text == expected(says("user: <x>\n", "assistant: <y"))[0].decode()
 
 
 def test_answers_without_a_mark_between_them_are_one_span(tmp_path: Path, byte_level_folder: Path) -> None:
@@ -245,7 +292,7 @@ def test_partitions_and_resume(tmp_path: Path, byte_level_folder: Path) -> None:
     [
         (put(1, 0, 10**6), "loss mask of document 1 is damaged .spans 1000000, .* do not rise"),
         (lambda items: items[0].pop(), "loss mask of document 0 is damaged .3 numbers"),
-        (lambda items: items.pop(), "documents in the loss mask, 16 in the manifest"),
+        (lambda items: items.pop(), "documents in the loss mask, 17 in the manifest"),
         (lambda items: items[2].clear(), "marked bytes, .* in the manifest"),
     ],
 )

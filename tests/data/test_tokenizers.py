@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import shutil
 import unicodedata
 from pathlib import Path
@@ -103,6 +104,28 @@ def test_user_defined_symbols_are_text_in_one_piece(gemma_folder: Path, texts: l
     [ids] = loaded.encode_batch([document])
     assert [theirs.id_to_token(index) for index in ids[:5]] == ["t", "he", "\n\n", "\n", "<table>"]
     assert table[theirs.token_to_id("▁▁▁▁")] == b"    "
+
+
+def test_events_are_no_symbols_even_where_the_file_does_not_call_them_special(
+    gemma_folder: Path, tmp_path: Path
+) -> None:
+    """Phi-3's kind: text that spells the end of text is text."""
+    spec = json.loads((gemma_folder / "tokenizer.json").read_text())
+    spec["added_tokens"] = [{**token, "special": False} for token in spec["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    shutil.copy(gemma_folder / "tokenizer_config.json", tmp_path)
+    plain, loaded = tokenizers.load(gemma_folder), tokenizers.load(tmp_path)
+    table = loaded.token_bytes
+    assert (table.end_of_text_id, table.bos_id, table[3]) == (1, 2, b"")
+    for name in ("<eos>", "<bos>", "<unk>"):
+        text = f"the{name}<table>  a"
+        [ids] = loaded.encode_batch([text])
+        assert table.concatenate(ids).tobytes() == text.encode() and not table.special[ids].any()
+        assert ids.tolist() == plain.encode_batch([text])[0].tolist()
+    assert (
+        pickle.loads(pickle.dumps(loaded)).encode_batch(["<eos>"])[0].tolist()
+        == plain.encode_batch(["<eos>"])[0].tolist()
+    )
 
 
 def test_ids_come_from_the_files(byte_level_folder: Path, metaspace_folder: Path, sentencepiece_folder: Path) -> None:
