@@ -27,8 +27,8 @@ from tests.pretrain.job import run_as_ranks
 
 TOLERANCE = 1e-5
 SECOND_UPDATE = {"3a": 3e-5}
-"""Of gradient norms behind Adam's first step, which is the learning rate's size also where a gradient is rounding alone:
-few bytes are marked in 3a, so that many are."""
+"""Of gradient norms behind Adam's first step, which is as large as the learning rate also where a gradient is rounding
+alone: few bytes are marked in 3a, so that many are."""
 CUT = {**LAYOUTS[2], **LAYOUTS[4]}
 pytestmark = pytest.mark.timeout(900)
 """The first test of a world size waits for all of its cases."""
