@@ -119,13 +119,9 @@ def test_events_are_no_symbols_even_where_the_file_does_not_call_them_special(
     assert (table.end_of_text_id, table.bos_id, table[3]) == (1, 2, b"")
     for name in ("<eos>", "<bos>", "<unk>"):
         text = f"the{name}<table>  a"
-        [ids] = loaded.encode_batch([text])
+        [ids] = pickle.loads(pickle.dumps(loaded)).encode_batch([text])  # as in a worker
         assert table.concatenate(ids).tobytes() == text.encode() and not table.special[ids].any()
-        assert ids.tolist() == plain.encode_batch([text])[0].tolist()
-    assert (
-        pickle.loads(pickle.dumps(loaded)).encode_batch(["<eos>"])[0].tolist()
-        == plain.encode_batch(["<eos>"])[0].tolist()
-    )
+        assert loaded.encode_batch([text])[0].tolist() == ids.tolist() == plain.encode_batch([text])[0].tolist()
 
 
 def test_ids_come_from_the_files(byte_level_folder: Path, metaspace_folder: Path, sentencepiece_folder: Path) -> None:
