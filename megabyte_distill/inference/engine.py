@@ -64,6 +64,7 @@ class Engine:
             raise ValueError(f"max_batch_size is {max_batch_size}; expected at least 1")
         if speculate != "auto" and speculate < 0:
             raise ValueError(f"speculate is {speculate}; expected a number of bytes of at least 0, or auto")
+        kernels = KernelMode(kernels)  # "reference" is as good as the member
         self.student, self.max_batch_size = student, max_batch_size
         self.draft_length: DraftLength = MeasuredLength() if speculate == "auto" else FixedLength(speculate)
         self.counts = EngineCounts()

@@ -275,6 +275,9 @@ def test_drafts_can_be_learned_from_text_beforehand() -> None:
 def test_what_cannot_be_is_refused(make_student: Callable[..., Student]) -> None:
     with pytest.raises(ValueError, match="max_batch_size is 0"):
         Engine(shared_student(), max_batch_size=0)
+    with pytest.raises(ValueError, match="foo"):
+        Engine(shared_student(), kernels="foo")  # type: ignore[arg-type]
+    assert not Engine(shared_student(), kernels="reference").is_fused  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="speculate is -1"):
         Engine(shared_student(), speculate=-1)
     with pytest.raises(ValueError, match="drafts nothing"):
