@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megabyte_distill.config.model import ChunkPooling, DechunkMode
-from megabyte_distill.config.stage import BoundarySource, ByteTargets, StageConfig
+from megabyte_distill.config.stage import CHOOSES_TARGETS, BoundarySource, ByteTargets, StageConfig
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.mock import MockDataset
 from megabyte_distill.data.packing import PackedRow
@@ -72,7 +72,8 @@ def student_of(variant: str) -> Student:
 def losses_and_gradients(name: str, variant: str, row: PackedRow) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     torch.manual_seed(5)
     student = student_of(variant).train()
-    config = replace(StageConfig(), boundary_source=BoundarySource.ROUTER, byte_targets=ByteTargets.MIXED)
+    targets = ByteTargets.MIXED if name in CHOOSES_TARGETS else ByteTargets.HARD
+    config = replace(StageConfig(), boundary_source=BoundarySource.ROUTER, byte_targets=targets)
     objective = STAGES[name].objective(config, tiny_backbone().requires_grad_(False), TABLE)
     losses = objective.losses(student, row)
     found = {loss: float(value) for loss, value in losses.items()}
