@@ -29,7 +29,8 @@ import torch
 
 from benchmarks.scoring import PATHS, make_student, sample
 from megabyte_distill.inference.bit_paths import BitPaths
-from megabyte_distill.inference.prompt_reading import PATH_WINDOW, read_prompts
+from megabyte_distill.inference.prompt_reading import read_prompts
+from megabyte_distill.inference.prompts import PATH_WINDOW
 from megabyte_distill.model.student import Student
 from megabyte_distill.student_folders import open_student
 

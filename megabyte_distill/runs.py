@@ -74,11 +74,10 @@ def stage_progress(root: Path, stage: str) -> StageProgress | None:
     )
 
 
-def stages_behind(root: Path | None, before: str | None = None) -> list[str]:
-    """Stages of a run that are complete, in order; only those ``before`` one where it is given. None has none."""
+def complete_stages(root: Path, before: str | None = None) -> list[StageProgress]:
+    """A run's complete stages in order; only those ``before`` one where it is given."""
     names = STAGE_ORDER if before is None else STAGE_ORDER[: STAGE_ORDER.index(before)]
-    found = [] if root is None else [stage_progress(root, name) for name in names]
-    return [progress.stage for progress in found if progress is not None and progress.is_complete]
+    return [p for name in names if (p := stage_progress(root, name)) is not None and p.is_complete]
 
 
 def chunk_limit(checkpoint: Path) -> float | None:
@@ -89,7 +88,7 @@ def chunk_limit(checkpoint: Path) -> float | None:
 
 def last_stage(root: Path) -> StageProgress:
     """The last stage that is complete. ValueError where there is none."""
-    found = [p for stage in STAGE_ORDER if (p := stage_progress(root, stage)) is not None and p.is_complete]
+    found = complete_stages(root)
     if not found:
         raise ValueError(f"{root} holds no complete stage (looked for {', '.join(STAGE_ORDER)}); train it first")
     return found[-1]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from megabyte_distill.config import ranges
 from megabyte_distill.config.stage import TRAINS_DECODER
-from megabyte_distill.inference.prompts import prompt_bytes
+from megabyte_distill.inference.prompts import PATH_WINDOW, prompt_bytes
 from megabyte_distill.student_folders import require_stage_of, require_student, stored_threshold
 from megabyte_distill.tool import ToolParser, choice, file_to_read, in_range, judged, problems_of, run_tool, typed
 
@@ -87,8 +87,8 @@ def _add_input(parser: ToolParser) -> None:
         help="bit histories of a prompt's end, and of --generation bytes (4)",
     )  # fmt: skip
     source.add_argument(
-        "--path-window", type=in_range(ranges.COUNT), default=256, metavar="BYTES",
-        help="length of that end; the router cuts what is in front of it (256)",
+        "--path-window", type=in_range(ranges.COUNT), default=PATH_WINDOW, metavar="BYTES",
+        help=f"length of that end; the router cuts what is in front of it ({PATH_WINDOW})",
     )  # fmt: skip
 
 

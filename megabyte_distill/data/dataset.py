@@ -13,7 +13,7 @@ from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.blend import parse_blend
 from megabyte_distill.data.alignment import boundary_bits, check_rebuild
 from megabyte_distill.data.formats import IndexedReader
-from megabyte_distill.data.loss_mask import marked_between, spans_problem
+from megabyte_distill.data.loss_mask import checked_spans, marked_between
 from megabyte_distill.data.manifest import Manifest, StoredPaths
 from megabyte_distill.data.token_bytes import TokenBytes
 
@@ -156,12 +156,7 @@ class ByteTokenDataset:
         """The spans of loss_mask.py; ValueError without a mask, or where they do not fit the document."""
         if self._mask is None:
             raise ValueError(f"{self.name}: no loss mask; preprocess dialogues with --chat-template")
-        spans = self._mask.read(document)
-        if (problem := spans_problem(spans, self.num_bytes(document))) is not None:
-            raise ValueError(
-                f"{self.name}: the loss mask of document {document} is damaged ({problem}); preprocess again"
-            )
-        return spans
+        return checked_spans(self._mask.read(document), self.num_bytes(document), self.name, document)
 
     def marked(self, document: int, start: int, stop: int) -> NDArray[np.bool_]:
         return marked_between(self.spans(document), start, stop)

@@ -27,8 +27,14 @@ def marked_count(spans: NDArray[np.int32]) -> int:
     return int(spans[1::2].sum(dtype=np.int64) - spans[::2].sum(dtype=np.int64))
 
 
-def spans_problem(spans: NDArray[np.int32], num_bytes: int) -> str | None:
-    """What is wrong with the spans of a document of so many bytes, or None."""
+def checked_spans(spans: NDArray[np.int32], num_bytes: int, name: str, document: int) -> NDArray[np.int32]:
+    """The spans as they are; ValueError where they do not fit a document of so many bytes of the data set ``name``."""
+    if (problem := _problem(spans, num_bytes)) is not None:
+        raise ValueError(f"{name}: the loss mask of document {document} is damaged ({problem}); preprocess again")
+    return spans
+
+
+def _problem(spans: NDArray[np.int32], num_bytes: int) -> str | None:
     if spans.size % 2:
         return f"{spans.size} numbers, expected a start and an end for each span"
     if spans.size and (int(spans[0]) < 0 or int(spans[-1]) > num_bytes + 1 or not (np.diff(spans) > 0).all()):

@@ -13,7 +13,7 @@ from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.data.alignment import all_rebuild, check_rebuild
 from megabyte_distill.data.encoding import token_dtype
 from megabyte_distill.data.formats import IndexedReader
-from megabyte_distill.data.loss_mask import marked_count, spans_problem
+from megabyte_distill.data.loss_mask import checked_spans, marked_count
 from megabyte_distill.data.manifest import Manifest, StoredPaths
 from megabyte_distill.data.token_bytes import TokenBytes
 
@@ -171,10 +171,7 @@ def _check_tokens(
 
 def _checked_mask(stem: str, reader: IndexedReader, document: int, size: int) -> int:
     """Bytes that the mask marks of a document whose item has ``size`` bytes, BOS included."""
-    spans = reader.read(document)
-    if (problem := spans_problem(spans, size - 1)) is not None:
-        raise ValueError(f"{stem}: the loss mask of document {document} is damaged ({problem}); preprocess again")
-    return marked_count(spans)
+    return marked_count(checked_spans(reader.read(document), size - 1, stem, document))
 
 
 def _check_rebuild(

@@ -23,7 +23,7 @@ from megabyte_distill.hf.byte_filter import ByteFilter
 from megabyte_distill.hf.configuration_megabyte import MegabyteConfig
 from megabyte_distill.hf.torch_backbone import TorchBackbone
 from megabyte_distill.inference.generation import Generated, GenerationSettings, generate
-from megabyte_distill.inference.prompt_reading import PATH_WINDOW
+from megabyte_distill.inference.prompts import PATH_WINDOW
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.model.student import Student

@@ -17,8 +17,8 @@ from megabyte_distill.alphabet import BOS_BYTE, split_class
 from megabyte_distill.config.ranges import COUNT, SEED, SIZE
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.inference.official import OfficialReader
-from megabyte_distill.inference.prompt_reading import PATH_WINDOW, read_prompts
-from megabyte_distill.inference.prompts import checked_prompts, context_limit
+from megabyte_distill.inference.prompt_reading import read_prompts
+from megabyte_distill.inference.prompts import PATH_WINDOW, checked_prompts, context_limit
 from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 from megabyte_distill.inference.utf8 import Utf8Mode, Utf8Rows
 from megabyte_distill.model.student import Student, StudentState

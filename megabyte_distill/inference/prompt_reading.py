@@ -13,12 +13,10 @@ from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, JOINT_CLASSES
 from megabyte_distill.inference.bit_paths import BitPaths, RowsSoFar, device_of
-from megabyte_distill.inference.prompts import context_limit, prompt_name, refuse_too_long
+from megabyte_distill.inference.prompts import PATH_WINDOW, context_limit, prompt_name, refuse_too_long
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Student
 
-PATH_WINDOW = 256
-"""Bytes at a prompt's end that are read along the paths."""
 _BLOCK = 512
 """Bytes of a prompt that go through the student at once."""
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+PATH_WINDOW = 256
+"""Bytes at a prompt's end that are read along the paths (prompt_reading.py)."""
+
+
 def prompt_bytes(prompt: str | bytes, name: str = "prompt") -> bytes:
     """The bytes of a prompt, text as UTF-8. Anything goes, an empty prompt and half a character too, but BOS and PAD.
 

@@ -32,7 +32,7 @@ from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import built_in_stages, joined, virtual_size, virtual_stages
-from megabyte_distill.runs import backbone_overrides, build_model, stages_behind, training_dtype
+from megabyte_distill.runs import backbone_overrides, build_model, complete_stages, training_dtype
 from megabyte_distill.training.optimizer import TrainerModel, wrap_for_training
 from megabyte_distill.training.step import stage_link, stage_output
 
@@ -100,8 +100,8 @@ def estimate(
         layers_per_virtual_stage=settings.parallel.num_layers_per_virtual_pipeline_stage,
         align_layers=settings.align_layers,
     )
-    behind = stages_behind(Path(settings.checkpoint.load or "")) if _starts_from_a_run(settings) else []
-    for name, config in resolved_stages(settings.stages, behind).items():
+    behind = complete_stages(Path(settings.checkpoint.load or "")) if _starts_from_a_run(settings) else []
+    for name, config in resolved_stages(settings.stages, [progress.stage for progress in behind]).items():
         yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
 
 

@@ -145,11 +145,10 @@ class NewPositions:
         every = torch.arange(cache.lengths.shape[0], device=rows.device)
         grown, most, slots, places = rows, 1, None, cache.lengths[rows]
         if offsets is not None:
-            places = places + offsets
-            most = int(offsets.max()) + 1
-        if offsets is not None and most > 1:
-            grown, row = torch.unique(rows, return_inverse=True)
-            slots = row * most + offsets
+            places, most = places + offsets, int(offsets.max()) + 1
+            if most > 1:
+                grown, row = torch.unique(rows, return_inverse=True)
+                slots = row * most + offsets
         return cls(rows, places, int(places.max()) + 1, grown, torch.equal(grown, every), most, slots)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -164,15 +163,15 @@ class NewPositions:
         values = values.flatten(0, 1)
         return values if self.slots is None else values[self.slots]
 
-    def visible(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[K, 1, T, needed], 0 where a position may be attended to and −inf elsewhere."""
+    def visible(self, window: int | None, dtype: torch.dtype, heads: int) -> Tensor:
+        """[K, 1, heads · T, needed], 0 where a position may be attended to and −inf elsewhere; T = 1 fits any heads."""
         if window not in self._masks:
             others, places = torch.arange(self.needed, device=self.places.device), self.spread(self.places)[..., None]
             hidden = others > places
             if window is not None:
                 hidden |= others <= places - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self._masks[window] = mask[:, None]
+            self._masks[window] = mask[:, None] if self.most == 1 else mask.repeat(1, heads, 1)[:, None]
         return self._masks[window]
 
 
@@ -277,14 +276,11 @@ def cached_attention(
     rows, _, groups, width = keys.shape
     # the positions of a row and the heads of a group stand on one query axis: no copy of keys and values for either
     grouped = new.spread(query).view(rows, new.most, groups, -1, width).permute(0, 2, 3, 1, 4)
-    mask = new.visible(window, query.dtype)
-    if new.most > 1:
-        mask = mask.repeat(1, 1, grouped.shape[2], 1)
     out = F.scaled_dot_product_attention(
         grouped.reshape(rows, groups, -1, width),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=mask,
+        attn_mask=new.visible(window, query.dtype, grouped.shape[2]),
         scale=scale,
     )
     out = out.view(grouped.shape).permute(0, 3, 1, 2, 4)

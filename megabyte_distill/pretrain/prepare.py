@@ -36,7 +36,7 @@ from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
-from megabyte_distill.runs import stage_progress
+from megabyte_distill.runs import complete_stages, stage_progress
 from megabyte_distill.training.checkpoint import find_checkpoint
 from megabyte_distill.training.target_cache import TargetCache, teacher_hash
 
@@ -193,11 +193,10 @@ def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None)
         if progress is not None:
             return progress.checkpoint, f"stage {name}"
     if prepared.source is not None:
-        for name in reversed(STAGE_ORDER):
-            progress = stage_progress(prepared.source, name)
-            if progress is not None and progress.is_complete:
-                chosen = find_checkpoint(prepared.source / name, ckpt_step) if ckpt_step else progress.checkpoint
-                return chosen, f"stage {name} of {prepared.source}"
+        if complete := complete_stages(prepared.source):
+            last = complete[-1]
+            chosen = find_checkpoint(prepared.source / last.stage, ckpt_step) if ckpt_step else last.checkpoint
+            return chosen, f"stage {last.stage} of {prepared.source}"
         raise ValueError(
             f"--load {prepared.source} is a run without a complete stage; train it first, or load a teacher"
         )

@@ -28,8 +28,8 @@ from megabyte_distill.runs import (
     StageProgress,
     backbone_overrides,
     build_model,
+    complete_stages,
     stage_progress,
-    stages_behind,
     training_dtype,
 )
 from megabyte_distill.training.checkpoint import load_checkpoint, read_loop_state
@@ -88,8 +88,9 @@ class StageRunner:
     def _config(self, name: str) -> StageConfig:
         """The stage's settings, decided where they depend on what its weights have been through."""
         given = self.settings.stages[name]
-        behind = stages_behind(self.prepared.source) + stages_behind(self.prepared.root, before=name)
-        config = resolved_stages({name: given}, behind)[name]
+        behind = complete_stages(self.prepared.source) if self.prepared.source is not None else []
+        behind += complete_stages(self.prepared.root, before=name)
+        config = resolved_stages({name: given}, [progress.stage for progress in behind])[name]
         if config != given and config.byte_targets is not ByteTargets.HARD and config.logits_load_dir is None:
             whose = "the student's own backbone" if config.exact_targets_from is TargetsFrom.STUDENT else "the teacher"
             self._say(f" stage {name}: {whose} makes the exact targets")

@@ -15,6 +15,7 @@ from megabyte_distill.inference import prompt_reading
 from megabyte_distill.inference.engine import Engine
 from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, generate
 from megabyte_distill.inference.prompt_reading import read_prompts
+from megabyte_distill.inference.prompts import PATH_WINDOW
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.student import Given, Parts, RouterDecides, Student
 from tools.generate import build_parser
@@ -109,4 +110,4 @@ def test_generation_goes_on_behind_a_long_prompt(student: Student, mode: Generat
 
 
 def test_the_tool_has_the_same_window() -> None:
-    assert build_parser().get_default("path_window") == prompt_reading.PATH_WINDOW
+    assert build_parser().get_default("path_window") == PATH_WINDOW
