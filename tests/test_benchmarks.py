@@ -201,6 +201,21 @@ def test_the_generation_benchmark_writes_its_text_and_drafts_fare_as_it_says() -
     assert right == pytest.approx(sum(min(run, 8) * share for run, share in enumerate(shares)), abs=0.5)
 
 
+def test_generation_says_which_floors_are_missed() -> None:
+    from benchmarks.generation import missed
+
+    kept = {"tiny_plain_b1": 0.4, "smollm2_plain_b32": 0.8, "tiny_speculative_b1": 0.1}
+    assert missed({**kept, "demo_backbone_pass_ratio": None}) == []
+    assert missed({**kept, "demo_backbone_pass_ratio": 0.7, "demo_auto_to_plain_sampled": 0.95}) == []
+    short = {
+        "tiny_plain_b1": 0.39,
+        "smollm2_plain_b8": 0.79,
+        "demo_auto_to_plain": 0.94,
+        "demo_backbone_pass_ratio": 0.71,
+    }
+    assert len(missed(short)) == len(short)
+
+
 def test_rows_that_are_timed_early_and_late_write_the_same_chunks() -> None:
     from benchmarks.generation import EARLY, RowAt, Text, make_student
 
