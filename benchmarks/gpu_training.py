@@ -33,7 +33,7 @@ from megabyte_distill.config.published import PUBLISHED_BACKBONES  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
-from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
+from megabyte_distill.curriculum.stages import STAGES, keep_backbone  # noqa: E402
 from megabyte_distill.data.micro_batch import concatenate_rows  # noqa: E402
 from megabyte_distill.data.mock import MockRowStream, mock_table  # noqa: E402
 from megabyte_distill.data.sampler import RowStream  # noqa: E402
@@ -109,7 +109,7 @@ class Trial:
         teacher = None
         if stage.teacher(config) is not TeacherNeed.NONE:
             teacher = student.backbone
-            if not stage.keeps_backbone(config):
+            if not keep_backbone(settings.stages, name, backbone):
                 teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(here.device, dtype)
                 _draw(teacher)
                 teacher.requires_grad_(False).eval()
