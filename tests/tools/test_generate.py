@@ -172,7 +172,9 @@ def test_every_line_typed_into_a_terminal_is_a_prompt_byte_for_byte(locale: str,
         os.write(keyboard, b"".join(line + b"\n" for line in lines) + b"\x04")
         subprocess.run(
             [sys.executable, "-c", _NOTE_PROMPTS, str(tmp_path / "prompts")],
-            **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
             env={**os.environ, "LC_ALL": locale, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
             timeout=60,
             check=True,
