@@ -150,7 +150,7 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
     from megabyte_distill.conversion.student_export import export_student
     from megabyte_distill.conversion.teacher_folder import stored_dtype
     from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
-    from megabyte_distill.runs import load_student, require_speaking
+    from megabyte_distill.runs import load_student, speaking_stage
 
     if arguments.teacher:
         export_teacher(
@@ -163,8 +163,7 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
         print(f"wrote {arguments.hf_path}")
         return
     run, stage = split_stage(arguments.megatron_path)
-    loaded = load_student(run, stage)
-    require_speaking(loaded)
+    loaded = load_student(run, speaking_stage(run, stage))
     export_student(
         loaded.student,
         loaded.model_config,

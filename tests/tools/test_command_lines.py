@@ -140,7 +140,10 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
         ([*EVALUATE, "--paths", "0", "--path-bytes", "9"], "--path-bytes: --paths 0 leaves out what it is for"),
         ([*EVALUATE, "--resamples", "0", "--confidence", "0.9"], "--confidence: --resamples 0 makes no intervals"),
         ([*EVALUATE, "--stage", "2b"], "--stage: {run} has no stage 2b"),
-        ([*EVALUATE, "--load", "{run}/2a"], "--load: {run}/2a is a stage of a run; give the run's own folder, {run}"),
+        (
+            [*EVALUATE, "--load", "{run}/2a"],
+            "--load: {run}/2a is a stage of a run; give the run's own folder, {run}, which has 2a (--stage",
+        ),
         ([*EVALUATE, "--load", "{run}", "{run}"], "--load: got {run} {run}, expected each run once"),
         ([*EVALUATE, "--load", "{moved}"], "--teacher: the teacher of {moved} should be at {tmp}/gone"),
         ([*EVALUATE, "--teacher", "{tmp}/no"], "--teacher: got '{tmp}/no', expected a folder; there is none"),
