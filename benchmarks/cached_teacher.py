@@ -121,8 +121,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flush=True,
             )
         for stage in ("2a", "2b"):
-            flags = {ONLINE: [], **{name: ["--logits-load-dir", str(cache)] for name, cache in caches.items()}}
-            beside = ["--byte-targets", "exact", "--2a.exact-targets-from", "teacher"]
+            flags = {
+                ONLINE: ["--2a.exact-targets-from", "teacher"],
+                **{name: ["--logits-load-dir", str(cache)] for name, cache in caches.items()},
+            }
+            beside = ["--byte-targets", "exact"]
             arms = {name: Arm(stage, root, dataset, [*beside, *more], here) for name, more in flags.items()}
             middle = in_turns(arms, updates)
             ratios = {name: middle[name] / middle[ONLINE] for name in caches}
