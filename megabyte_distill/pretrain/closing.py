@@ -23,7 +23,6 @@ from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page, mark_sentence
 from megabyte_distill.evaluation.plots import plot_boundaries
 from megabyte_distill.evaluation.report import MERGED_NOTE
-from megabyte_distill.evaluation.run_plots import plot_losses
 from megabyte_distill.evaluation.run_report import REPORT_FILE, HeldOutPage, write_report
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
@@ -160,15 +159,13 @@ def _measure(
         merge_limit=limit,
     )
     stages = _stage_rows(root)
-    plots = [root / "losses.png", root / BOUNDARIES_FILE]
     marked, samples = mark_sentence(loaded.student, merge_row(rows[0], limit)), _samples(loaded.student)
     texts = mark_page(loaded.student, (merge_row(row, limit) for row in rows), at_most=PAGE_BYTES)
     if world.is_main:
-        plot_losses(root / METRICS_FILE, plots[0])
-        plot_boundaries(marked, plots[1])
+        plot_boundaries(marked, root / BOUNDARIES_FILE)
     iteration = read_loop_state(loaded.checkpoint)["progress"]["iteration"]
     page = HeldOutPage(texts=texts, source=page_source(loaded.stage, iteration, held_out[0].name))
-    return _summary(evaluation, stages, samples, plots), page
+    return _summary(evaluation, stages, samples, [root / BOUNDARIES_FILE]), page
 
 
 def _samples(student: Student) -> list[str]:

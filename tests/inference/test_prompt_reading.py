@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode, RouterKind
 from megabyte_distill.inference import prompt_reading
 from megabyte_distill.inference.engine import Engine
 from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, generate
@@ -52,6 +52,28 @@ def test_the_front_is_cut_by_the_router_and_the_end_by_the_paths(
     student: Student, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt_reading, "_BLOCK", block)
+    assert_reads_as_forward(student)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"byte_ngram_tables": (2, 4), "byte_ngram_rows": 64},
+        {"router": RouterKind.LINEAR},
+        {"mixer": ByteMixer.LOCAL_ATTENTION},
+        {"pooling": ChunkPooling.MEAN_LAST},
+    ],
+    ids=lambda part: next(iter(part)),
+)
+def test_every_other_part_is_read_so(
+    part: dict[str, Any], make_student: Callable[..., Student], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_reading, "_BLOCK", 7)
+    assert_reads_as_forward(make_student(**part))
+
+
+def assert_reads_as_forward(student: Student) -> None:
+    """The front is under the router's bits, the end under the paths', and what follows is what forward() says."""
     read = read_prompts(student, PROMPTS, 4, path_window=12)
     path = read.log_weights.argmax(-1)
     bits = read.history(path)
