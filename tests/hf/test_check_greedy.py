@@ -19,7 +19,7 @@ TEXT = "It was a bright cold day; 時計が十三時を打った。🙂 Ünïcö
 def checked(exported: Exported, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
     (folder / "text").write_bytes(TEXT)
     where = [str(exported.folder), "--export", str(exported.folder), "--text", str(folder / "text")]
-    code = main([*where, "--prompts", "3", "--longest", "9", "--max-new-bytes", "5"])
+    code = main([*where, "--prompts", "3", "--longest", "6", "--max-new-bytes", "4"])
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
