@@ -12,14 +12,16 @@ from megabyte_distill.config.blend import parse_blend
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, flatten
 from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
 from megabyte_distill.conversion.run_folder import require_run
+from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
 from megabyte_distill.data.manifest import StoredPaths
+from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page
 from megabyte_distill.evaluation.metrics_log import Curves, read_metrics
 from megabyte_distill.evaluation.run_report import HeldOutPage, RunRecord, StageRecord
-from megabyte_distill.runs import StageProgress, chunk_limit, load_student, stage_progress
+from megabyte_distill.runs import StageProgress, chunk_limit, last_stage, load_student, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE
 
@@ -137,6 +139,21 @@ def held_out_page(root: Path, *, text_bytes: int, data_path: Sequence[str] = ())
     except (ValueError, OSError) as error:
         return HeldOutPage(missing=f"no page: {error}")
     return HeldOutPage(texts=texts, source=page_source(progress.stage, progress.iteration, datasets[0].name))
+
+
+def held_out_text(root: Path, *, at_most: int) -> bytes:
+    """The first bytes of a run's held-out text, a line end behind each document. ValueError where there is none."""
+    settings = read_run_config(last_stage(root).checkpoint)
+    if settings.data.mock_data:
+        raise ValueError(f"{root} was trained on mock data, which is no text")
+    table = TokenBytes.load(root / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
+    text = bytearray()
+    for dataset in _held_out(root, settings, (), table.hash):
+        for index in dataset.documents:
+            if len(text) >= at_most:
+                break
+            text += dataset[index].byte_ids.tobytes() + b"\n"
+    return bytes(text[:at_most])
 
 
 def page_source(stage: str, iteration: int, data: str) -> str:
