@@ -36,10 +36,12 @@ TOKENS: list[bytes | None] = [
     b"ab\0",
     b"\xc3(",  # 17 no UTF-8
     b"abcab",
+    b"\xf5",  # bytes that no UTF-8 has, but 254 and 255, are text like others
+    b"\xc0\xf5",
 ]
 TABLE = TokenBytes.from_list(TOKENS, end_of_text_id=0, bos_id=None)
 ALLOWED = [i for i, token in enumerate(TOKENS) if token and not any(byte >= 254 for byte in token)]
-TEXT = [3, 1, 7, 8, 14, 15, 16, 6, 17, 5, 18, 13, 9, 15]
+TEXT = [3, 1, 7, 8, 14, 15, 16, 6, 17, 5, 18, 13, 9, 15, 20, 19]
 """Tokens of a row: characters whole and split, a duplicate, NUL, bytes that are no UTF-8."""
 
 
