@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, END_OF_DOCUMENT_CLASS, JOINT_CLASSES, joint_class
+from megabyte_distill.data import tokenizers
 from megabyte_distill.data.mock import worded_table
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.objectives import exact_targets as module
@@ -21,6 +25,7 @@ from megabyte_distill.objectives.exact_targets import VANISHING, exact_targets
 from megabyte_distill.objectives.target_check import BruteForce, EveryToken
 from tests.objectives.test_exact_targets import TABLE, TEXT, row_of, some_logits
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 LARGE = (128_256, 151_936)
 
 
@@ -171,23 +176,17 @@ class Spelled:
         return masses, float(masses.sum())
 
 
-@pytest.mark.parametrize("kind", ["flat", "peaked"])
-def test_rows_under_a_large_vocabulary_get_the_brute_quotient_on_every_byte(kind: str) -> None:
-    """Half of the tokens are drawn by the teacher, half by nobody, so that prefixes vanish as well."""
-    case, size = large(128_256), 160
+def assert_quotients(case: EveryToken, ids: list[int], logits: Tensor) -> tuple[int, int]:
+    """A row of tokens through ``exact_targets``, logits [tokens + 1, W]: each byte's 512 targets are the brute
+    quotient, and their product over each token is p(token) / allowed. (bytes, those with the hard label)"""
     spelled, table = Spelled(case.brute, case.table), case.table
-    generator = torch.Generator().manual_seed(5)
-    logits = drawn_logits(kind, 128_256, size + 1)
-    ids = case.brute.ids[torch.randint(case.brute.ids.shape[0], (size,), generator=generator)]
-    own = logits[:size, case.brute.ids].softmax(-1).multinomial(1, generator=generator)[:, 0]
-    ids[::2] = case.brute.ids[own][::2]
-    pieces = [table[token] for token in ids.tolist()]
+    pieces = [table[token] for token in ids]
     byte_ids = torch.tensor([BOS_BYTE, *b"".join(pieces)])
     bits = torch.zeros(byte_ids.shape[0], dtype=torch.bool)
     bits[torch.tensor([0, *np.cumsum([len(piece) for piece in pieces])])] = True
     labels = torch.cat((joint_class(byte_ids, bits.to(torch.int64))[1:], torch.tensor([END_OF_DOCUMENT_CLASS])))
     found = exact_targets(case.tree, logits, byte_ids=byte_ids, bits=bits, labels=labels, wanted=bits | True)
-
+    all_allowed = torch.cat((case.brute.ids, torch.tensor([table.end_of_text_id])))
     place, replaced = 0, 0
     for number, piece in enumerate([*pieces, b"?"]):  # behind the last the first byte alone is asked for
         rounded, log_p = logits[number].softmax(-1).double(), logits[number].double().log_softmax(-1)
@@ -202,9 +201,64 @@ def test_rows_under_a_large_vocabulary_get_the_brute_quotient_on_every_byte(kind
                 torch.testing.assert_close(target, masses / z, atol=1e-6 + 1e-15 / z, rtol=0)
                 product += float(target[label].log())
             place += 1
-        if is_judged and number < size:
-            allowed = log_p[[*case.brute.ids.tolist(), table.end_of_text_id]].logsumexp(-1)
-            expected = float(log_p[ids[number]] - allowed)
+        if is_judged and number < len(pieces):
+            allowed = log_p[all_allowed].logsumexp(-1)
+            alike = [ids[number], *_alike(table, ids[number])]
+            expected = float(log_p[alike].logsumexp(-1) - allowed)
             assert product == pytest.approx(expected, abs=1e-5 + 1e-15 * math.exp(-expected))
     assert place == byte_ids.shape[0] and int(found.replaced) == replaced
-    assert 20 < replaced < place / 2 if kind == "peaked" else replaced == 0
+    return place, replaced
+
+
+def _alike(table: TokenBytes, token: int) -> list[int]:
+    return [other for group in table.duplicates if token in group for other in group if other != token]
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked"])
+def test_rows_under_a_large_vocabulary_get_the_brute_quotient_on_every_byte(kind: str) -> None:
+    """Half of the tokens are drawn by the teacher, half by nobody, so that prefixes vanish as well."""
+    case, size = large(128_256), 80
+    generator = torch.Generator().manual_seed(5)
+    logits = drawn_logits(kind, 128_256, size + 1)
+    ids = case.brute.ids[torch.randint(case.brute.ids.shape[0], (size,), generator=generator)]
+    own = logits[:size, case.brute.ids].softmax(-1).multinomial(1, generator=generator)[:, 0]
+    ids[::2] = case.brute.ids[own][::2]
+    size, replaced = assert_quotients(case, ids.tolist(), logits)
+    assert 20 < replaced < size / 2 if kind == "peaked" else replaced == 0
+
+
+REAL = "MEGABYTE_DISTILL_TOKENIZERS"
+"""Folders or files of real tokenizers, separated as in PATH."""
+INSTALLED = {"llama_models": "llama3/tokenizer.model", "qwen_agent": "utils/qwen.tiktoken"}
+"""Packages that hold a real vocabulary, where one is installed, and its place in them."""
+PROSE = (
+    "It is a truth universally acknowledged, that 1,000 naïve façades cost $3.50.\n\n    def f(x): return x**2  # ok\n"
+    "吾輩は猫である。名前はまだ無い。 كان يا ما كان 🚀👩🏽‍🚀 e\u0301\u0327 Ελλάδα हिन्दी \0\t"
+)
+
+
+def real_tokenizers() -> list[Path]:
+    found = [Path(text) for text in os.environ.get(REAL, "").split(os.pathsep) if text]
+    for package, place in INSTALLED.items():
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            found += [Path(folder) / place] if (Path(folder) / place).is_file() else []
+    return found
+
+
+@pytest.mark.parametrize("path", [ROOT / "examples" / "tiny" / "teacher", *(real_tokenizers() or [None])], ids=str)
+def test_every_token_of_real_vocabularies_on_random_and_on_real_prefixes(path: Path | None) -> None:
+    """Real prefixes: those of a text's own tokens, each of which its distribution favours."""
+    if path is None:
+        pytest.skip(f"no large vocabulary here: install {' or '.join(INSTALLED)}, or name tokenizers in {REAL}")
+    tokenizer = tokenizers.load(path)
+    case = EveryToken(tokenizer.token_bytes)
+    for kind in ("flat", "peaked"):
+        errors = case.errors(drawn_logits(kind, case.table.vocab_size)[0])
+        assert errors.is_exact, errors
+    tokens = tokenizer.encode_batch([PROSE])[0]
+    assert case.table.concatenate(tokens).tobytes() == PROSE.encode()
+    logits = drawn_logits("flat", case.table.vocab_size, len(tokens) + 1)
+    logits[torch.arange(len(tokens)), torch.from_numpy(tokens).long()] += 12.0
+    size, replaced = assert_quotients(case, tokens.tolist(), logits)
+    assert size == len(PROSE.encode()) + 1 and replaced == 0
