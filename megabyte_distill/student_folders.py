@@ -1,4 +1,4 @@
-"""A student that can generate, from wherever it lies: a run, one of its stages, or an exported folder."""
+"""A student that can generate, from wherever it lies: a run, one of its stages, or an exported folder; or a teacher."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from megabyte_distill.config.ranges import BOUNDARY_THRESHOLD
 from megabyte_distill.conversion.hf_config import CONFIG_FILE, HfConfig
 from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, is_run
-from megabyte_distill.conversion.run_folder import require_stage, split_stage
+from megabyte_distill.conversion.run_folder import require_stage, split_stage, teacher_path
 
 if TYPE_CHECKING:
+    from megabyte_distill.conversion.teacher_folder import Teacher
     from megabyte_distill.model.student import Student
 
 
@@ -44,6 +45,43 @@ def open_student(folder: Path, stage: str | None = None, device: str | None = No
     from megabyte_distill.hf.exported_folder import load_exported
 
     yield load_exported(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def open_teacher(folder: Path) -> Iterator[Teacher]:
+    """The teacher of :func:`teacher_of` in fp32 and evaluation mode; the process groups that it needs last as long."""
+    checkpoint = teacher_of(folder)
+    import torch
+
+    from megabyte_distill.conversion.teacher_folder import load_teacher
+    from megabyte_distill.parallel.process_groups import world
+
+    with world():
+        teacher = load_teacher(checkpoint, dtype=torch.float32)
+        teacher.backbone.requires_grad_(False).eval()
+        yield teacher
+
+
+def teacher_of(folder: Path) -> Path:
+    """Where the teacher of a run lies, or ``folder`` where it is a converted teacher; nothing is loaded.
+
+    ValueError where it is neither, or the run's teacher is not where the run recorded it.
+    """
+    if is_run(folder):
+        path = teacher_path(folder)
+        if path.is_dir():
+            return path
+        raise ValueError(f"the teacher of {folder} should be at {path}, which is not a directory; give its own folder")
+    root, stage = split_stage(folder)
+    if stage is not None:
+        raise ValueError(f"{folder} is a stage of a run, and all of them have one teacher; give the run, {root}")
+    if (folder / MODEL_CONFIG_FILE).is_file():
+        return folder
+    what = "has no teacher" if (folder / CONFIG_FILE).is_file() else "is not a run and not a converted teacher"
+    raise ValueError(
+        f"{folder} {what if folder.is_dir() else 'is not a folder'}; expected a folder written by training, or by "
+        f"convert_checkpoint.py import ({MODEL_CONFIG_FILE} in it)"
+    )
 
 
 def require_student(folder: Path) -> None:

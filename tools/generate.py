@@ -3,11 +3,12 @@
     python tools/generate.py --load RUN --prompt "It was a" --prompt "She"
     python tools/generate.py --load OUT --prompt-file FILE --temperature 0.8 --top-p 0.95 --show-boundaries
     python tools/generate.py --load RUN --interactive --utf8 constrain
+    python tools/generate.py --load RUN --teacher --prompt "It was a"
 
 Prints each prompt and its continuation, a single prompt's characters as soon as their bytes are there, a line end.
 A file or a pipe gets the bytes of both as they are; a terminal, and --show-boundaries, U+FFFD for what is no UTF-8.
-On stderr: how many bytes are new and how fast they came, bytes per chunk, and how many of the new bytes belong to no
-character.
+On stderr: how many bytes are new and how fast they came, bytes per chunk, or per token with --teacher, and how many of
+the new bytes belong to no character.
 """
 
 from __future__ import annotations
@@ -26,19 +27,24 @@ from typing import TYPE_CHECKING, Any
 from megabyte_distill.config import ranges
 from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.inference.prompts import PATH_WINDOW, prompt_bytes, prompt_name
-from megabyte_distill.student_folders import require_stage_of, require_student, stored_threshold
+from megabyte_distill.student_folders import require_stage_of, require_student, stored_threshold, teacher_of
 from megabyte_distill.tool import ToolParser, choice, file_to_read, in_range, judged, problems_of, run_tool, typed
 
 if TYPE_CHECKING:
     from megabyte_distill.inference.engine_session import Session
-    from megabyte_distill.inference.generation import Generated, Generation, GenerationSettings
+    from megabyte_distill.inference.generation import Continuations, Generated, GenerationSettings
     from megabyte_distill.model.student import Student
 
-    Begin = Callable[[Sequence[bytes], GenerationSettings], Generation | Session]
+    Begin = Callable[[Sequence[bytes], GenerationSettings], Continuations | Session]
 
 _HELP = """Type a prompt and Enter: its continuation follows. An empty line starts a document.
 Ctrl-C stops a continuation, Ctrl-D ends, /help shows this; every other line is a prompt, byte for byte.
 Each turn draws with the next seed."""
+
+_OF_STUDENTS = (
+    *("--stage", "--scoring", "--path-window", "--generation", "--boundary-threshold", "--utf8"),
+    *("--speculate", "--kernels"),
+)
 
 
 def build_parser() -> ToolParser:
@@ -71,6 +77,11 @@ def _add_input(parser: ToolParser) -> None:
         "--stage",
         **choice(*TRAINS_DECODER, hint="earlier stages leave the decoder untrained"),
         help="of a run: stage whose weights are taken (default: the last complete one)",
+    )
+    source.add_argument(
+        "--teacher",
+        action="store_true",
+        help="the token teacher writes, byte by byte: of the run --load, or the converted teacher that --load is",
     )
     prompt = source.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
@@ -162,7 +173,11 @@ def _stop_text(text: str) -> bytes:
 
 def check(arguments: argparse.Namespace) -> Iterable[str]:
     """What is wrong with the flags together, with the folder and with the prompts."""
-    if arguments.load is not None:
+    if arguments.teacher:
+        yield from typed(arguments, _OF_STUDENTS, "{flag}: is for students; beside --teacher leave {flag} out")
+    if arguments.load is not None and arguments.teacher:
+        yield from problems_of("--load", lambda: teacher_of(arguments.load))
+    elif arguments.load is not None:
         folder = problems_of("--load", lambda: require_student(arguments.load))
         yield from folder or problems_of("--stage", lambda: require_stage_of(arguments.load, arguments.stage))
     if arguments.prompt:
@@ -236,15 +251,12 @@ def _raw(text: str) -> bytes:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generates and prints; ValueError for what the user can mend."""
-    # torch takes seconds to import, which --help and a mistyped flag should not
-    from megabyte_distill.student_folders import open_student
-
     prompts, settings = prompts_of(arguments), settings_of(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    with open_student(arguments.load, arguments.stage) as student:
-        begin = _writer(student, settings, arguments)
-        screen = Screen(begin, settings, with_boundaries=arguments.show_boundaries)
+    with _opened(settings, arguments) as begin:
+        unit = "token" if arguments.teacher else "chunk"
+        screen = Screen(begin, settings, with_boundaries=arguments.show_boundaries, unit=unit)
         if arguments.interactive:
             interact(screen, streams=arguments.stream is not False)
         elif arguments.stream or (arguments.stream is None and len(prompts) == 1):
@@ -254,10 +266,27 @@ def run(arguments: argparse.Namespace) -> None:
             screen.report()
         else:
             # the engine itself runs so many side by side
-            side_by_side = len(prompts) if _has_engine(settings) else arguments.batch_size
+            is_engine = _has_engine(settings) and not arguments.teacher
+            side_by_side = len(prompts) if is_engine else arguments.batch_size
             for first in range(0, len(prompts), side_by_side):
                 screen.show(prompts[first : first + side_by_side], first, len(prompts))
             screen.report()
+
+
+@contextlib.contextmanager
+def _opened(settings: GenerationSettings, arguments: argparse.Namespace) -> Iterator[Begin]:
+    """What begins continuations while the model is there; ValueError for a demand that cannot be met."""
+    # torch takes seconds to import, which --help and a mistyped flag should not
+    from megabyte_distill.student_folders import open_student, open_teacher
+
+    if not arguments.teacher:
+        with open_student(arguments.load, arguments.stage) as student:
+            yield _writer(student, settings, arguments)
+        return
+    from megabyte_distill.inference.teacher_generation import TeacherGeneration
+
+    with open_teacher(arguments.load) as (backbone, _, token_bytes):
+        yield lambda prompts, seeded: TeacherGeneration(backbone, token_bytes, prompts, seeded)
 
 
 def _has_engine(settings: GenerationSettings) -> bool:
@@ -319,6 +348,8 @@ class Screen:
     begin: Begin
     settings: GenerationSettings
     with_boundaries: bool
+    unit: str = "chunk"
+    """What a bit of 1 ends."""
 
     def __post_init__(self) -> None:
         self._done: list[tuple[bytes, Generated]] = []
@@ -362,11 +393,11 @@ class Screen:
             else:
                 print(text.decode("utf-8", _errors()), flush=True)
 
-    def _begin(self, prompts: list[bytes], first: int) -> Generation | Session:
+    def _begin(self, prompts: list[bytes], first: int) -> Continuations | Session:
         return self.begin(prompts, replace(self.settings, seed=self.settings.seed + first))
 
     @contextlib.contextmanager
-    def _timed(self, running: Generation | Session) -> Iterator[None]:
+    def _timed(self, running: Continuations | Session) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
@@ -384,7 +415,7 @@ class Screen:
         parts = [f"{size} byte{'' if size == 1 else 's'} in {self._seconds:.1f} s ({speed})"]
         bits = [bit for row in rows for bit in (*row.prompt_bits, *row.bits)]
         if any(bits):
-            parts.append(f"{len(bits) / sum(bits):.2f} bytes per chunk, prompts included")
+            parts.append(f"{len(bits) / sum(bits):.2f} bytes per {self.unit}, prompts included")
         invalid = sum(count_invalid(row.byte_ids, begun=prompt, ended=row.ended) for prompt, row in self._done)
         part = f"{invalid} of {size} ({100 * invalid / max(size, 1):.1f} %) belong to no character"
         parts.append(f"new bytes: {part if invalid else 'valid UTF-8'}")

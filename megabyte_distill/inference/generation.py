@@ -9,6 +9,7 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -113,6 +114,22 @@ class NewBytes:
     """Of the pairs or bytes, under the untempered model."""
 
 
+class Cursor(Protocol):
+    """Rows that are written on."""
+
+    log_probabilities: Tensor
+    """[R, 512] of the next pair, or [R, 256] of the next byte."""
+
+    def advance(self, byte_ids: Tensor, bits: Tensor) -> None:
+        """Read one byte [R] and its bit [R] in each row."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [N] int64 only."""
+
+    def positions(self) -> Tensor:
+        """[R] positions of the backbone in use."""
+
+
 class _Pairs:
     """Rows that draw (byte, bit) pairs: one path each."""
 
@@ -159,58 +176,30 @@ class _Bytes:
         return self._read.positions()[self._rows]
 
 
-class Generation:
-    """A batch of prompts read to their ends. Iterate over it once for the new bytes; :meth:`results` tells them whole.
+class Continuations:
+    """A batch of prompts written on to their ends. Iterate over it once for the new bytes; :meth:`results` tells them
+    whole. Whoever derives from it reads the prompts.
 
     Attributes:
         prompts: as bytes.
-        prompt_bits: the segmentation each prompt is continued under: the likeliest of its paths when greedy, else one
-            drawn by the paths' posterior (tempered like the rest). In mode BYTES, which continues all, the likeliest.
+        prompt_bits: the segmentation each prompt is continued under.
     """
 
-    def __init__(self, student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings) -> None:
-        """ValueError for no prompts, a bare text, bytes 254 and 255 in one, one that is too long, and a student in
-        official mode that is to be read along paths."""
+    prompt_bits: list[tuple[bool, ...]]
+    _cursor: Cursor
+
+    def __init__(
+        self, prompts: Sequence[str | bytes], settings: GenerationSettings, device: torch.device, limit: int | None
+    ) -> None:
+        """``limit``: positions of the backbone. ValueError for no prompts, a bare text, bytes 254 and 255 in one."""
         self.prompts = checked_prompts(prompts)
-        if student.is_official and settings.reading is not PromptReading.OFFICIAL:
-            raise ValueError(
-                "a student with --dechunk-mode official reads one byte ahead and cannot be stepped along paths; "
-                "generate in the paper's way (PromptReading.OFFICIAL, --scoring official)"
-            )
-        self._settings, count = settings, len(self.prompts)
-        self._device = device_of(student)
-        self._uniform = uniform_numbers(count, settings.max_new_bytes + 1, settings.seed).to(self._device)
-        self._read: BitPaths | None = None
-        self._cursor: _Pairs | _Bytes
-        self.prompt_bits: list[tuple[bool, ...]]
-        with torch.no_grad():
-            if settings.reading is PromptReading.OFFICIAL:
-                self._begin_official(student)
-            else:
-                self._begin_along_paths(student)
-        limit, longest = context_limit(student), max(len(prompt) for prompt in self.prompts)
+        self._settings, self._device = settings, device
+        self._uniform = uniform_numbers(len(self.prompts), settings.max_new_bytes + 1, settings.seed).to(device)
+        longest = max(len(prompt) for prompt in self.prompts)
         self._limit = limit if limit is not None and longest + settings.max_new_bytes >= limit else None
         is_constrained = settings.utf8 is Utf8Mode.CONSTRAIN
-        self._utf8 = Utf8Rows(self.prompts, self._device) if is_constrained else None
+        self._utf8 = Utf8Rows(self.prompts, device) if is_constrained else None
         self._rows = [WrittenRow() for _ in self.prompts]
-
-    def _begin_official(self, student: Student) -> None:
-        threshold = self._settings.sampling.boundary_threshold
-        reader = OfficialReader(student, self.prompts, threshold=0.5 if threshold is None else threshold)
-        self.prompt_bits = [tuple(bits) for bits in reader.bits]
-        self._cursor = _Pairs(reader.step, reader.state, reader.log_probabilities)
-
-    def _begin_along_paths(self, student: Student) -> None:
-        settings = self._settings
-        read = read_prompts(student, self.prompts, settings.paths, path_window=settings.path_window)
-        if settings.mode is GenerationMode.BYTES:
-            self._read, path = read, read.log_weights.argmax(-1)
-            self._cursor = _Bytes(read)
-        else:
-            only_temperature = Sampling(temperature=settings.sampling.temperature)
-            path = choose(read.log_weights, only_temperature, self._uniform[:, 0])
-            self._cursor = _Pairs(student.step, *read.settle(path))
-        self.prompt_bits = [tuple(bits) for bits in read.history(path)]
 
     def __iter__(self) -> Iterator[NewBytes]:
         """One :class:`NewBytes` a step, until every row has ended or ``max_new_bytes`` are there."""
@@ -277,11 +266,6 @@ class Generation:
 
     def results(self) -> list[Generated]:
         """The continuation of each prompt, as far as it has been iterated over."""
-        if self._read is not None:
-            histories = self._read.history(self._read.log_weights.argmax(-1))
-            self.prompt_bits = [tuple(h[: len(p)]) for h, p in zip(histories, self.prompts, strict=True)]
-            for row, history, prompt in zip(self._rows, histories, self.prompts, strict=True):
-                row.bits = history[len(prompt) :][: len(row.byte_ids)]
         return [
             Generated(
                 byte_ids=bytes(row.byte_ids),
@@ -294,6 +278,57 @@ class Generation:
             )
             for row, prompt_bits in zip(self._rows, self.prompt_bits, strict=True)
         ]
+
+
+class Generation(Continuations):
+    """A student's continuations.
+
+    ``prompt_bits``: the likeliest of a prompt's paths when greedy, else one drawn by the paths' posterior (tempered
+    like the rest). In mode BYTES, which continues all, the likeliest.
+    """
+
+    def __init__(self, student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings) -> None:
+        """ValueError for no prompts, a bare text, bytes 254 and 255 in one, one that is too long, and a student in
+        official mode that is to be read along paths."""
+        super().__init__(prompts, settings, device_of(student), context_limit(student))
+        if student.is_official and settings.reading is not PromptReading.OFFICIAL:
+            raise ValueError(
+                "a student with --dechunk-mode official reads one byte ahead and cannot be stepped along paths; "
+                "generate in the paper's way (PromptReading.OFFICIAL, --scoring official)"
+            )
+        self._read: BitPaths | None = None
+        with torch.no_grad():
+            if settings.reading is PromptReading.OFFICIAL:
+                self._begin_official(student)
+            else:
+                self._begin_along_paths(student)
+
+    def _begin_official(self, student: Student) -> None:
+        threshold = self._settings.sampling.boundary_threshold
+        reader = OfficialReader(student, self.prompts, threshold=0.5 if threshold is None else threshold)
+        self.prompt_bits = [tuple(bits) for bits in reader.bits]
+        self._cursor = _Pairs(reader.step, reader.state, reader.log_probabilities)
+
+    def _begin_along_paths(self, student: Student) -> None:
+        settings = self._settings
+        read = read_prompts(student, self.prompts, settings.paths, path_window=settings.path_window)
+        if settings.mode is GenerationMode.BYTES:
+            self._read, path = read, read.log_weights.argmax(-1)
+            self._cursor = _Bytes(read)
+        else:
+            only_temperature = Sampling(temperature=settings.sampling.temperature)
+            path = choose(read.log_weights, only_temperature, self._uniform[:, 0])
+            self._cursor = _Pairs(student.step, *read.settle(path))
+        self.prompt_bits = [tuple(bits) for bits in read.history(path)]
+
+    def results(self) -> list[Generated]:
+        """As far as it has been iterated over; in mode BYTES with the bits of the likeliest path."""
+        if self._read is not None:
+            histories = self._read.history(self._read.log_weights.argmax(-1))
+            self.prompt_bits = [tuple(h[: len(p)]) for h, p in zip(histories, self.prompts, strict=True)]
+            for row, history, prompt in zip(self._rows, histories, self.prompts, strict=True):
+                row.bits = history[len(prompt) :][: len(row.byte_ids)]
+        return super().results()
 
 
 @dataclass

@@ -31,7 +31,7 @@ class ByteTree:
     """W, the same on every rank."""
     order: Tensor
     """[C] int64 columns (ids − ``columns.first``): allowed tokens sorted by their bytes, the end of text, the others.
-    Not allowed: special ids, and tokens with a byte that no UTF-8 has (254 would read as the end of the document)."""
+    Not allowed: special ids, and tokens with byte 254 or 255, which stand for the document's ends and for padding."""
     allowed: int
     """How many of them are allowed."""
     has_end_of_text: bool

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import defaultdict
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import END_OF_DOCUMENT_CLASS
-from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.packing import PackedRow, Segment, pack_row
 from megabyte_distill.data.text_mask import text_chunks, text_positions
+from megabyte_distill.inference.generation import Generated, GenerationMode, GenerationSettings, PromptReading
+from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.inference.scoring import score_tokens
-from megabyte_distill.inference.teacher_bytes import TeacherBytes, sample_texts, score_teacher_bytes
+from megabyte_distill.inference.teacher_bytes import TeacherBytes, score_teacher_bytes
+from megabyte_distill.inference.teacher_generation import TeacherGeneration
+from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import exact_targets
@@ -67,43 +75,158 @@ def test_a_pair_that_no_token_has_is_refused(teacher: Backbone, byte: int, bit: 
         running.advance(torch.tensor([byte]), torch.tensor([bit]))
 
 
+def written(teacher: Backbone, prompts: list[bytes], **settings: object) -> list[Generated]:
+    running = TeacherGeneration(teacher, TABLE, prompts, GenerationSettings(**settings))  # type: ignore[arg-type]
+    for _ in running:
+        pass
+    return running.results()
+
+
+def pieces_of(text: Generated) -> list[bytes]:
+    """The finished tokens, spelled."""
+    ends = [0, *(place + 1 for place, bit in enumerate(text.bits) if bit)]
+    return [text.byte_ids[first:end] for first, end in itertools.pairwise(ends)]
+
+
+def masses_behind(teacher: Backbone, context: list[int]) -> dict[bytes, float]:
+    """Of what follows some tokens, b"" being the end of text: the teacher's, without ids that cannot be text."""
+    tokens = torch.tensor([TABLE.start_id, *context])
+    hidden = teacher(teacher.embed(tokens), torch.tensor([0, tokens.shape[0]], dtype=torch.int32))
+    p = teacher.logits(hidden)[-1].double().softmax(-1)
+    found: dict[bytes, float] = defaultdict(float)
+    for token in [*ALLOWED, 0]:
+        found[TOKENS[token] or b""] += float(p[token])
+    return {text: mass / sum(found.values()) for text, mass in found.items()}
+
+
 def test_samples_are_the_teachers_tokens(teacher: Backbone) -> None:
     """First and second tokens against the teacher's own probabilities: chi-square at its 0.1 % point."""
-    count = 4000
-    texts = sample_texts(teacher, TABLE, rows=count, max_new_bytes=16, seed=3)
-    for text in texts[:200]:
-        assert b"".join(TOKENS[token] or b"" for token in text.tokens) == text.byte_ids[: _finished(text.bits)]
-        assert len(text.tokens) == sum(text.bits)
-    allowed = [*ALLOWED, 0]
-
-    def expected(context: list[int]) -> Tensor:
-        tokens = torch.tensor([TABLE.start_id, *context])
-        hidden = teacher(teacher.embed(tokens), torch.tensor([0, tokens.shape[0]], dtype=torch.int32))
-        p = teacher.logits(hidden)[-1].double().softmax(-1)[allowed]
-        return p / p.sum()
-
-    first = [0 if not text.byte_ids else text.tokens[0] for text in texts if text.tokens or text.ended]
-    _assert_drawn(first, expected([]), allowed)
-    common = max(set(first) - {0}, key=first.count)
-    after = [text for text in texts if text.tokens[:1] == (common,)]
-    second = [text.tokens[1] if len(text.tokens) > 1 else 0 for text in after if len(text.tokens) > 1 or text.ended]
+    texts = written(teacher, [b""] * 3000, max_new_bytes=16, seed=3)
+    pieces = [pieces_of(text) + ([b""] if text.ended else []) for text in texts]
+    _assert_drawn([each[0] for each in pieces if each], masses_behind(teacher, []))
+    common = max({each[0] for each in pieces} - {b"", b"ab"}, key=[each[0] for each in pieces].count)
+    second = [each[1] for each in pieces if each[0] == common and len(each) > 1]
     assert len(second) > 100
-    _assert_drawn(second, expected([common]), allowed)
+    _assert_drawn(second, masses_behind(teacher, [TOKENS.index(common)]))
 
 
-def _finished(bits: tuple[bool, ...]) -> int:
-    return max((place + 1 for place, bit in enumerate(bits) if bit), default=0)
-
-
-def _assert_drawn(drawn: list[int], p: Tensor, names: list[int]) -> None:
-    counts = torch.tensor([drawn.count(name) for name in names], dtype=torch.float64)
-    assert int(counts.sum()) == len(drawn)
-    common = p * len(drawn) >= 5
-    wanted = torch.cat((p[common], p[~common].sum()[None])) * len(drawn)
+def _assert_drawn(drawn: list[bytes], p: dict[bytes, float]) -> None:
+    assert set(drawn) <= set(p)
+    chances = torch.tensor([*p.values()], dtype=torch.float64)
+    counts = torch.tensor([drawn.count(text) for text in p], dtype=torch.float64)
+    common = chances * len(drawn) >= 5
+    wanted = torch.cat((chances[common], chances[~common].sum()[None])) * len(drawn)
     found = torch.cat((counts[common], counts[~common].sum()[None]))
     statistic = float(((found - wanted).square() / wanted.clamp(min=1.0)).sum())
     degrees = int(common.sum())
     assert statistic < degrees + 3.1 * math.sqrt(2 * degrees) + 6, (statistic, degrees)
+
+
+def test_the_first_byte_has_the_teachers_chances_whatever_the_draw(teacher: Backbone) -> None:
+    """The uniform number is turned into a pair as the exact pairs' probabilities say: each is drawn that often."""
+    exact = TeacherBytes(teacher, TABLE).next_pairs()[0]
+    texts = written(teacher, [b""] * 2000, max_new_bytes=1)
+    chances: dict[bytes, float] = defaultdict(float)
+    for joint in exact.nonzero()[:, 0].tolist():
+        chances[b"" if joint == END_OF_DOCUMENT_CLASS else bytes([joint % 256])] += float(exact[joint])
+    _assert_drawn([text.byte_ids for text in texts], chances)
+
+
+def test_the_product_over_a_written_text_is_its_exact_score(teacher: Backbone) -> None:
+    seen = 0
+    for text in written(teacher, [b""] * 60, max_new_bytes=60, seed=11):
+        pieces = pieces_of(text)
+        if not text.ended or not pieces or b"ab" in pieces:  # two ids spell "ab": which was drawn is not told
+            continue
+        tokens = np.array([TOKENS.index(piece) for piece in pieces])
+        assert b"".join(pieces) == text.byte_ids
+        segment = Segment(
+            document=0, byte_ids=np.frombuffer(text.byte_ids, dtype=np.uint8), tokens=tokens,
+            token_lengths=np.array([len(piece) for piece in pieces]), next_byte=None, next_token=None,
+            next_token_length=None,
+        )  # fmt: skip
+        row = pack_row(
+            [segment], row_bytes=len(text.byte_ids) + 4, chunk_bucket=4, start_id=TABLE.start_id, end_of_text_id=0
+        )
+        score = score_teacher_bytes(teacher, ByteTree.of(TABLE, teacher.columns), row)
+        bits = float(score.bits.sum()) + score.end_bits
+        assert text.log_probability == pytest.approx(-bits * math.log(2), rel=1e-5)
+        seen += 1
+    assert seen > 10
+
+
+def spellings(prompt: bytes) -> Iterator[tuple[list[int], bytes]]:
+    """(finished tokens, begun bytes of the next) that a prompt may be read as."""
+    yield [], prompt
+    for token in ALLOWED:
+        piece = TOKENS[token] or b""
+        if prompt.startswith(piece):
+            for tokens, rest in spellings(prompt[len(piece) :]):
+                yield [token, *tokens], rest
+
+
+def test_a_prompt_is_read_along_all_its_spellings(teacher: Backbone) -> None:
+    """With paths for all of them, what a prompt is read as is drawn by their true posterior."""
+    prompt = b"bca"
+    posterior: dict[tuple[bool, ...], float] = defaultdict(float)
+    for tokens, rest in spellings(prompt):
+        chance = 1.0
+        for number, token in enumerate(tokens):
+            chance *= masses_behind(teacher, tokens[:number])[TOKENS[token] or b""]
+        if rest:
+            behind = masses_behind(teacher, tokens)
+            chance *= sum(mass for text, mass in behind.items() if text.startswith(rest) and text != rest)
+        lengths = [len(TOKENS[token] or b"") for token in tokens]
+        ends = set(itertools.accumulate(lengths))
+        posterior[tuple(place + 1 in ends for place in range(len(prompt)))] += chance
+    total = sum(posterior.values())
+    texts = written(teacher, [prompt] * 400, max_new_bytes=1, paths=16)
+    drawn = ["".join(str(int(bit)) for bit in text.prompt_bits).encode() for text in texts]
+    wanted = {
+        "".join(str(int(b)) for b in bits).encode(): chance / total for bits, chance in posterior.items() if chance
+    }
+    assert len(wanted) > 3
+    _assert_drawn(drawn, wanted)
+
+
+def test_texts_do_not_depend_on_who_is_written_beside_them(teacher: Backbone) -> None:
+    prompts = [b"abc", b"", "日".encode()[:2], b"abca"]
+    together = written(teacher, prompts, max_new_bytes=20, seed=5)
+    assert [text.byte_ids for text in written(teacher, prompts, max_new_bytes=12, seed=5)] == [
+        text.byte_ids[:12] for text in together
+    ]
+    for number, prompt in enumerate(prompts):
+        alone = written(teacher, [prompt], max_new_bytes=20, seed=5 + number)[0]
+        assert (alone.byte_ids, alone.bits, alone.prompt_bits) == (
+            together[number].byte_ids, together[number].bits, together[number].prompt_bits,
+        )  # fmt: skip
+
+
+def test_greedy_takes_the_likeliest_pairs(teacher: Backbone) -> None:
+    text = written(teacher, [b""], max_new_bytes=12, sampling=Sampling(temperature=0), seed=1)[0]
+    running = TeacherBytes(teacher, TABLE)
+    for byte, bit in zip(text.byte_ids, text.bits, strict=True):
+        assert int(running.next_pairs().argmax()) == byte + 256 * bit
+        running.advance(torch.tensor([byte]), torch.tensor([bit]))
+    assert len(text.byte_ids) == 12 or int(running.next_pairs().argmax()) == END_OF_DOCUMENT_CLASS
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "says"),
+    [
+        (b"abz", {}, "no tokens that spell its first 3 bytes"),
+        (b"\xff", {}, "byte 255"),
+        (b"a", {"mode": GenerationMode.BYTES}, "leave the mode out"),
+        (b"a", {"reading": PromptReading.OFFICIAL}, "leave the mode out"),
+        (b"a", {"utf8": Utf8Mode.CONSTRAIN}, "leave utf8"),
+        (b"a", {"sampling": Sampling(boundary_threshold=0.5)}, "boundary threshold out"),
+    ],
+)
+def test_what_the_teacher_cannot_write_is_refused(
+    teacher: Backbone, prompt: bytes, settings: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        written(teacher, [prompt], **settings)
 
 
 def test_the_exact_score_is_the_token_nll_less_the_disallowed_mass(teacher: Backbone) -> None:

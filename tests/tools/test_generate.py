@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from megabyte_distill.config.stage import STAGE_ORDER
+from megabyte_distill.conversion.run_folder import teacher_path
 from megabyte_distill.hf.exported_folder import load_exported
 from megabyte_distill.inference.generation import (
     Generated,
@@ -28,9 +29,10 @@ from megabyte_distill.inference.generation import (
     generate,
 )
 from megabyte_distill.inference.sampling import Sampling
+from megabyte_distill.inference.teacher_generation import TeacherGeneration
 from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.parallel.process_groups import world
-from megabyte_distill.runs import load_student
+from megabyte_distill.runs import load_run_teacher, load_student
 from tools.convert_checkpoint import main as convert
 from tools.generate import Screen, build_parser, main, settings_of
 
@@ -273,7 +275,7 @@ def test_a_folder_that_is_no_student_or_a_damaged_one_is_refused(
         ({**fields, "model_type": "llama"}, "of type 'llama', not an exported student"),
         ({**fields, "backbone": {**backbone, "num_layers": 3}}, "the weights do not fit config.json"),
         ({**fields, "backbone": {**backbone, "wings": 2}}, "unknown field wings"),
-        ({**fields, "backbone": {**backbone, "max_position_embeddings": 5}}, "the backbone has 5 positions"),
+        ({**fields, "backbone": {**backbone, "max_position_embeddings": 5}}, "fill the 5 positions of the backbone"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         assert main(["--load", str(tmp_path), "--prompt", "a prompt of some length" * 4]) == 2
@@ -293,6 +295,46 @@ def test_drafts_and_kernels_change_no_text(
     assert capsysbinary.readouterr().out == plain
     assert main([*command, *more, "--stream"]) == 0
     assert capsysbinary.readouterr().out == plain
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.7"])
+def test_the_teacher_writes_what_the_api_does(
+    finished: Path, temperature: str, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    command = ["--teacher", "--max-new-bytes", "20", "--temperature", temperature, "--top-k", "40", "--seed", "4"]
+    with world():
+        teacher = load_run_teacher(finished)
+        settings = GenerationSettings(
+            max_new_bytes=20, sampling=Sampling(temperature=float(temperature), top_k=40), seed=4
+        )
+        running = TeacherGeneration(teacher.backbone, teacher.token_bytes, ["the o"], settings)
+        for _ in running:
+            pass
+        wanted = b"the o" + running.results()[0].byte_ids + b"\n"
+        for folder in (finished, teacher_path(finished)):
+            assert main(["--load", str(folder), "--prompt", "the o", *command]) == 0
+            output = capsysbinary.readouterr()
+            assert output.out == wanted and b"bytes per token" in output.err
+        assert main(["--load", str(finished), "--prompt", "the o", "--prompt", "", *command]) == 0
+    assert capsysbinary.readouterr().out.split(b"---\n")[1].startswith(wanted)
+
+
+def test_flags_of_students_are_refused_beside_the_teacher(
+    finished: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--stage", "2a", "--scoring", "official", "--path-window", "8", "--generation", "bytes"]
+    flags += ["--boundary-threshold", "0.5", "--utf8", "constrain", "--speculate", "4", "--kernels", "fused"]
+    assert main(["--load", str(finished), "--teacher", "--prompt", "a", *flags]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "is for students" in line]
+    assert [line.split(": ")[1] for line in told] == flags[::2]
+    assert all(line.endswith(f"beside --teacher leave {flag} out") for line, flag in zip(told, flags[::2], strict=True))
+    for folder, says in (
+        (finished / "2a", "is a stage of a run, and all of them have one teacher"),
+        (exported, "has no teacher"),
+        (finished / "nowhere", "is not a folder"),
+    ):
+        assert main(["--load", str(folder), "--teacher", "--prompt", "a"]) == 2
+        assert says in capsys.readouterr().err
 
 
 @dataclass
