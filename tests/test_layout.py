@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megabyte_distill"
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
+LONG_KERNELS = {"dechunk_backward("}
+"""nvcc makes other machine code of it in pieces; whoever cuts it up measures that on a GPU."""
 
 BELOW_MODEL = {"alphabet", "optional", "config", "data", "kernels", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -117,8 +119,30 @@ def package_files() -> list[Path]:
 
 
 def all_python_files() -> list[Path]:
-    folders = (PACKAGE, "tools", "tests", "examples", "benchmarks")
+    folders = (PACKAGE, "tools", "tests", "examples", "benchmarks", "scripts")
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def all_cpp_files() -> list[Path]:
+    return sorted(path for path in (ROOT / PACKAGE).rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".hpp", ".h"))
+
+
+def cpp_functions(text: str) -> Iterator[tuple[int, int, str]]:
+    """(first line, last line, what stands in front of the body) of every function that is in no other one."""
+    for pattern in (r"//[^\n]*", r'"(?:\\.|[^"\\\n])*"', r"(?m)^[ \t]*#(?:[^\n\\]|\\.|\\\n)*"):
+        text = re.sub(pattern, lambda match: "\n" * match[0].count("\n"), text)
+    heads: list[tuple[int, str]] = []
+    start = 0
+    for mark in re.finditer(r"[{};]", text):
+        if mark[0] == "{":
+            head = text[start : mark.start()]
+            heads.append((start + len(head) - len(head.lstrip()), head.strip()))
+        elif mark[0] == "}":
+            at, head = heads.pop()
+            if "(" in head and not any("(" in outer for _, outer in heads):
+                yield text.count("\n", 0, at) + 1, text.count("\n", 0, mark.start()) + 1, head
+        start = mark.end()
+    assert not heads, f"braces do not match: {heads}"
 
 
 def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
@@ -226,7 +250,7 @@ def test_nothing_is_unpickled() -> None:
 def test_no_file_is_long() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
-        for path in all_python_files()
+        for path in [*all_python_files(), *all_cpp_files()]
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_FILE_LINES
     }
     assert not long, long
@@ -241,6 +265,33 @@ def test_no_function_is_long() -> None:
                 if lines > MAX_FUNCTION_LINES:
                     long.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {lines} lines")
     assert not long, "\n".join(long)
+
+
+def test_no_function_of_the_kernels_is_long() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{first}: {last - first + 1} lines: {head}"
+        for path in all_cpp_files()
+        for first, last, head in cpp_functions(path.read_text(encoding="utf-8"))
+        if last - first + 1 > MAX_FUNCTION_LINES and not any(name in head for name in LONG_KERNELS)
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_functions_are_found_in_cpp() -> None:
+    text = """\
+namespace a {  // {
+#define OPEN {
+struct B {
+  B() : x("}{") {}
+  template <class T>
+  int f(T x) const {
+    if (x) { return 1; }
+    return [&] { return 2; }();
+  }
+};
+}
+"""
+    assert [(first, last) for first, last, _ in cpp_functions(text)] == [(4, 4), (5, 9)]
 
 
 def test_every_module_says_what_it_is() -> None:

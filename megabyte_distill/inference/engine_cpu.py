@@ -187,7 +187,7 @@ class _Between(RowState):
 
 
 def describe(student: Student, count: int) -> Description:
-    """A student with ``count`` slots, in the order in which step.cpp reads it."""
+    """A student with ``count`` slots, in the order in which ``Model`` in step.cpp reads it."""
     out, config = Description(), student.byte_side_config
     encoder, decoder = student.byte_encoder, student.byte_decoder
     out.number(count, config.byte_width, config.backbone_width)
@@ -261,7 +261,7 @@ _BLOCKS: dict[type[nn.Module], tuple[int, Callable[[Description, Any], None]]] =
     Mamba2Block: (1, _mamba),
     LocalAttentionBlock: (2, _attention),
 }
-"""Number of a block's kind in step.cpp, and what describes one."""
+"""Number of a block's kind in byte_stack.h, and what describes one."""
 
 
 def _backbone(out: Description, weights: StepBackbone) -> None:

@@ -49,7 +49,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
 
 
 class Description:
-    """What ``Reader`` in step.cpp reads: whole numbers and addresses in order, real numbers in order.
+    """What ``Reader`` in cpu_step/description.h reads: whole numbers and addresses in order, real numbers in order.
 
     Attributes:
         kept: every tensor whose address was given; they must outlive the model.

@@ -19,7 +19,7 @@ CASES = "(equals and (ragged or 63)) or no_bytes or outside"
 """Names of the tests that run there: every operator and mode, ragged, in both dtypes."""
 ONE_ROW_TOO_FAR = Mutant(
     source=DECHUNK,
-    file=DECHUNK,
+    file="dechunk_forward.h",
     old="      if (from + r < end) ahead",
     new="      if (from + r <= end) ahead",
     check=dechunk_agrees,  # type: ignore[arg-type]
