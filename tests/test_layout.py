@@ -18,12 +18,13 @@ PACKAGE = "megabyte_distill"
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
-BELOW_MODEL = {"alphabet", "optional", "config", "data", "kernels", "parallel"}
+BELOW_MODEL = {"alphabet", "optional", "files", "config", "data", "kernels", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "alphabet": set(),
     "optional": set(),
+    "files": set(),
     "config": {"alphabet", "optional"},
-    "data": {"alphabet", "config", "optional"},
+    "data": {"alphabet", "config", "files", "optional"},
     "kernels": {"alphabet", "config", "optional"},
     "parallel": {"alphabet", "config", "optional"},
     "model": BELOW_MODEL,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megabyte_distill.config.fields import from_fields, to_fields
 from megabyte_distill.config.model import BackboneConfig, ByteSideConfig
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
+from megabyte_distill.files import write_whole
 
 MODEL_CONFIG_FILE = "model_config.json"
 TEACHER_FILE = "teacher.json"
@@ -38,9 +38,7 @@ def write_model_config(folder: Path, config: ModelConfig) -> None:
     if config.byte_side is not None:
         content["byte_side"] = to_fields(config.byte_side)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MODEL_CONFIG_FILE
-    write_and_sync(partial_path(path), (json.dumps(content, indent=2) + "\n").encode())
-    publish(path)
+    write_whole(folder / MODEL_CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_model_config(folder: Path) -> ModelConfig:

@@ -16,7 +16,6 @@ from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.conversion.run_folder import run_names
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
 from megabyte_distill.evaluation.held_out import held_out_rows
@@ -25,6 +24,7 @@ from megabyte_distill.evaluation.plots import plot_boundaries
 from megabyte_distill.evaluation.report import MERGED_NOTE
 from megabyte_distill.evaluation.run_plots import plot_losses
 from megabyte_distill.evaluation.run_report import REPORT_FILE, HeldOutPage, write_report
+from megabyte_distill.files import write_whole
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
@@ -84,8 +84,7 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
     summary, page = _measure(settings, prepared, students, teacher, world)
     if world.is_main:
         path = prepared.root / SUMMARY_FILE
-        write_and_sync(partial_path(path), (json.dumps(summary, indent=1) + "\n").encode())
-        publish(path)
+        write_whole(path, (json.dumps(summary, indent=1) + "\n").encode())
         print_summary(summary, path)
         _say_report(write_run_report(prepared.root, page))
 

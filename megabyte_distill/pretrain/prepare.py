@@ -27,12 +27,12 @@ from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENI
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import SAMPLE_ROW_BYTES, sample_rows
 from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import RowPlan, RowStream
 from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.files import write_whole
 from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
@@ -172,9 +172,7 @@ def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
         shutil.copytree(teacher / TOKENIZER_FOLDER, partial)
         partial.rename(root / TOKENIZER_FOLDER)
     write_model_config(root, config)
-    pointer = root / TEACHER_FILE
-    write_and_sync(partial_path(pointer), (json.dumps({"teacher": str(teacher.resolve())}) + "\n").encode())
-    publish(pointer)
+    write_whole(root / TEACHER_FILE, (json.dumps({"teacher": str(teacher.resolve())}) + "\n").encode())
 
 
 def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None) -> tuple[Path, str]:
