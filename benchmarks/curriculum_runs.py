@@ -256,7 +256,7 @@ def training_rows(shared: Shared, stage: str, seed: int, here: World) -> MicroBa
     """The micro-batches that a stage of a run with this seed reads."""
     from megabyte_distill.data.dataset import ByteTokenDataset
     from megabyte_distill.data.sampler import RowStream
-    from megabyte_distill.pretrain.prepare import row_seed
+    from megabyte_distill.pretrain.run_data import row_seed
     from megabyte_distill.training.rows import MicroBatches
 
     config = parse_arguments(["--mock-data"]).stages[stage]

@@ -268,8 +268,8 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
     sets = open_sets(arguments, loaded.token_bytes)
     unigram = None
     if arguments.train_data_path:
-        training, _ = open_blend(arguments.train_data_path, tokenizer_hash=loaded.token_bytes.hash)
-        unigram = unigram_nll(token_counts(training), loaded.token_bytes)
+        training = open_blend(arguments.train_data_path, tokenizer_hash=loaded.token_bytes.hash)
+        unigram = unigram_nll(token_counts(training.datasets), loaded.token_bytes)
     limit = arguments.max_bytes
     rows_of_set = {
         name: held_out_rows(
@@ -305,13 +305,11 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
 
 def open_sets(arguments: argparse.Namespace, table: TokenBytes) -> dict[str, ByteTokenDataset]:
     """The data sets of the command line by name, cut to the held-out share."""
-    from megabyte_distill.data.dataset import open_blend, split_documents
+    from megabyte_distill.data.dataset import Part, open_blend
 
     names = set_names(arguments.data_path)
-    datasets, _ = open_blend(list(names.values()), tokenizer_hash=table.hash)
-    if arguments.split:
-        datasets = [dataset.subset(split_documents(len(dataset), arguments.split)[1]) for dataset in datasets]
-    return dict(zip(names, datasets, strict=True))
+    blend = open_blend(list(names.values()), tokenizer_hash=table.hash)
+    return dict(zip(names, blend.part(Part.VALIDATION, arguments.split).datasets, strict=True))
 
 
 def plot_folder(arguments: argparse.Namespace, root: Path) -> Path:

@@ -30,7 +30,8 @@ from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import World, regroup
-from megabyte_distill.pretrain.prepare import Prepared, data_sets
+from megabyte_distill.pretrain.prepare import Prepared
+from megabyte_distill.pretrain.run_data import RunData
 from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, page_source, run_record
 from megabyte_distill.runs import RunStudents, chunk_limit, load_run_teacher, load_students, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
@@ -61,7 +62,7 @@ class StageRow:
         return (self.stage, self.title, f"{self.bytes_seen:,}", duration(self.seconds), measured, bits)
 
 
-def closing_report(settings: Settings, prepared: Prepared, world: World) -> None:
+def closing_report(settings: Settings, prepared: Prepared, data: RunData, world: World) -> None:
     """Measure, write and print the summary where all stages are complete and ``summary_bytes`` asks for one.
 
     Measuring knows no pipeline stages: the ranks are cut anew, by tensor parallelism alone. All of them load
@@ -81,7 +82,7 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
     if world.data_parallel_rank != 0:
         return
     _take_the_others_cores(world)
-    summary, page = _measure(settings, prepared, students, teacher, world)
+    summary, page = _measure(settings, prepared, data, students, teacher, world)
     if world.is_main:
         path = prepared.root / SUMMARY_FILE
         write_whole(path, (json.dumps(summary, indent=1) + "\n").encode())
@@ -133,11 +134,11 @@ def _finished(root: Path) -> bool:
 
 
 def _measure(
-    settings: Settings, prepared: Prepared, students: RunStudents, teacher: Backbone, world: World
+    settings: Settings, prepared: Prepared, data: RunData, students: RunStudents, teacher: Backbone, world: World
 ) -> tuple[dict[str, Any], HeldOutPage]:
     """(what summary.json holds, a page of held-out text)."""
     root, loaded = prepared.root, students.last
-    (training, _), (held_out, _) = data_sets(settings, prepared)
+    training, held_out = (blend.datasets for blend in data.shared)
     if world.is_main:
         say(f" measuring on held-out text (up to {settings.run.summary_bytes:,} bytes) …")
     config = settings.stages.get(loaded.stage) or next(iter(settings.stages.values()))

@@ -13,7 +13,7 @@ from megabyte_distill.config.run_config import RUN_CONFIG_NAME, flatten
 from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
 from megabyte_distill.conversion.run_folder import require_run
 from megabyte_distill.data.chunk_merging import merge_row
-from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
+from megabyte_distill.data.dataset import ByteTokenDataset, Part, open_blend
 from megabyte_distill.data.manifest import StoredPaths
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page
@@ -152,17 +152,16 @@ def _with_router(root: Path) -> StageProgress | None:
 def _held_out(root: Path, settings: Settings, given: Sequence[str], tokenizer_hash: str) -> list[ByteTokenDataset]:
     data = settings.data
     if given:
-        return open_blend(given, tokenizer_hash=tokenizer_hash)[0]
+        return open_blend(given, tokenizer_hash=tokenizer_hash).datasets
     words = data.valid_data_path or data.data_path
     stems = [_where_it_lies(root, settings, entry.stem) for entry in parse_blend(words)]
     missing = [stem for stem in stems if not StoredPaths(stem).manifest.exists()]
     if missing:
         raise ValueError(f"the run's held-out data {missing[0]} is not there; --data-path says where it is")
-    datasets = open_blend(stems, tokenizer_hash=tokenizer_hash)[0]
+    blend = open_blend(stems, tokenizer_hash=tokenizer_hash)
     if data.valid_data_path:
-        return datasets
-    shares = [split_documents(len(dataset), data.split_shares)[1] for dataset in datasets]
-    held_out = [dataset.subset(part) for dataset, part in zip(datasets, shares, strict=True) if len(part)]
+        return blend.datasets
+    held_out = blend.part(Part.VALIDATION, data.split_shares).without_empty().datasets
     if not held_out:
         raise ValueError("the run held out no document; --data-path names text to show")
     return held_out
