@@ -291,9 +291,9 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         token_bytes=teacher.token_bytes,
     )
     if arguments.plots is not None:
+        from megabyte_distill.evaluation.boundary_picture import plot_boundaries
         from megabyte_distill.evaluation.comparison_plots import plot_sets
         from megabyte_distill.evaluation.marked_text import mark_sentence
-        from megabyte_distill.evaluation.plots import plot_boundaries
 
         folder = plot_folder(arguments, root)
         plot_sets(found, folder / "sets.png")

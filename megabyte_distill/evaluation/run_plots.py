@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from megabyte_distill.config.stage import STAGE_ORDER
-from megabyte_distill.evaluation.metrics_log import VALIDATION, Curves, Kind, Series, kind_of, read_metrics
-from megabyte_distill.evaluation.plots import FAINT, INK, save_figure
+from megabyte_distill.evaluation.metrics_log import VALIDATION, Curves, Kind, Series, kind_of
+from megabyte_distill.evaluation.png import FAINT, INK
 
 PICTURES: dict[str, tuple[Kind, ...]] = {
     "losses": (Kind.LOSS, Kind.LEARNING_RATE, Kind.GRADIENT),
@@ -28,14 +27,6 @@ _COLOURS = ("#1f6fb4", "#d1752a", "#3a8f4a", "#8a4fa3", "#b8342f", "#6d5a3f", "#
 _DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _LOGARITHMIC = (Kind.LOSS, Kind.GRADIENT)
 """Kinds whose axis is logarithmic where values span a decade."""
-
-
-def plot_losses(metrics: Path, target: Path) -> None:
-    """Writes a PNG with a run's losses, learning rates and gradient norms. Errors as read_metrics."""
-    figure = draw({"": read_metrics(metrics)}, PICTURES["losses"])
-    if figure is None:
-        raise ValueError(f"{metrics}: holds no loss; a run writes them at each --log-interval")
-    save_figure(figure, target)
 
 
 def draw(runs: Mapping[str, Curves], kinds: Sequence[Kind]) -> Figure | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,21 +19,22 @@ from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
+from megabyte_distill.evaluation.boundary_picture import plot_boundaries
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page, mark_sentence
-from megabyte_distill.evaluation.plots import plot_boundaries
-from megabyte_distill.evaluation.report import MERGED_NOTE
-from megabyte_distill.evaluation.run_plots import plot_losses
-from megabyte_distill.evaluation.run_report import REPORT_FILE, HeldOutPage, write_report
+from megabyte_distill.evaluation.metrics_log import VALIDATION, Curves, read_metrics
+from megabyte_distill.evaluation.report import MERGED_NOTE, columns
+from megabyte_distill.evaluation.run_report import LOSSES_FILE, REPORT_FILE, HeldOutPage, write_report
 from megabyte_distill.files import write_whole
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import World, regroup
+from megabyte_distill.pretrain.held_out_page import page_source
 from megabyte_distill.pretrain.prepare import Prepared
 from megabyte_distill.pretrain.run_data import RunData
-from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, page_source, run_record
+from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, run_record
 from megabyte_distill.runs import RunStudents, chunk_limit, load_run_teacher, load_students, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
@@ -86,8 +88,9 @@ def closing_report(settings: Settings, prepared: Prepared, data: RunData, world:
     if world.is_main:
         path = prepared.root / SUMMARY_FILE
         write_whole(path, (json.dumps(summary, indent=1) + "\n").encode())
+        report = write_run_report(prepared.root, page)
         print_summary(summary, path)
-        _say_report(write_run_report(prepared.root, page))
+        _say_report(report)
 
 
 def write_run_report(root: Path, page: HeldOutPage) -> Path | None:
@@ -160,11 +163,10 @@ def _measure(
         merge_limit=limit,
     )
     stages = _stage_rows(root)
-    plots = [root / "losses.png", root / BOUNDARIES_FILE]
+    plots = [root / LOSSES_FILE, root / BOUNDARIES_FILE]
     marked, samples = mark_sentence(loaded.student, merge_row(rows[0], limit)), _samples(loaded.student)
     texts = mark_page(loaded.student, (merge_row(row, limit) for row in rows), at_most=PAGE_BYTES)
     if world.is_main:
-        plot_losses(root / METRICS_FILE, plots[0])
         plot_boundaries(marked, plots[1])
     iteration = read_loop_state(loaded.checkpoint)["progress"]["iteration"]
     page = HeldOutPage(texts=texts, source=page_source(loaded.stage, iteration, held_out[0].name))
@@ -183,27 +185,23 @@ def _samples(student: Student) -> list[str]:
     ]
 
 
-def _last_validation(root: Path) -> dict[str, dict[str, float]]:
-    """stage → the last record with a validation figure."""
-    records: dict[str, dict[str, float]] = {}
-    path = root / METRICS_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        record = json.loads(line)
-        if any(name.startswith("validation ") for name in record):
-            records[record["stage"]] = record
-    return records
+def _curves(root: Path) -> Curves:
+    try:
+        return read_metrics(root / METRICS_FILE)
+    except ValueError:  # a log interval beyond the last update records nothing
+        return {}
 
 
 def _stage_rows(root: Path) -> list[StageRow]:
-    validation = _last_validation(root)
+    curves = _curves(root)
     rows = []
     for name, stage in STAGES.items():
         progress = stage_progress(root, name)
         if progress is None:
             continue
         counters = read_loop_state(progress.checkpoint)["progress"]
-        measured = validation.get(name, {})
-        value = measured.get(f"validation {stage.measure}")
+        series = curves.get(name, {}).get(f"{VALIDATION}{stage.measure}")
+        value = None if series is None or math.isnan(series.last) else series.last
         # of answers alone it stands beside no figure of whole texts
         is_of_text = stage.measure.endswith("bits per byte") and not stage.reads_loss_mask
         rows.append(
@@ -232,16 +230,10 @@ def _summary(evaluation: Evaluation, stages: list[StageRow], samples: list[str],
     }
 
 
-def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
 def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     """The closing table, the figures and the sample, for a person."""
     header = ("stage", "what", "bytes seen", "time", "its own measure (held-out)", "bits per byte")
-    say("\n" + _table(header, summary["stages"]) + "\n")
+    say("\n" + columns(header, summary["stages"], left=len(header), ruled=True) + "\n")
     if not summary["is_bound"]:
         say("official dechunk reads p, which knows the next byte: the student's figures below are no bounds\n")
     paths = summary.get("paths") or {}

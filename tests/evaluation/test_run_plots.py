@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megabyte_distill.evaluation.metrics_log import Curves, Kind, Series
-from megabyte_distill.evaluation.plots import png_of
-from megabyte_distill.evaluation.run_plots import draw, plot_losses
+from megabyte_distill.evaluation.metrics_log import Curves, Kind, Series, read_metrics
+from megabyte_distill.evaluation.png import png_of
+from megabyte_distill.evaluation.run_plots import PICTURES, draw
 from tests.evaluation.test_metrics_log import write
 
 PNG = b"\x89PNG"
@@ -27,9 +27,8 @@ def test_losses_are_drawn_with_gaps_and_negative_values(tmp_path: Path) -> None:
         {"stage": "2b", "iteration": 1, "byte ce": -1.0, "joint bits per byte": 100.0, "boundary f1": 0.5},
         {"stage": "2b", "iteration": 2, "byte ce": 1.0, "joint bits per byte": 2.0, "validation boundary f1": 0.6},
     )
-    target = tmp_path / "deeper" / "losses.png"
-    plot_losses(metrics, target)
-    assert target.read_bytes()[:4] == PNG
+    figure = draw({"": read_metrics(metrics)}, PICTURES["losses"])
+    assert figure is not None and png_of(figure)[:4] == PNG
 
 
 def test_runs_of_other_stages_share_columns_in_the_curriculums_order() -> None:
