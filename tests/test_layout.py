@@ -62,6 +62,7 @@ EXPORTED = {
             "chunking",
             "conv_mixer",
             "feed_forward",
+            "key_value_cache",
             "linears",
             "local_attention",
             "mamba2",
