@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from megabyte_distill.config import ranges
 from megabyte_distill.config.blend import parse_split
 from megabyte_distill.config.stage import TRAINS_DECODER
-from megabyte_distill.conversion.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.data.named_sets import set_names, set_problems
+from megabyte_distill.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.tool import (
     ToolParser,
     choice,

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from megabyte_distill.config import ranges
-from megabyte_distill.conversion.run_folder import require_run, run_names
 from megabyte_distill.data.named_sets import set_problems
+from megabyte_distill.run_folder import require_run, run_names
 from megabyte_distill.tool import ToolParser, folder_to_write, in_range, judged, problems_of, run_tool, typed
 
 

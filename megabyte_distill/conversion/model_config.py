@@ -14,8 +14,6 @@ from megabyte_distill.config.model import BackboneConfig, ByteSideConfig
 from megabyte_distill.files import write_whole
 
 MODEL_CONFIG_FILE = "model_config.json"
-TEACHER_FILE = "teacher.json"
-"""Beside it where the folder is a run's: names the teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +23,6 @@ class ModelConfig:
     backbone: BackboneConfig
     byte_side: ByteSideConfig | None = None
     """None for a teacher."""
-
-
-def is_run(folder: Path) -> bool:
-    """True for the root of a run (not for a converted teacher)."""
-    return (folder / TEACHER_FILE).exists()
 
 
 def write_model_config(folder: Path, config: ModelConfig) -> None:

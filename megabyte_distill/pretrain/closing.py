@@ -14,7 +14,6 @@ import torch
 
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.config.stage import TRAINS_DECODER
-from megabyte_distill.conversion.run_folder import run_names
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
@@ -35,6 +34,7 @@ from megabyte_distill.pretrain.held_out_page import page_source
 from megabyte_distill.pretrain.prepare import Prepared
 from megabyte_distill.pretrain.run_data import RunData
 from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, run_record
+from megabyte_distill.run_folder import run_names
 from megabyte_distill.runs import RunStudents, chunk_limit, load_run_teacher, load_students, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,19 @@ from megabyte_distill.config.fields import to_fields
 from megabyte_distill.config.model import unread_fields
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
-    TEACHER_FILE,
     ModelConfig,
-    is_run,
     read_model_config,
     write_model_config,
 )
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
-from megabyte_distill.conversion.run_folder import teacher_path
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.run_report import REPORT_FILE
-from megabyte_distill.files import write_whole
 from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
 from megabyte_distill.pretrain.run_records import SUMMARY_FILE
+from megabyte_distill.run_folder import TEACHER_FILE, is_run, teacher_path, write_teacher_path
 from megabyte_distill.runs import complete_stages, stage_progress
 from megabyte_distill.training.checkpoint import find_checkpoint
 from megabyte_distill.training.logging import METRICS_FILE
@@ -161,7 +157,7 @@ def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
         shutil.copytree(teacher / TOKENIZER_FOLDER, partial)
         partial.rename(root / TOKENIZER_FOLDER)
     write_model_config(root, config)
-    write_whole(root / TEACHER_FILE, (json.dumps({"teacher": str(teacher.resolve())}) + "\n").encode())
+    write_teacher_path(root, teacher)
 
 
 def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None) -> tuple[Path, str]:

@@ -10,9 +10,9 @@ from typing import Any
 from megabyte_distill.config import STAGE_ORDER
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, flatten
 from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
-from megabyte_distill.conversion.run_folder import require_run
 from megabyte_distill.evaluation.metrics_log import Curves, read_metrics
 from megabyte_distill.evaluation.run_report import HeldOutPage, RunRecord, StageRecord
+from megabyte_distill.run_folder import require_run
 from megabyte_distill.runs import stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE
