@@ -1,4 +1,5 @@
-# make demo        the whole curriculum from the embedded teacher, on CPU; a second run prints its summary
+# make demo        the whole curriculum from the embedded teacher, on CPU, and its figures beside their floors; a second run
+#                  prints its summary
 # make demo FRESH=1            start over
 # make demo ARGS="--smoke"     flags for the run
 # make demo RANKS=1            processes that train; two where there are two cores, which on small updates is faster than
@@ -27,6 +28,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 
 demo: $(INSTALLED)
 	PET_NPROC_PER_NODE=$(RANKS) $(BIN)/torchrun examples/pretrain_byte_kd.sh $(if $(filter-out 0,$(FRESH)),--fresh) $(ARGS)
+	$(if $(ARGS),,$(BIN)/python scripts/check_demo.py runs/tiny)
 
 # needs nvcc and no package, so it runs before anything is installed
 kernels:

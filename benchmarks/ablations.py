@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What each choice of the curriculum is worth at the demo's size: one seed, one change an arm.
 
-    python benchmarks/ablations.py               # about two minutes an arm, two at a time: half an hour
-    python benchmarks/ablations.py --only router # arms whose name holds the word, and the base
+    python benchmarks/ablations.py               # two to four minutes an arm, two at a time: half an hour and more
+    python benchmarks/ablations.py --only router # arms whose name holds the word, and theirs to compare
     python benchmarks/ablations.py --quick       # few updates: shows that it runs, its figures mean nothing
 
 Arms train all stages on the same bytes (those of a stage left out go to 2a), or, as the base, start stage 2 from one
@@ -15,13 +15,17 @@ own forward    its own bits as input, its own dechunk, gold bits as label, as th
                read alone in every arm, also in the one without their mask. Where the dechunk looks ahead, the figure is
                below what stepping gives: the leak
 
-A difference counts where it is above twice the spread over seeds, which is data_efficiency.py's.
+Each arm is compared with the one that differs from it in one thing: most with the base, the arms on hard labels with
+gold bits and the hard dechunk, the one without 1b with the base whose 2a takes the teacher's own targets, as it must.
+A difference of two runs counts where it is above twice its own spread, the square root of two times that over seeds,
+which is data_efficiency.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +51,8 @@ UPDATES = {"1a": 450, "1b": 40, "1c": 75, "2a": 500, "2b": 60}
 """Of the base."""
 QUICK_UPDATES = {"1a": 2, "1b": 2, "1c": 2, "2a": 2, "2b": 2}
 SPREAD_FROM = Path("runs/data_efficiency/full/result.json")
-BASE = "base"
+BASE, TEACHERS, HARD_LABELS = "base", "targets of the teacher", "gold bits, hard dechunk"
+"""Arms that others are compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,8 @@ class Arm:
     """A stage left out."""
     from_stage1: bool = False
     """Starts from the common stage 1, whose weights the change does not touch."""
+    against: str = BASE
+    """The arm it is compared with."""
     boundaries: str = "gold"
 
 
@@ -71,6 +78,7 @@ def _leaks() -> list[Arm]:
             name=f"{boundaries} bits, {dechunk} dechunk",
             flags=("--byte-targets", "hard", "--boundary-source", boundaries, "--dechunk-mode", dechunk),
             from_stage1=dechunk == "hard",  # --load refuses a run of another dechunk mode
+            against=HARD_LABELS,
             boundaries=boundaries,
         )
         for boundaries in ("gold", "router")
@@ -81,7 +89,15 @@ def _leaks() -> list[Arm]:
 ARMS: Sequence[Arm] = (
     Arm(group="stages", name=BASE, from_stage1=True),
     Arm(group="stages", name="without 1a", without="1a"),
-    Arm(group="stages", name="without 1b", without="1b"),
+    Arm(group="stages", name=TEACHERS, flags=("--2a.exact-targets-from", "teacher"), from_stage1=True),
+    Arm(group="stages", name="hard labels in 2b", flags=("--2b.byte-targets", "hard"), from_stage1=True),
+    Arm(
+        group="stages",
+        name="without 1b",
+        without="1b",
+        flags=("--2a.exact-targets-from", "teacher"),  # nothing else can tell
+        against=TEACHERS,
+    ),
     Arm(group="router", name="linear router", flags=("--router", "linear")),
     Arm(group="mixers", name="Mamba-2", flags=("--byte-mixer", "mamba2")),
     Arm(group="mixers", name="local attention", flags=("--byte-mixer", "local_attention")),
@@ -147,28 +163,31 @@ def stage1_job(updates: Mapping[str, int], root: Path, shared: Shared) -> Job:
 def table(found: Mapping[str, Mapping[str, Any]], spread: float | None) -> str:
     """Markdown for docs/results.md, a line an arm of which there are figures."""
     lines = [
-        "| arm | flags | step path | worse than the base by | router's bits | own forward | boundary F1 |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | flags | step path | worse by | than | router's bits | own forward | boundary F1 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
         own = found.get(arm.name)
         if own is None:
             continue
         flags = f"`{' '.join(arm.flags)}`" if arm.flags else ""
-        bits = [own["step_path"], own["step_path"] - found[BASE]["step_path"], own["router_bits"], own["own_forward"]]
-        cells = [f"{bits[0]:.4f}", f"{bits[1]:+.4f}", *(f"{value:.4f}" for value in bits[2:])]
-        lines.append(
-            f"| {' | '.join([f'{arm.group}: {arm.name}', flags, *cells, format(own['boundary_f1'], '.4f')])} |"
-        )
-    note = "not known, run data_efficiency.py" if spread is None else f"{2 * spread:.4f}"
-    return "\n".join([*lines, "", f"Twice the spread over seeds: {note}."])
+        other = found.get(arm.against) if arm.against != arm.name else None
+        worse = ["", ""] if other is None else [f"{own['step_path'] - other['step_path']:+.4f}", arm.against]
+        step_path, *others = (f"{own[name]:.4f}" for name in ("step_path", "router_bits", "own_forward", "boundary_f1"))
+        lines.append(f"| {' | '.join([f'{arm.group}: {arm.name}', flags, step_path, *worse, *others])} |")
+    note = "not known, run data_efficiency.py" if spread is None else f"{2 * math.sqrt(2) * spread:.4f}"
+    return "\n".join([*lines, "", f"A difference counts above twice its spread over seeds: {note}."])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print progress, the table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="two short updates a stage")
-    parser.add_argument("--only", metavar="WORD", help="arms whose group or name holds it, and the base")
+    parser.add_argument(
+        "--only", metavar="WORD", help="arms whose group or name holds it, and what they are compared with"
+    )
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of one thread ({WORKERS})")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--spread-from", type=Path, default=SPREAD_FROM, metavar="FILE", help=f"({SPREAD_FROM})")
@@ -178,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared = Shared(arguments.work_dir / "shared")
     shared.prepare()
     word = arguments.only or ""
-    arms = [arm for arm in ARMS if word in f"{arm.group}: {arm.name}" or arm.name == BASE]
+    chosen = [arm for arm in ARMS if word in f"{arm.group}: {arm.name}"]
+    arms = [arm for arm in ARMS if arm in chosen or arm.name in {other.against for other in chosen}]
     answers: dict[str, dict[str, Any]] = {}
     stage1 = [stage1_job(updates, root, shared)]
     for start in (False, True):

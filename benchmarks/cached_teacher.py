@@ -95,7 +95,9 @@ def divergence(root: Path, dataset: ByteTokenDataset, cache: Path, rows: int) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a line a stage and cache, and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="few documents and updates")
     arguments = parser.parse_args(argv)
     documents, updates, sizes = (2, 3, (32,)) if arguments.quick else (40, 30, (512, 32, 8))
@@ -119,8 +121,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flush=True,
             )
         for stage in ("2a", "2b"):
-            flags = {ONLINE: [], **{name: ["--logits-load-dir", str(cache)] for name, cache in caches.items()}}
-            beside = ["--byte-targets", "exact", "--2a.exact-targets-from", "teacher"]
+            flags = {
+                ONLINE: ["--2a.exact-targets-from", "teacher"],
+                **{name: ["--logits-load-dir", str(cache)] for name, cache in caches.items()},
+            }
+            beside = ["--byte-targets", "exact"]
             arms = {name: Arm(stage, root, dataset, [*beside, *more], here) for name, more in flags.items()}
             middle = in_turns(arms, updates)
             ratios = {name: middle[name] / middle[ONLINE] for name in caches}

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -295,6 +296,17 @@ class Job:
         os.replace(partial, folder / f"{self.name}.json")
 
 
+def _end_with(parent: int) -> None:
+    """Of a worker: it ends with the process that made it, also where that is killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_jobs(jobs: Sequence[Job], folder: Path, *, workers: int = WORKERS) -> dict[str, dict[str, Any]]:
     """Answers by name; logs and answers lie in ``folder``. What a job raises ends the benchmark, what is done stays."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,7 +319,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, workers: int = WORKERS) -> di
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers, before they import torch
-    with ProcessPoolExecutor(min(workers, len(left)), mp_context=context) as pool:
+    parent = os.getpid()
+    with ProcessPoolExecutor(min(workers, len(left)), context, _end_with, (parent,)) as pool:
         running = {pool.submit(_work, job, folder / f"{job.name}.log"): job for job in left}
         try:
             for number, future in enumerate(as_completed(running), start=1):

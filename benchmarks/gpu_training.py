@@ -33,7 +33,7 @@ from megabyte_distill.config.published import PUBLISHED_BACKBONES  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
-from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
+from megabyte_distill.curriculum.stages import STAGES, keep_backbone  # noqa: E402
 from megabyte_distill.data.micro_batch import concatenate_rows  # noqa: E402
 from megabyte_distill.data.mock import MockRowStream, mock_table  # noqa: E402
 from megabyte_distill.data.sampler import RowStream  # noqa: E402
@@ -55,7 +55,9 @@ TINY = BackboneConfig(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--preset", default="olmo2-1b", help="a published model (olmo2-1b)")
     add("--stages", default="1b,2a,2b", help="stages, separated by commas (1b,2a,2b)")
@@ -109,7 +111,7 @@ class Trial:
         teacher = None
         if stage.teacher(config) is not TeacherNeed.NONE:
             teacher = student.backbone
-            if not stage.keeps_backbone(config):
+            if not keep_backbone(settings.stages, name, backbone):
                 teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(here.device, dtype)
                 _draw(teacher)
                 teacher.requires_grad_(False).eval()

@@ -9,10 +9,16 @@ figure is the causal byte filter's, as under ``--model hf`` with an exported fol
 from __future__ import annotations
 
 import atexit
+import importlib.util
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and importlib.util.find_spec("lm_eval") is None:
+    print("error: lm-evaluation-harness is not installed; pip install 'megabyte-distill[eval]'", file=sys.stderr)
+    raise SystemExit(2)
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM

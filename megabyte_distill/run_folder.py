@@ -22,8 +22,12 @@ def require_run(root: Path) -> None:
     """ValueError where a folder is no run's root."""
     if is_run(root):
         return
-    if is_run(root.resolve().parent) and root.name in STAGE_ORDER:
-        raise ValueError(f"{root} is a stage of a run; give the run's own folder, {root.resolve().parent}")
+    run, stage = split_stage(root)
+    if stage is not None:
+        raise ValueError(
+            f"{root} is a stage of a run; give the run's own folder, {run}, which has {', '.join(_stages_of(run))} "
+            "(--stage, where the tool takes one)"
+        )
     what = "is not a run" if root.is_dir() else "is not a folder"
     raise ValueError(f"{root} {what}: expected a folder written by training, with {TEACHER_FILE} in it")
 
@@ -31,11 +35,14 @@ def require_run(root: Path) -> None:
 def require_stage(root: Path, stage: str) -> None:
     """ValueError where a run has no folder of a stage."""
     if not (root / stage).is_dir():
-        there = [name for name in STAGE_ORDER if (root / name).is_dir()]
         raise ValueError(
-            f"{root} has no stage {stage}; it has {', '.join(there) or 'none'}: take one of these, or train it "
-            f"(--stages {stage})"
+            f"{root} has no stage {stage}; it has {', '.join(_stages_of(root)) or 'none'}: take one of these, or train "
+            f"it (--stages {stage})"
         )
+
+
+def _stages_of(run: Path) -> list[str]:
+    return [name for name in STAGE_ORDER if (run / name).is_dir()]
 
 
 def run_names(roots: Sequence[Path]) -> list[str]:

@@ -10,6 +10,7 @@ Layout::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,11 +135,14 @@ def build_model(config: ModelConfig, *, overrides: Mapping[str, object] | None =
     return built_in_stages(lambda number: build_student(config, overrides=overrides, vp_stage=number))
 
 
-def load_student(root: Path, stage: str | None = None, *, iteration: int | None = None) -> LoadedStudent:
+def load_student(
+    root: str | os.PathLike[str], stage: str | None = None, *, iteration: int | None = None
+) -> LoadedStudent:
     """The student of a run after a stage (default: the last complete one), in evaluation mode.
 
     ValueError where the folder is no run or the stage is not there. Needs process groups (process_groups.world).
     """
+    root = Path(root)
     require_run(root)
     name = stage or last_stage(root).stage
     checkpoint = find_checkpoint(root / name, iteration)
@@ -176,13 +180,22 @@ def load_students(root: Path, stage: str | None = None) -> RunStudents:
     return RunStudents(last=load_student(root, stage), aligned=after("1a"), distilled=after("1b"))
 
 
-def require_speaking(loaded: LoadedStudent) -> None:
-    """ValueError where the decoder was not trained yet."""
-    if loaded.stage not in TRAINS_DECODER:
-        raise ValueError(
-            f"after stage {loaded.stage} the decoder is untrained and cannot generate; take a stage of "
-            f"{' or '.join(TRAINS_DECODER)}, and train it first where the run has none (--stages 2a,2b)"
-        )
+def speaking_stage(root: Path, stage: str | None = None) -> str:
+    """The stage, or the last complete one of the run, whose student can generate.
+
+    ValueError where the decoder was not trained yet, where nothing is complete, and for a folder that is no run.
+    """
+    require_run(root)
+    name = stage or last_stage(root).stage
+    if name in TRAINS_DECODER:
+        return name
+    complete = [progress.stage for progress in complete_stages(root)]
+    able = [one for one in complete if one in TRAINS_DECODER]
+    advice = f"take {root / able[-1]}" if able else "train on first (--stages 2a,2b)"
+    raise ValueError(
+        f"after stage {name} the decoder is untrained and cannot generate; complete in {root}: "
+        f"{', '.join(complete) or 'nothing'}; {advice}"
+    )
 
 
 def load_run_teacher(root: Path, override: Path | None = None) -> Teacher:

@@ -33,13 +33,11 @@ def open_student(folder: Path, stage: str | None = None, device: str | None = No
     # megatron and torch take seconds to import, which --help and a bad prompt should not
     if _is_of_run(folder):
         from megabyte_distill.parallel.process_groups import world
-        from megabyte_distill.runs import load_student, require_speaking
+        from megabyte_distill.runs import load_student, speaking_stage
 
         root, named = split_stage(folder)
         with world():
-            loaded = load_student(root, stage or named)
-            require_speaking(loaded)
-            yield loaded.student
+            yield load_student(root, speaking_stage(root, stage or named)).student
         return
     import torch
 

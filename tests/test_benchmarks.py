@@ -132,6 +132,19 @@ def test_ablations_spend_the_same_bytes_and_start_where_they_say() -> None:
         assert abs(spent - trained_bytes(curriculum_runs.iteration_flags(ablations.UPDATES))) <= 2048, arm.name
 
 
+def test_an_ablation_is_compared_with_what_differs_in_one_thing() -> None:
+    arms = {arm.name: arm for arm in ablations.ARMS}
+    for arm in arms.values():
+        other = arms[arm.against]
+        shared = [flag for flag in other.flags if flag.startswith("--") and flag not in arm.flags]
+        assert not shared, (arm.name, shared)
+    found = {name: {"step_path": 2.0, "router_bits": 2.1, "own_forward": 1.9, "boundary_f1": 0.9} for name in arms}
+    found["without 1b"]["step_path"] = 2.25
+    lines = [line for line in ablations.table(found, 0.01).splitlines() if "without 1b" in line]
+    assert "| 2.2500 | +0.2500 | targets of the teacher | 2.1000 |" in lines[0]
+    assert "0.0283" in ablations.table(found, 0.01)
+
+
 def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
     job = curriculum_runs.Job(name="a", work=dict, identity={"updates": {"2a": 3}})
     assert job.stored(tmp_path) is None

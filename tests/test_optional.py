@@ -122,3 +122,10 @@ def test_what_is_not_installed_is_no_news(tmp_path: Path) -> None:
     done = start(tmp_path, HIDES + TELLS)
     assert done.returncode == 0 and not told(done, "transformer_engine") and not told(done, "apex"), done.stderr
     assert "loaded []" in done.stdout
+
+
+def test_the_harness_says_what_to_install(tmp_path: Path) -> None:
+    hides = "import runpy, sys; sys.modules['lm_eval'] = None\n"
+    done = start(tmp_path, f"{hides}runpy.run_module('megabyte_distill.harness', run_name='__main__')")
+    message = "error: lm-evaluation-harness is not installed; pip install 'megabyte-distill[eval]'\n"
+    assert (done.returncode, done.stderr) == (2, message)

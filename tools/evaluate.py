@@ -54,7 +54,7 @@ def build_parser() -> ToolParser:
     """The command line."""
     parser = ToolParser(description=__doc__)
     source = parser.add_argument_group("models and text").add_argument
-    source("--load", type=Path, nargs="+", required=True, metavar="RUN",
+    source("--load", type=Path, nargs="+", required=True, default=[], metavar="RUN",
         help="training runs; several stand side by side")  # fmt: skip
     source(
         "--stage",
@@ -63,7 +63,7 @@ def build_parser() -> ToolParser:
     )
     source("--teacher", type=judged(folder_to_read), metavar="CKPT",
         help="the teacher's checkpoint, where it moved (default: as the run recorded it)")  # fmt: skip
-    source("--data-path", nargs="+", required=True, metavar="[NAME=]STEM",
+    source("--data-path", nargs="+", required=True, default=[], metavar="[NAME=]STEM",
         help="held-out data sets, PREFIX_KEY_document; each is a row of the table")  # fmt: skip
     source("--split", type=judged(parse_split), metavar="T,V,S",
         help="score only the validation share V of each set, as held out by training (default: all)")  # fmt: skip
@@ -84,7 +84,7 @@ def build_parser() -> ToolParser:
     output = parser.add_argument_group("output").add_argument
     output("--json", action="store_true", help="print one JSON object (default: tables)")
     output("--plots", type=judged(folder_to_write), metavar="DIR",
-        help="draw PNG pictures into this folder (default: none)")  # fmt: skip
+        help="draw PNG pictures into this folder and name them on stderr (default: none)")  # fmt: skip
     return parser
 
 
@@ -94,8 +94,9 @@ def _add_held_out(add: Any) -> None:
     add("--seq-length", type=in_range(ranges.Range(low=2, whole=True)), default=2048, metavar="N",
         help="bytes of a row: the context of all figures (2048)")  # fmt: skip
     add("--max-bytes", type=in_range(ranges.COUNT), metavar="N",
-        help="bytes of text, shared evenly by the sets and of each rounded up to whole rows of --seq-length, so that "
-        "there is more of it than N (default: all)")  # fmt: skip
+        help="bytes of text, shared evenly by the sets; the row of --seq-length that reaches a set's share is read "
+        "whole, so that there is up to a row more, and less where a set's documents end first (default: all)",
+    )  # fmt: skip
     add("--bits", **choice("gold", "router", "merged"),
         help="bits of the headline figures, as input and label (what it was taught: gold or merged)")  # fmt: skip
     add("--boundary-threshold", type=in_range(ranges.BOUNDARY_THRESHOLD), default=0.5, metavar="T",
@@ -107,7 +108,8 @@ def _add_held_out(add: Any) -> None:
     add("--tokenizations", type=in_range(ranges.SIZE), default=0, metavar="K",
         help="with --paths, the teacher summed over K tokenizations of the same text (0: left out)")  # fmt: skip
     add("--path-bytes", type=in_range(ranges.COUNT), default=20_000, metavar="N",
-        help="bytes of text for the figures by --paths, spread over the sets, about (20000)")  # fmt: skip
+        help="bytes of text for the figures by --paths, about: a set's even share is rounded to openings of 1,024 "
+        "bytes, at least one, each cut at the last token's end in it or its document's (20000)")  # fmt: skip
 
 
 def _add_robustness(add: Any) -> None:
@@ -137,10 +139,10 @@ def check(arguments: argparse.Namespace) -> Iterable[str]:
     if not arguments.paths and is_robustness:
         yield "--paths: got 0, expected at least 1; --suite robustness reads along paths"
     elif not arguments.paths:
-        without = "{flag}: --paths 0 leaves out what it is for; give paths, or leave {flag} out"
+        without = "{flag}: is for the figures by --paths, which --paths 0 leaves out; leave out one of the two"
         yield from typed(arguments, ["--path-bytes", "--tokenizations"], without)
     if not arguments.resamples:
-        without = "{flag}: --resamples 0 makes no intervals; give resamples, or leave {flag} out"
+        without = "{flag}: is for the intervals, which --resamples 0 leaves out; leave out one of the two"
         yield from typed(arguments, ["--confidence"], without)
 
 
@@ -200,11 +202,10 @@ def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget
     from megabyte_distill.data import tokenizers
     from megabyte_distill.evaluation.readers import StudentReader, TeacherReader
     from megabyte_distill.evaluation.robustness import run_suite
-    from megabyte_distill.runs import load_run_teacher, load_student, require_speaking
+    from megabyte_distill.runs import load_run_teacher, load_student, speaking_stage
 
     bootstrap, limit = bootstrap_of(arguments), arguments.max_documents
-    loaded = load_student(root, arguments.stage)
-    require_speaking(loaded)
+    loaded = load_student(root, speaking_stage(root, arguments.stage))
     if loaded.student.is_official:
         raise ValueError(f"{root}: official dechunk looks one byte ahead; --suite robustness steps, which it cannot")
     teacher = load_run_teacher(root, arguments.teacher)
@@ -219,7 +220,9 @@ def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget
     if arguments.plots is not None:
         from megabyte_distill.evaluation.comparison_plots import plot_robustness
 
-        plot_robustness(sections, plot_folder(arguments, root) / "robustness.png")
+        picture = plot_folder(arguments, root) / "robustness.png"
+        plot_robustness(sections, picture)
+        say_written(picture)
     return sections
 
 
@@ -257,11 +260,10 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
     from megabyte_distill.evaluation import bits_per_byte
     from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
     from megabyte_distill.evaluation.held_out import held_out_rows
-    from megabyte_distill.runs import chunk_limit, load_run_teacher, load_students, require_speaking
+    from megabyte_distill.runs import chunk_limit, load_run_teacher, load_students, speaking_stage
 
-    students = load_students(root, arguments.stage)
+    students = load_students(root, speaking_stage(root, arguments.stage))
     loaded = students.last
-    require_speaking(loaded)
     merge_limit = chunk_limit(loaded.checkpoint)
     measures = measures_of(arguments, merge_limit)
     teacher = load_run_teacher(root, arguments.teacher)
@@ -295,11 +297,12 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         from megabyte_distill.evaluation.comparison_plots import plot_sets
         from megabyte_distill.evaluation.marked_text import mark_sentence
 
-        folder = plot_folder(arguments, root)
-        plot_sets(found, folder / "sets.png")
+        pictures = [plot_folder(arguments, root) / name for name in ("sets.png", "boundaries.png")]
+        plot_sets(found, pictures[0])
         shown = merge_row(next(iter(rows_of_set.values()))[0], merge_limit)
         marked = mark_sentence(loaded.student, shown, threshold=arguments.boundary_threshold)
-        plot_boundaries(marked, folder / "boundaries.png")
+        plot_boundaries(marked, pictures[1])
+        say_written(*pictures)
     return found
 
 
@@ -316,6 +319,11 @@ def plot_folder(arguments: argparse.Namespace, root: Path) -> Path:
     """Where a run's pictures go: a folder of its own where there are several runs."""
     folder: Path = arguments.plots
     return folder if len(arguments.load) == 1 else folder / root.resolve().name
+
+
+def say_written(*pictures: Path) -> None:
+    """Names files on stderr, for stdout has the figures."""
+    print(f"written: {', '.join(map(str, pictures))}", file=sys.stderr)
 
 
 def as_json(arguments: argparse.Namespace, name: str, found: Comparison) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from megabyte_distill.config import ranges
 from megabyte_distill.config.stage import TRAINS_DECODER
-from megabyte_distill.inference.prompts import PATH_WINDOW, prompt_bytes
+from megabyte_distill.inference.prompts import PATH_WINDOW, prompt_bytes, prompt_name
 from megabyte_distill.student_folders import require_stage_of, require_student, stored_threshold
 from megabyte_distill.tool import ToolParser, choice, file_to_read, in_range, judged, problems_of, run_tool, typed
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     Begin = Callable[[Sequence[bytes], GenerationSettings], Generation | Session]
 
 _HELP = """Type a prompt and Enter: its continuation follows. An empty line starts a document.
-Ctrl-C stops a continuation, Ctrl-D ends, /help shows this. Each turn draws with the next seed."""
+Ctrl-C stops a continuation, Ctrl-D ends, /help shows this; every other line is a prompt, byte for byte.
+Each turn draws with the next seed."""
 
 
 def build_parser() -> ToolParser:
@@ -53,7 +54,11 @@ def build_parser() -> ToolParser:
         action=argparse.BooleanOptionalAction,
         help="show characters as they come, prompt after prompt (default: where there is one prompt)",
     )
-    add("--show-boundaries", action="store_true", help="mark where chunks end: by colour, or by | where there is none")
+    add(
+        "--show-boundaries",
+        action="store_true",
+        help="mark where chunks end: the colour changes, or | where there is none",
+    )
     _add_speed(parser.add_argument_group("how fast").add_argument)
     return parser
 
@@ -126,7 +131,7 @@ def _add_draws(add: Any) -> None:
 
 def _add_ends(add: Any) -> None:
     add("--max-new-bytes", type=in_range(ranges.SIZE), default=256, metavar="N",
-        help="bytes at most; the end of the document stops earlier (256)")  # fmt: skip
+        help="bytes at most; the end of the document stops earlier. 0 only reads the prompts (256)")  # fmt: skip
     add("--stop", type=judged(_stop_text), action="append", metavar="TEXT",
         help="end in front of this text, which is not shown; may be repeated (none)")  # fmt: skip
 
@@ -158,8 +163,9 @@ def _stop_text(text: str) -> bytes:
 
 def check(arguments: argparse.Namespace) -> Iterable[str]:
     """What is wrong with the flags together, with the folder and with the prompts."""
-    folder = problems_of("--load", lambda: require_student(arguments.load))
-    yield from folder or problems_of("--stage", lambda: require_stage_of(arguments.load, arguments.stage))
+    if arguments.load is not None:
+        folder = problems_of("--load", lambda: require_student(arguments.load))
+        yield from folder or problems_of("--stage", lambda: require_stage_of(arguments.load, arguments.stage))
     if arguments.prompt:
         yield from problems_of("--prompt", lambda: prompts_of(arguments))
     is_official, sums_bits = arguments.scoring == "official", arguments.generation == "bytes"
@@ -221,8 +227,7 @@ def prompts_of(arguments: argparse.Namespace) -> list[bytes]:
     if arguments.prompt_file is not None:
         return [prompt_bytes(arguments.prompt_file.read_bytes(), f"--prompt-file {arguments.prompt_file}")]
     texts = arguments.prompt or []
-    names = [f"prompt {number} of {len(texts)}" if len(texts) > 1 else "prompt" for number in range(1, len(texts) + 1)]
-    return [prompt_bytes(_raw(text), name) for text, name in zip(texts, names, strict=True)]
+    return [prompt_bytes(_raw(text), prompt_name(number, len(texts))) for number, text in enumerate(texts)]
 
 
 def _raw(text: str) -> bytes:
@@ -236,9 +241,8 @@ def run(arguments: argparse.Namespace) -> None:
     from megabyte_distill.student_folders import open_student
 
     prompts, settings = prompts_of(arguments), settings_of(arguments)
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     with open_student(arguments.load, arguments.stage) as student:
         begin = _writer(student, settings, arguments)
         screen = Screen(begin, settings, with_boundaries=arguments.show_boundaries)
@@ -282,25 +286,24 @@ def _writer(student: Student, settings: GenerationSettings, arguments: argparse.
 
 
 def interact(screen: Screen, *, streams: bool) -> None:
-    """Prompts from the terminal until it has no more."""
+    """Prompts from the terminal until it has no more; help and the sign for a prompt are on stderr."""
     marker = "> " if sys.stdin.isatty() else ""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() edits lines with it
     print(_HELP, file=sys.stderr)
     turn = 0
     while True:
-        try:
-            line = input(marker)
-        except EOFError:
+        print(marker, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()  # not input(): its line editor drops bytes that are no character
+        if not line:
             return
-        if line.strip() == "/help":
+        if line.strip() == b"/help":
             print(_HELP, file=sys.stderr)
             continue
+        prompt = line.removesuffix(b"\n")
         try:
             if streams:
-                screen.stream(_raw(line), turn)
+                screen.stream(prompt, turn)
             else:
-                screen.show([_raw(line)], turn, 1)
+                screen.show([prompt], turn, 1)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -385,8 +388,8 @@ class Screen:
         invalid = sum(count_invalid(row.byte_ids, begun=prompt, ended=row.ended) for prompt, row in self._done)
         part = f"{invalid} of {size} ({100 * invalid / max(size, 1):.1f} %) belong to no character"
         parts.append(f"new bytes: {part if invalid else 'valid UTF-8'}")
+        parts.append(f"{sum(row.ended for row in rows)} of {len(rows)} ended by the model")
         reasons = {
-            "ended by the model": sum(row.ended for row in rows),
             "ended by --stop": sum(row.stopped_by is not None for row in rows),
             "out of the backbone's positions": sum(row.is_full for row in rows),
         }
@@ -397,7 +400,7 @@ class Screen:
 
 def _label(number: int, count: int) -> None:
     if count > 1:
-        print(f"--- prompt {number + 1} of {count} ---", flush=True)
+        print(f"--- {prompt_name(number, count)} ---", flush=True)
 
 
 def _errors() -> str:

@@ -78,7 +78,12 @@ _PAPER_BEHAVIOUR: Mapping[str, Any] = {
 
 def _published(backbone_width: int) -> Layer:
     """The paper's sizes and learning rates for a teacher of hidden size E, with this package's safer behaviour."""
-    return Layer(common={**_PAPER_COMMON, **_PAPER_WIDTHS, "backbone_width": backbone_width}, stages=_PAPER_STAGES)
+    # exact targets of 2a come from the student's own backbone, which runs anyway; in 2b they would take a teacher
+    decoder_sft = {**_PAPER_STAGES["2a"], "byte_targets": ByteTargets.EXACT}
+    return Layer(
+        common={**_PAPER_COMMON, **_PAPER_WIDTHS, "backbone_width": backbone_width},
+        stages={**_PAPER_STAGES, "2a": decoder_sft},
+    )
 
 
 _TINY = Layer(
@@ -130,8 +135,8 @@ PRESETS: Mapping[str, Layer] = MappingProxyType(
         "gemma3-1b": _published(1152),
     }
 )
-"""By name: ``official`` is RECIPE point by point; the model presets take its numbers with gold bits, hard dechunk and
-document masks."""
+"""By name: ``official`` is RECIPE point by point; the model presets take its numbers with gold bits, hard dechunk,
+document masks and, in 2a, exact targets."""
 
 SMOKE = Layer(
     common={

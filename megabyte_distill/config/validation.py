@@ -379,7 +379,10 @@ def _unused_loss_settings(stage: str, config: StageConfig) -> Iterator[str]:
         yield "--kd-temperature is about --byte-targets exact or mixed, which is hard here"
     if config.logits_load_dir is not None and targets is ByteTargets.HARD:
         yield "--logits-load-dir holds the targets of --byte-targets exact or mixed, which is hard here"
-    if config.exact_targets_from is TargetsFrom.STUDENT and stage == "2a":
+    whose = config.exact_targets_from
+    if stage == "2a" and whose is not TargetsFrom.AUTO and config.logits_load_dir is not None:
+        yield f"--exact-targets-from {whose.value} and --logits-load-dir name two sources of the targets; leave one out"
+    if stage == "2a" and whose is TargetsFrom.STUDENT:
         yield from _unfit_for_own_targets(config)
     if config.kd_temperature != default.kd_temperature and config.target_bytes_per_chunk is not None:
         yield (
@@ -397,8 +400,6 @@ def _unfit_for_own_targets(config: StageConfig) -> Iterator[str]:
         yield f"{flag} needs chunks that are the teacher's tokens; give --boundary-source gold, or leave it out"
     if config.target_bytes_per_chunk is not None:
         yield f"{flag} needs chunks that are the teacher's tokens; leave it or --target-bytes-per-chunk out"
-    if config.logits_load_dir is not None:
-        yield f"{flag} and --logits-load-dir name two sources of the targets; leave one out"
 
 
 def _chunk_size_problems(stage: str, config: StageConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ class TeacherNeed(Enum):
 
     NONE = "none"
     BEGINNING = "its embedding table, and as many of its first layers as --align-layers says"
-    FROZEN = "a frozen copy, or the student's backbone itself where that is frozen"
+    FROZEN = "a frozen copy, or the student's backbone itself where nothing has changed that"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,6 @@ class Stage:
     """Whether the byte loss and its measure are of what the data's loss mask marks alone (the router's are of all
     bytes); the data must have a mask then."""
 
-    def keeps_backbone(self, config: StageConfig) -> bool:
-        """Whether the backbone is still the teacher's behind this stage, if it was so before: one copy may serve."""
-        is_frozen = self.name == "1b" and config.freeze_backbone
-        return self.teacher(config) is TeacherNeed.BEGINNING or is_frozen
+    def keeps_backbone(self, config: StageConfig, backbone: BackboneConfig) -> bool:
+        """Whether the stage leaves the backbone and its token head as they are."""
+        return not any(prefix.startswith("backbone.") for prefix in self.trains(config, backbone))

@@ -18,7 +18,7 @@ from megabyte_distill.evaluation.report_text import counts, escaped, page_html
 from megabyte_distill.evaluation.run_plots import PICTURES, draw
 from megabyte_distill.files import partial_path, publish, write_and_sync
 
-REPORT_FILE, LOSSES_FILE = "report.html", "losses.png"
+REPORT_FILE = "report.html"
 TITLES = {
     "losses": "Losses, learning rate and gradient norm",
     "bits_per_byte": "Bits per byte",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,11 +16,12 @@ from megabyte_distill.hf.torch_backbone import TorchBackbone
 from megabyte_distill.model.student import Student
 
 
-def load_exported(folder: Path, device: torch.device | str = "cpu") -> Student:
+def load_exported(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Student:
     """The student that ``convert_checkpoint.py export`` wrote, in evaluation mode, weights in their own dtype.
 
     ValueError where the folder is no export, is damaged, or holds other weights than its config.json describes.
     """
+    folder = Path(folder)
     config = HfConfig.read(folder)
     if not is_student(config):
         kind = config.fields.get("model_type")

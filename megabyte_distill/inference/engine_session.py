@@ -424,5 +424,5 @@ def _checked_bits(
     if found != expected:
         raise ValueError(f"prompt_bits has {found} bits for prompts of {expected} bytes; give one a byte")
     if limit is not None:
-        refuse_too_long([1 + sum(bits) for bits in prompt_bits], expected, limit)
+        refuse_too_long(prompt_bits, limit)
     return [tuple(bool(bit) for bit in bits) for bits in prompt_bits]

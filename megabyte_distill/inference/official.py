@@ -57,11 +57,10 @@ class OfficialReader:
         # a segment's last p is 1: the forced boundary
         bits = decide(p, byte_ids, threshold, official=student.is_official)
         edges = offsets.tolist()
+        self.bits = [bits[begin + 1 : end].tolist() for begin, end in itertools.pairwise(edges)]
         limit = context_limit(student)
         if limit is not None:
-            counts = [int(bits[begin:end].sum()) for begin, end in itertools.pairwise(edges)]
-            refuse_too_long(counts, [len(prompt) for prompt in prompts], limit)
-        self.bits = [bits[begin + 1 : end].tolist() for begin, end in itertools.pairwise(edges)]
+            refuse_too_long(self.bits, limit)
         self.state = student.init_state(len(prompts))
         self.log_probabilities = torch.zeros(len(prompts), JOINT_CLASSES, device=device)
         for position in range(int(sizes.max())):

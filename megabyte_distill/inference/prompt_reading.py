@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, JOINT_CLASSES
 from megabyte_distill.inference.bit_paths import BitPaths, RowsSoFar, device_of
-from megabyte_distill.inference.prompts import PATH_WINDOW, context_limit, prompt_name, refuse_too_long
+from megabyte_distill.inference.prompts import PATH_WINDOW, context_limit, fitting_bytes, prompt_name, too_long
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Student
 
@@ -33,7 +33,7 @@ def read_prompts(
     """Reads prompts of any lengths along K paths; row i of the result stands behind prompt i's last byte.
 
     The bytes in front of a prompt's last ``path_window`` are cut where the router cuts. ValueError where a prompt needs
-    more chunks than the backbone has positions; ``names`` as in ``refuse_too_long``.
+    more chunks than the backbone has positions, and names it as ``names`` does (default: by its number).
     """
     names = names or [prompt_name(number, len(prompts)) for number in range(len(prompts))]
     fronts = [max(len(prompt) - path_window, 0) for prompt in prompts]
@@ -61,14 +61,15 @@ def _read_ends(read: BitPaths, prompts: Sequence[bytes], fronts: Sequence[int], 
         column = padded[:, position]
         read.advance(column if rows is None else column[rows], rows)
         if limit is not None and before + position + 2 > limit:  # a byte is one chunk at most, and BOS is one
-            so_far = [front + min(len(end), position + 1) for front, end in zip(fronts, ends, strict=True)]
-            refuse_too_long(read.positions().tolist(), so_far, limit, names)
+            for name, prompt, front, chunks in zip(names, prompts, fronts, read.positions().tolist(), strict=True):
+                if chunks > limit:
+                    raise too_long(name, len(prompt), front + position, limit)
 
 
 def _read_fronts(student: Student, prompts: Sequence[bytes], fronts: Sequence[int], names: Sequence[str]) -> RowsSoFar:
     """The first ``fronts`` [R] bytes of each prompt, each followed by one at least; none is read before all fit."""
     bits = [
-        _router_bits(student, prompt[: front + 1], name) if front else []
+        _router_bits(student, prompt, front, name) if front else []
         for prompt, front, name in zip(prompts, fronts, names, strict=True)
     ]
     device, count = device_of(student), len(prompts)
@@ -84,12 +85,12 @@ def _read_fronts(student: Student, prompts: Sequence[bytes], fronts: Sequence[in
     return RowsSoFar(state, logits, bits)
 
 
-def _router_bits(student: Student, text: bytes, name: str) -> list[bool]:
-    """Boundary bits [L − 1] of text [L]: of each byte but the last, which is only looked at."""
+def _router_bits(student: Student, prompt: bytes, front: int, name: str) -> list[bool]:
+    """Boundary bits of a prompt's first ``front`` bytes; the byte behind them is only looked at."""
     device, limit = device_of(student), context_limit(student)
     state = student.init_state(1)
     encoder, before = state.encoder, state.r_previous
-    byte_ids = torch.tensor([[BOS_BYTE, *text]], device=device)
+    byte_ids = torch.tensor([[BOS_BYTE, *prompt[: front + 1]]], device=device)
     found: list[Tensor] = []
     begin = chunks = 0
     for ids in torch.split(byte_ids, _BLOCK, 1):
@@ -99,6 +100,6 @@ def _router_bits(student: Student, text: bytes, name: str) -> list[bool]:
         before, end = r[0, -1:], begin + ids.shape[1]
         found.append(decide(p if begin else p[1:], byte_ids[0, max(begin - 1, 0) : end - 1]))
         chunks, begin = chunks + int(found[-1].sum()), end
-        if limit is not None:
-            refuse_too_long([chunks], [end - 2], limit, [name])
+        if limit is not None and chunks > limit:
+            raise too_long(name, len(prompt), fitting_bytes(torch.cat(found)[1:].tolist(), limit), limit)
     return torch.cat(found)[1:].tolist()

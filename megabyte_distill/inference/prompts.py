@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE
@@ -51,22 +52,28 @@ def context_limit(student: nn.Module) -> int | None:
     return None if config is None else int(config.max_position_embeddings)
 
 
-def refuse_too_long(
-    chunks: Sequence[int], sizes: Sequence[int], limit: int, names: Sequence[str] | None = None
-) -> None:
-    """ValueError where the first ``sizes`` [R] bytes of a prompt are cut into more chunks [R] than ``limit``.
+def refuse_too_long(prompt_bits: Sequence[Sequence[bool]], limit: int) -> None:
+    """ValueError where the bits of a prompt's bytes end more chunks than ``limit``, BOS's counted."""
+    for number, bits in enumerate(prompt_bits):
+        fitting = fitting_bytes(bits, limit)
+        if fitting < len(bits):
+            raise too_long(prompt_name(number, len(prompt_bits)), len(bits), fitting, limit)
 
-    ``names``: what the prompts are called, where these are not all there are.
-    """
-    names = names or [prompt_name(number, len(chunks)) for number in range(len(chunks))]
-    for name, count, size in zip(names, chunks, sizes, strict=True):
-        if count > limit:
-            raise ValueError(
-                f"the {name} is too long: its first {size} bytes are {count} chunks with BOS, "
-                f"and the backbone has {limit} positions (max_position_embeddings); shorten it"
-            )
+
+def fitting_bytes(bits: Iterable[bool], limit: int) -> int:
+    """How many of the bytes whose bits these are come before there are more chunks than ``limit``, BOS's counted."""
+    return sum(chunks <= limit for chunks in accumulate(bits, initial=1)) - 1
+
+
+def too_long(name: str, size: int, fitting: int, limit: int) -> ValueError:
+    """The error for a prompt of ``size`` bytes, of which the first ``fitting`` take all ``limit`` positions."""
+    return ValueError(
+        f"the {name} is too long: it has {size} bytes, and the first {fitting} of them fill the {limit} positions of "
+        "the backbone (max_position_embeddings; each chunk takes one, and BOS does); give it fewer than these, new "
+        "chunks need positions too"
+    )
 
 
 def prompt_name(number: int, count: int) -> str:
-    """What messages call one of so many prompts."""
-    return "prompt" if count == 1 else f"prompt {number}"
+    """What messages and labels call one of so many prompts, ``number`` from 0: they count from 1."""
+    return "prompt" if count == 1 else f"prompt {number + 1} of {count}"

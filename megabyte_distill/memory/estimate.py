@@ -21,7 +21,7 @@ from megabyte_distill.config.stage import ByteTargets
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
-from megabyte_distill.curriculum.stages import STAGES, resolved_stages
+from megabyte_distill.curriculum.stages import STAGES, keep_backbone, resolved_stages
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.memory.in_flight import worst_moment
@@ -189,7 +189,8 @@ def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: S
         for part in parts:
             set_trainable(part, stage.trains(config, backbone))
         need = stage.teacher(config)
-        if need is not TeacherNeed.NONE and (_starts_from_a_run(settings) or not stage.keeps_backbone(config)):
+        keeps_backbone = keep_backbone(settings.stages, stage.name, backbone)
+        if need is not TeacherNeed.NONE and (_starts_from_a_run(settings) or not keeps_backbone):
             fields = transformer_config(backbone, **overrides)
             own_teacher = built_in_stages(lambda number: Backbone(backbone, fields, vp_stage=number)).to(dtype)
             is_beginning = need is TeacherNeed.BEGINNING

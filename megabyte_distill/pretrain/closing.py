@@ -23,7 +23,7 @@ from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page, mark_sentence
 from megabyte_distill.evaluation.metrics_log import VALIDATION, Curves, read_metrics
 from megabyte_distill.evaluation.report import MERGED_NOTE, columns
-from megabyte_distill.evaluation.run_report import LOSSES_FILE, REPORT_FILE, HeldOutPage, write_report
+from megabyte_distill.evaluation.run_report import REPORT_FILE, HeldOutPage, write_report
 from megabyte_distill.files import write_whole
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
@@ -88,9 +88,8 @@ def closing_report(settings: Settings, prepared: Prepared, data: RunData, world:
     if world.is_main:
         path = prepared.root / SUMMARY_FILE
         write_whole(path, (json.dumps(summary, indent=1) + "\n").encode())
-        report = write_run_report(prepared.root, page)
         print_summary(summary, path)
-        _say_report(report)
+        _say_report(write_run_report(prepared.root, page))
 
 
 def write_run_report(root: Path, page: HeldOutPage) -> Path | None:
@@ -163,14 +162,13 @@ def _measure(
         merge_limit=limit,
     )
     stages = _stage_rows(root)
-    plots = [root / LOSSES_FILE, root / BOUNDARIES_FILE]
     marked, samples = mark_sentence(loaded.student, merge_row(rows[0], limit)), _samples(loaded.student)
     texts = mark_page(loaded.student, (merge_row(row, limit) for row in rows), at_most=PAGE_BYTES)
     if world.is_main:
-        plot_boundaries(marked, plots[1])
+        plot_boundaries(marked, root / BOUNDARIES_FILE)
     iteration = read_loop_state(loaded.checkpoint)["progress"]["iteration"]
     page = HeldOutPage(texts=texts, source=page_source(loaded.stage, iteration, held_out[0].name))
-    return _summary(evaluation, stages, samples, plots), page
+    return _summary(evaluation, stages, samples, [root / BOUNDARIES_FILE]), page
 
 
 def _samples(student: Student) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.stages_agree import StagesAgree
 
+KEEPS_BACKBONE = "keeps_backbone"
+"""In a checkpoint's loop state: whether its backbone is the teacher's still."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRunner:
@@ -73,8 +77,9 @@ class StageRunner:
                 f"{self.prepared.root / name} to train the stage anew"
             )
         self.position.begin(name, 0, "load")
-        student, teacher = self._models(stage, config, progress)
-        loop = self._loop(stage, config, student, teacher)
+        keeps_backbone = self._keeps_backbone(stage, config, progress)
+        student, teacher = self._models(stage, config, progress, shares_teacher=keeps_backbone)
+        loop = self._loop(stage, config, student, teacher, {**self._identity(name), KEEPS_BACKBONE: keeps_backbone})
         if progress is not None:
             checkpoint = self.settings.checkpoint
             loop.resume(
@@ -97,6 +102,15 @@ class StageRunner:
             whose = "the student's own backbone" if config.exact_targets_from is TargetsFrom.STUDENT else "the teacher"
             self._say(f" stage {name}: {whose} makes the exact targets")
         return config
+
+    def _keeps_backbone(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> bool:
+        """Whether the student's backbone is the teacher's until the stage ends: one copy of the weights serves both."""
+        if not stage.keeps_backbone(config, self.prepared.model_config.backbone):
+            return False
+        if own is not None:
+            return bool(read_loop_state(own.checkpoint).get(KEEPS_BACKBONE))
+        checkpoint, what = starting_point(self.prepared, stage.name, self.settings.checkpoint.ckpt_step)
+        return what == "teacher" or bool(read_loop_state(checkpoint).get(KEEPS_BACKBONE))
 
     def _check_parent(self, progress: StageProgress) -> None:
         """ValueError where the stage this one was built on has been trained further since."""
@@ -124,7 +138,7 @@ class StageRunner:
             say(text)
 
     def _models(
-        self, stage: Stage, config: StageConfig, own: StageProgress | None
+        self, stage: Stage, config: StageConfig, own: StageProgress | None, *, shares_teacher: bool
     ) -> tuple[nn.Module, nn.Module | None]:
         dtype = training_dtype(self.settings)
         verify = self.settings.checkpoint.verify_checkpoint
@@ -148,8 +162,7 @@ class StageRunner:
             set_trainable(part, stage.trains(config, self.prepared.model_config.backbone))
         teacher: nn.Module | None = None
         need = stage.teacher(config)
-        if stage.keeps_backbone(config) and self.prepared.source is None:
-            # 1a and a frozen 1b leave the backbone as the teacher's, and nothing before them trains it: one copy serves
+        if need is not TeacherNeed.NONE and shares_teacher:
             teacher = joined([part.backbone for part in parts])
         elif need is not TeacherNeed.NONE:
             first_layers = config.align_layers if need is TeacherNeed.BEGINNING else None
@@ -160,7 +173,14 @@ class StageRunner:
             teacher.requires_grad_(False).train(first_layers is not None)
         return student, teacher
 
-    def _loop(self, stage: Stage, config: StageConfig, student: nn.Module, teacher: nn.Module | None) -> Loop:
+    def _loop(
+        self,
+        stage: Stage,
+        config: StageConfig,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        identity: Mapping[str, Any],
+    ) -> Loop:
         settings, world = self.settings, self.world
         train, valid = self.data.row_streams(stage.name, config)
         has_losses = any(part.post_process for part in virtual_stages(student))
@@ -197,7 +217,7 @@ class StageRunner:
             writer=self.writer,
             stop=self.stop,
             deadline=self.deadline,
-            extra_state=self._identity(stage.name),
+            extra_state=identity,
             valid_rows=HeldOutRows(valid if evaluates else None, config, world, document_mask=mask, chunk_sizes=sizes),
             invariants=self._invariants(student, objective) if settings.run.check_invariants else None,
         )

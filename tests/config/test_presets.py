@@ -7,7 +7,9 @@ import pytest
 from megabyte_distill.config import PRESETS, BoundarySource, DechunkMode, parse_arguments
 from megabyte_distill.config.layers import all_options
 from megabyte_distill.config.presets import SMOKE
-from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale
+from megabyte_distill.config.stage import STAGE_ORDER, AlignLossScale, ByteTargets
+from megabyte_distill.curriculum.stage import TeacherNeed
+from megabyte_distill.curriculum.stages import STAGES, resolved_stages
 
 GPUS = 8
 PUBLISHED = {"llama3.2-3b": 3072, "qwen3-4b": 2560, "olmo2-1b": 2048, "gemma3-1b": 1152}
@@ -49,6 +51,7 @@ def test_official_is_the_recipe_point_by_point() -> None:
         assert (config.weight_decay, config.clip_grad) == (0.1, 1.0)
         assert config.boundary_source is (BoundarySource.ROUTER if stage in ("2a", "2b") else BoundarySource.GOLD)
         assert stage != "1a" or config.align_loss_scale is AlignLossScale.MEAN
+        assert config.byte_targets is ByteTargets.HARD
         assert not config.freeze_backbone
     assert settings.stages["2b"].backbone_peak_lr == 2e-5
     assert settings.stages["1b"].backbone_peak_lr == 2e-5
@@ -85,3 +88,16 @@ def test_smoke_keeps_the_model() -> None:
     tiny, smoke = parse_arguments(["--mock-data"]), parse_arguments(["--mock-data", "--smoke"])
     assert smoke.model == tiny.model
     assert all(config.bytes_per_update == 1024 and config.train_iters == 6 for config in smoke.stages.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_model_presets_learn_exact_targets_where_they_need_no_teacher(name: str) -> None:
+    stages = resolved_stages(parse_arguments(["--mock-data", "--preset", name], world_size=GPUS).stages)
+    assert stages["2a"].byte_targets is ByteTargets.EXACT and stages["2b"].byte_targets is ByteTargets.HARD
+    assert {stage: STAGES[stage].teacher(config) for stage, config in stages.items()} == {
+        "1a": TeacherNeed.BEGINNING,
+        "1b": TeacherNeed.FROZEN,
+        "1c": TeacherNeed.NONE,
+        "2a": TeacherNeed.NONE,
+        "2b": TeacherNeed.NONE,
+    }

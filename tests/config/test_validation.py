@@ -86,6 +86,10 @@ MOCK = "--mock-data "
             "stage 2a: --exact-targets-from student and --logits-load-dir name two sources",
         ),
         (
+            MOCK + "--exact-targets-from teacher --byte-targets exact --logits-load-dir DIR",
+            "stage 2a: --exact-targets-from teacher and --logits-load-dir name two sources",
+        ),
+        (
             MOCK + "--exact-targets-from student --target-bytes-per-chunk 6",
             "stage 2a: --exact-targets-from student needs chunks that are the teacher's tokens; leave it or",
         ),

@@ -234,7 +234,7 @@ def test_a_configured_threshold_can_be_switched_off(model: Any, monkeypatch: pyt
 def test_the_engine_writes_what_an_export_writes(exported: Exported, model: Any, speculate: int) -> None:
     wanted = [row.byte_ids for row in model.generate_bytes(TEXTS, max_new_bytes=20, temperature=0)]
     settings = GenerationSettings(max_new_bytes=20, sampling=Sampling(temperature=0), paths=PATHS)
-    for student in (exported.student, load_exported(exported.folder)):
+    for student in (exported.student, load_exported(str(exported.folder))):
         got = Engine(student, max_batch_size=3, speculate=speculate).generate(TEXTS, settings)
         assert [row.byte_ids for row in got] == wanted
 

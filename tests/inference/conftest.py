@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def tiny_student(
     mode: DechunkMode = DechunkMode.HARD,
     mixer: ByteMixer = ByteMixer.CONV,
     pooling: ChunkPooling = ChunkPooling.LAST,
+    **others: Any,
 ) -> Student:
     config = ByteSideConfig(
         backbone_width=32,
@@ -67,6 +69,7 @@ def tiny_student(
         byte_attention_head_dim=8,
         dechunk_mode=mode,
         chunk_pooling=pooling,
+        **others,
     )
     student = Student(config, tiny_backbone()).eval()
     # logits that say something: a margin between classes, and a bit that depends on the past

@@ -118,7 +118,7 @@ def test_a_prompt_that_is_no_text_is_refused(student: Student, prompt: str | byt
 
 
 def test_the_bad_prompt_of_several_is_named(student: Student) -> None:
-    with pytest.raises(ValueError, match="prompt 1 has byte 254"):
+    with pytest.raises(ValueError, match="prompt 2 of 2 has byte 254"):
         generate(student, ["fine", b"\xfe"])
     with pytest.raises(ValueError, match="no prompts"):
         generate(student, [])

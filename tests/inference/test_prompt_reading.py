@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from megabyte_distill.alphabet import BOS_BYTE
-from megabyte_distill.config.model import ByteMixer, DechunkMode
+from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode, RouterKind
 from megabyte_distill.inference import prompt_reading
 from megabyte_distill.inference.engine import Engine
 from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, generate
@@ -51,6 +52,28 @@ def test_the_front_is_cut_by_the_router_and_the_end_by_the_paths(
     student: Student, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt_reading, "_BLOCK", block)
+    assert_reads_as_forward(student)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"byte_ngram_tables": (2, 4), "byte_ngram_rows": 64},
+        {"router": RouterKind.LINEAR},
+        {"mixer": ByteMixer.LOCAL_ATTENTION},
+        {"pooling": ChunkPooling.MEAN_LAST},
+    ],
+    ids=lambda part: next(iter(part)),
+)
+def test_every_other_part_is_read_so(
+    part: dict[str, Any], make_student: Callable[..., Student], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_reading, "_BLOCK", 7)
+    assert_reads_as_forward(make_student(**part))
+
+
+def assert_reads_as_forward(student: Student) -> None:
+    """The front is under the router's bits, the end under the paths', and what follows is what forward() says."""
     read = read_prompts(student, PROMPTS, 4, path_window=12)
     path = read.log_weights.argmax(-1)
     bits = read.history(path)
@@ -84,16 +107,22 @@ def test_the_front_is_refused_before_the_backbone_reads_any_of_it(
         raise AssertionError("the backbone was asked")
 
     monkeypatch.setattr(student, "steps", step)
-    with pytest.raises(ValueError, match=r"prompt 0 is too long: its first \d\d bytes are \d+ chunks with BOS"):
+    with pytest.raises(ValueError, match=f"prompt 1 of 5 is too long: it has {len(LONG)} bytes") as refused:
         read_prompts(student, PROMPTS, 4, path_window=12)
+    fitting = next(size for size in range(len(LONG)) if 1 + sum(router_bits(student, LONG)[: size + 1]) > 5)
+    assert f"the first {fitting} of them fill the 5 positions" in str(refused.value)
 
 
 def test_an_end_that_is_too_long_counts_the_front(student: Student) -> None:
     needed = 1 + sum(router_bits(student, LONG)[:-12])
     config = student.backbone.backbone_config
     student.backbone.backbone_config = replace(config, max_position_embeddings=needed)
-    with pytest.raises(ValueError, match=rf"its first \d+ bytes are {needed + 1} chunks"):
+    with pytest.raises(
+        ValueError, match=rf"it has {len(LONG) + 12} bytes, and the first (\d+) .* {needed} pos"
+    ) as refused:
         read_prompts(student, [LONG + b" a b c d e f"], 1, path_window=24)
+    fitting = int(re.findall(r"the first (\d+) ", str(refused.value))[0])
+    assert len(LONG) - 12 <= fitting < len(LONG) + 12
 
 
 @pytest.mark.parametrize("mode", GenerationMode)

@@ -75,6 +75,14 @@ def test_a_frozen_backbone_is_its_own_teacher_and_costs_no_gradient() -> None:
     assert frozen.trained < trained.trained and frozen.gradients == 4 * frozen.trained
 
 
+def test_a_backbone_frozen_throughout_serves_2a_and_2b_as_their_teacher() -> None:
+    flags = "--stages 1b,2a,2b --byte-targets exact --2a.exact-targets-from teacher"
+    _, frozen = reckoned(f"{flags} --freeze-backbone")
+    _, trained = reckoned(flags)
+    assert [memory.teacher for memory in frozen] == [0, 0, 0]
+    assert [memory.teacher for memory in trained] == [4 * sum_of_backbone()] * 3
+
+
 def sum_of_backbone() -> int:
     with pretended_world(), weightless():
         backbone = Backbone(BACKBONE, transformer_config(BACKBONE, perform_initialization=False))

@@ -53,6 +53,8 @@ def test_the_table_takes_the_last_held_out_figure_that_is_whole(closed: Path, tm
 def test_plots_are_images(closed: Path) -> None:
     for name in ("losses.png", "boundaries.png", "bytes_per_chunk.png"):
         assert (closed / name).read_bytes().startswith(b"\x89PNG")
+    # the others are the report's, and drawn with it
+    assert json.loads((closed / "summary.json").read_text())["plots"] == [str(closed / "boundaries.png")]
 
 
 def test_report_has_the_summary_the_sample_and_a_page(closed: Path) -> None:

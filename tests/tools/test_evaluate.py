@@ -40,7 +40,8 @@ def test_sets_have_rows_runs_stand_side_by_side_and_pictures_are_drawn(
     drawn = ["--plots", str(tmp_path / "plots"), "--json", "--resamples", "50"]
     with world():
         assert main(["--load", str(finished), *command, "--bits", "router", *drawn]) == 0
-        figures = json.loads(capsys.readouterr().out)
+        output = capsys.readouterr()
+        figures = json.loads(output.out)
         assert main(["--load", str(finished), str(other), *command]) == 0
     assert list(figures["sets"]) == ["first", "second"] and figures["documents"] == 4
     assert figures["bits"] == "router" and figures["student_bits_per_byte"] == figures["router_bits_per_byte"]
@@ -52,6 +53,7 @@ def test_sets_have_rows_runs_stand_side_by_side_and_pictures_are_drawn(
     assert figures["bootstrap"] == {"resamples": 50, "confidence": 0.95, "seed": 0}
     assert any("--train-data-path" in note for note in figures["notes"])
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"sets.png", "boundaries.png"}
+    assert f"written: {tmp_path / 'plots/sets.png'}, {tmp_path / 'plots/boundaries.png'}" in output.err
     table = capsys.readouterr().out
     assert table.count("all text") == 2 and "official score" in table
     of_runs = [line.split() for line in table.splitlines()[-2:]]
@@ -65,9 +67,10 @@ def test_the_robustness_suite_of_a_run(
     command = ["--load", str(finished), "--data-path", job.held_out, "--suite", "robustness", "--paths", "1", *small]
     with world():
         assert main([*command, "--json", "--plots", str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    output = capsys.readouterr()
+    found = json.loads(output.out)
     assert found["suite"] == "robustness" and len(found["sections"]) == 7 and found["budget"]["texts"] == 1
-    assert (tmp_path / "robustness.png").exists()
+    assert (tmp_path / "robustness.png").exists() and f"written: {tmp_path / 'robustness.png'}" in output.err
 
 
 def test_mistakes_are_one_error_line(

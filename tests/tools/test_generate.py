@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +38,7 @@ def test_a_seed_gives_the_text_of_the_api_from_a_prompt_and_from_a_file(
     command = ["--load", str(finished), "--max-new-bytes", "20", "--temperature", "0.5"]
     seen = set()
     with world():
-        student = load_student(finished).student
+        student = load_student(str(finished)).student
         for seed in range(7, 12):
             settings = GenerationSettings(max_new_bytes=20, sampling=Sampling(temperature=0.5), seed=seed)
             # an untrained model's bytes are often no UTF-8, or none at all: they are counted, whatever is shown
@@ -138,7 +142,7 @@ def test_prompts_are_read_from_the_terminal_until_it_ends(
     command = ["--load", str(exported), "--max-new-bytes", "6", "--temperature", "0"]
     assert main([*command, "--prompt", "the"]) == 0
     wanted = capsysbinary.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("the\n/help\nb\udcffd\nthe\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the\n/help\nb\xffd\nthe"), "ascii"))
     assert main([*command, "--interactive"]) == 0
     output = capsysbinary.readouterr()
     assert output.out == wanted * 2
@@ -147,13 +151,57 @@ def test_prompts_are_read_from_the_terminal_until_it_ends(
     assert output.err.count(b"bytes/s") == 2
 
 
+_NOTE_PROMPTS = """
+import sys
+from tools.generate import interact
+class Noting:
+    def stream(self, prompt, turn):
+        with open(sys.argv[1], "a") as file:
+            print(turn, prompt, file=file)
+    def report(self):
+        pass
+interact(Noting(), streams=True)
+"""
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_every_line_typed_into_a_terminal_is_a_prompt_byte_for_byte(locale: str, tmp_path: Path) -> None:
+    lines = [b"half \xe6\x97", b"\xc3", b"", "日本 né".encode(), b"a\xffb", b" /foo", b"\xe2\x80"]
+    keyboard, terminal = pty.openpty()
+    try:
+        os.write(keyboard, b"".join(line + b"\n" for line in lines) + b"\x04")
+        subprocess.run(
+            [sys.executable, "-c", _NOTE_PROMPTS, str(tmp_path / "prompts")],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env={**os.environ, "LC_ALL": locale, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+            timeout=60,
+            check=True,
+        )
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+    noted = (tmp_path / "prompts").read_text().splitlines()
+    assert noted == [f"{turn} {line!r}" for turn, line in enumerate(lines)]
+
+
 def test_a_run_that_has_not_reached_2a_cannot_generate(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert job.run(tmp_path / "run", "--stages", "1a") == 0
     capsys.readouterr()
     assert main(["--load", str(tmp_path / "run"), "--prompt", "a"]) == 2
-    assert "after stage 1a the decoder is untrained and cannot generate" in capsys.readouterr().err
+    run = tmp_path / "run"
+    said = f"error: after stage 1a the decoder is untrained and cannot generate; complete in {run}: 1a; train on first"
+    assert said in capsys.readouterr().err
+
+
+def test_a_stage_without_a_decoder_is_refused_with_those_that_have_one(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--load", str(finished / "1b"), "--prompt", "a"]) == 2
+    assert f"complete in {finished}: 1a, 1b, 1c, 2a, 2b; take {finished / '2b'}" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_student_or_a_damaged_one_is_refused(
@@ -228,7 +276,7 @@ class Shown(io.TextIOWrapper):
     [
         (b"caf\xc3", b"\xa9 \xe6\x97\xa5", "café 日", "5 bytes in 0.0 s"),
         (b"a\xff\x80b", b"c", "a��bc", "1 byte in 0.0 s"),
-        (b"half \xe6\x97", b"", "half �", "0 bytes in 0.0 s"),
+        (b"half \xe6\x97", b"", "half �", "new bytes: valid UTF-8, 1 of 1 ended by the model"),
         (b"half \xe6\x97", b"x\x80\xe6", "half �x��", "new bytes: 2 of 3 (66.7 %) belong to no character"),
         ("\0né👩🏽".encode(), "\u200d🚀 مر".encode(), "\0né👩🏽\u200d🚀 مر", "new bytes: valid UTF-8"),
     ],
