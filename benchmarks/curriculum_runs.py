@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megabyte_distill.config import parse_arguments  # noqa: E402 - after the path is set
+from megabyte_distill.files import write_whole  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from megabyte_distill.model.backbone import Backbone
@@ -257,7 +258,7 @@ def training_rows(shared: Shared, stage: str, seed: int, here: World) -> MicroBa
     """The micro-batches that a stage of a run with this seed reads."""
     from megabyte_distill.data.dataset import ByteTokenDataset
     from megabyte_distill.data.sampler import RowStream
-    from megabyte_distill.pretrain.prepare import row_seed
+    from megabyte_distill.pretrain.run_data import row_seed
     from megabyte_distill.training.rows import MicroBatches
 
     config = parse_arguments(["--mock-data"]).stages[stage]
@@ -291,9 +292,8 @@ class Job:
 
     def store(self, folder: Path, answer: dict[str, Any]) -> None:
         """Keep the answer; the file is complete or absent."""
-        partial = folder / f"{self.name}.partial"
-        partial.write_text(json.dumps({"identity": self.identity, "answer": answer}, indent=1), encoding="utf-8")
-        os.replace(partial, folder / f"{self.name}.json")
+        content = {"identity": self.identity, "answer": answer}
+        write_whole(folder / f"{self.name}.json", json.dumps(content, indent=1).encode())
 
 
 def _end_with(parent: int) -> None:

@@ -422,7 +422,7 @@ def plot(result: Mapping[str, Any], target: Path) -> None:
     """Bits per byte against bytes of stage 2, and against their processor time; a line an arm, a mark a seed."""
     from matplotlib.figure import Figure
 
-    from megabyte_distill.evaluation.plots import save_figure
+    from megabyte_distill.evaluation.png import save_figure
 
     figure = Figure(figsize=(9.0, 4.2), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -21,7 +21,6 @@ from torch import nn
 from megabyte_distill.config.stage import STAGE_ORDER, TRAINS_DECODER, StageConfig
 from megabyte_distill.config.training import Settings
 from megabyte_distill.conversion.model_config import ModelConfig, read_model_config
-from megabyte_distill.conversion.run_folder import find_run_teacher, require_run
 from megabyte_distill.conversion.teacher_folder import Teacher, load_teacher
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.token_bytes import TokenBytes
@@ -30,6 +29,7 @@ from megabyte_distill.model.parallel_linears import byte_side_linears
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.pipeline import built_in_stages
 from megabyte_distill.parallel.process_groups import current_world
+from megabyte_distill.run_folder import find_run_teacher, require_run
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
 from megabyte_distill.training.rows import CHUNK_LIMIT
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from megabyte_distill.config.ranges import BOUNDARY_THRESHOLD
 from megabyte_distill.conversion.hf_config import CONFIG_FILE, HfConfig
-from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE, is_run
-from megabyte_distill.conversion.run_folder import require_stage, split_stage, teacher_path
+from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
+from megabyte_distill.run_folder import is_run, require_stage, split_stage, teacher_path
 
 if TYPE_CHECKING:
     from megabyte_distill.conversion.teacher_folder import Teacher

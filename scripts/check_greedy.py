@@ -272,9 +272,8 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Student, Callable[[], 
         torch.nn.init.normal_(student.byte_decoder.residual.get_parameter("weight"), std=0.1)
         yield student, embedded_text
         return
-    from megabyte_distill.conversion.model_config import is_run
-    from megabyte_distill.conversion.run_folder import split_stage
-    from megabyte_distill.pretrain.run_records import held_out_text
+    from megabyte_distill.pretrain.held_out_page import held_out_text
+    from megabyte_distill.run_folder import is_run, split_stage
     from megabyte_distill.student_folders import open_student
 
     root, _ = split_stage(options.load)

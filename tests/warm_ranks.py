@@ -86,6 +86,7 @@ def _import_everything() -> None:
     import megabyte_distill.pretrain.cache_teacher
     import megabyte_distill.pretrain.closing
     import megabyte_distill.pretrain.prepare
+    import megabyte_distill.pretrain.run_data
     import megabyte_distill.pretrain.stage_runner  # noqa: F401
 
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher
-    from megabyte_distill.data.dataset import open_blend, split_documents
+    from megabyte_distill.data.dataset import Part, open_blend
     from megabyte_distill.parallel import cpu_megatron
     from megabyte_distill.parallel.cpu_memory import keep_large_buffers
     from megabyte_distill.parallel.process_groups import world
@@ -81,16 +81,14 @@ def run(arguments: argparse.Namespace) -> None:
     # ranks wait for the slowest one at the end
     with world(timeout_minutes=24 * 60) as ranks:
         stored = find_teacher(arguments.load)
-        datasets, _ = open_blend(arguments.data_path, tokenizer_hash=stored.token_bytes.hash)
-        if arguments.split:
-            datasets = [dataset.subset(split_documents(len(dataset), arguments.split)[0]) for dataset in datasets]
+        blend = open_blend(arguments.data_path, tokenizer_hash=stored.token_bytes.hash)
         name = teacher_hash(stored.checkpoint)
         teacher = load_teacher(arguments.load, dtype=torch.bfloat16 if arguments.bf16 else None)
         report = make_cache(
             arguments.logits_save_dir,
             teacher.backbone.requires_grad_(False).eval(),
             teacher.token_bytes,
-            datasets,
+            blend.part(Part.TRAINING, arguments.split).datasets,
             settings,
             teacher_hash=name,
             world=ranks,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megabyte_distill.config import ranges
 from megabyte_distill.conversion.hf_config import HfConfig
-from megabyte_distill.conversion.run_folder import require_run, split_stage
+from megabyte_distill.run_folder import require_run, split_stage
 from megabyte_distill.tool import (
     ToolParser,
     choice,

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from megabyte_distill.config import ranges
 from megabyte_distill.config.blend import parse_split
 from megabyte_distill.config.stage import TRAINS_DECODER
-from megabyte_distill.conversion.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.data.named_sets import set_names, set_problems
+from megabyte_distill.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.tool import (
     ToolParser,
     choice,
@@ -270,8 +270,8 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
     sets = open_sets(arguments, loaded.token_bytes)
     unigram = None
     if arguments.train_data_path:
-        training, _ = open_blend(arguments.train_data_path, tokenizer_hash=loaded.token_bytes.hash)
-        unigram = unigram_nll(token_counts(training), loaded.token_bytes)
+        training = open_blend(arguments.train_data_path, tokenizer_hash=loaded.token_bytes.hash)
+        unigram = unigram_nll(token_counts(training.datasets), loaded.token_bytes)
     limit = arguments.max_bytes
     rows_of_set = {
         name: held_out_rows(
@@ -293,9 +293,9 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         token_bytes=teacher.token_bytes,
     )
     if arguments.plots is not None:
+        from megabyte_distill.evaluation.boundary_picture import plot_boundaries
         from megabyte_distill.evaluation.comparison_plots import plot_sets
         from megabyte_distill.evaluation.marked_text import mark_sentence
-        from megabyte_distill.evaluation.plots import plot_boundaries
 
         pictures = [plot_folder(arguments, root) / name for name in ("sets.png", "boundaries.png")]
         plot_sets(found, pictures[0])
@@ -308,13 +308,11 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
 
 def open_sets(arguments: argparse.Namespace, table: TokenBytes) -> dict[str, ByteTokenDataset]:
     """The data sets of the command line by name, cut to the held-out share."""
-    from megabyte_distill.data.dataset import open_blend, split_documents
+    from megabyte_distill.data.dataset import Part, open_blend
 
     names = set_names(arguments.data_path)
-    datasets, _ = open_blend(list(names.values()), tokenizer_hash=table.hash)
-    if arguments.split:
-        datasets = [dataset.subset(split_documents(len(dataset), arguments.split)[1]) for dataset in datasets]
-    return dict(zip(names, datasets, strict=True))
+    blend = open_blend(list(names.values()), tokenizer_hash=table.hash)
+    return dict(zip(names, blend.part(Part.VALIDATION, arguments.split).datasets, strict=True))
 
 
 def plot_folder(arguments: argparse.Namespace, root: Path) -> Path:

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from megabyte_distill.config import ranges
-from megabyte_distill.conversion.run_folder import require_run, run_names
 from megabyte_distill.data.named_sets import set_problems
+from megabyte_distill.run_folder import require_run, run_names
 from megabyte_distill.tool import ToolParser, folder_to_write, in_range, judged, problems_of, run_tool, typed
 
 
@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     # megatron takes seconds to import, which --help should not
     from megabyte_distill.evaluation.run_report import HeldOutPage, write_report
     from megabyte_distill.parallel.process_groups import world
-    from megabyte_distill.pretrain.run_records import held_out_page, run_record
+    from megabyte_distill.pretrain.held_out_page import held_out_page
+    from megabyte_distill.pretrain.run_records import run_record
 
     names = run_names(roots)
     pages = [HeldOutPage(missing="left out: --no-model or --text-bytes 0")] * len(roots)

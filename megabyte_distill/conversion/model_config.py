@@ -11,11 +11,9 @@ from pathlib import Path
 
 from megabyte_distill.config.fields import from_fields, to_fields
 from megabyte_distill.config.model import BackboneConfig, ByteSideConfig
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
+from megabyte_distill.files import write_whole
 
 MODEL_CONFIG_FILE = "model_config.json"
-TEACHER_FILE = "teacher.json"
-"""Beside it where the folder is a run's: names the teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,20 +25,13 @@ class ModelConfig:
     """None for a teacher."""
 
 
-def is_run(folder: Path) -> bool:
-    """True for the root of a run (not for a converted teacher)."""
-    return (folder / TEACHER_FILE).exists()
-
-
 def write_model_config(folder: Path, config: ModelConfig) -> None:
     """Writes ``folder/model_config.json``, complete or absent; the folder is made if needed."""
     content = {"backbone": to_fields(config.backbone)}
     if config.byte_side is not None:
         content["byte_side"] = to_fields(config.byte_side)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MODEL_CONFIG_FILE
-    write_and_sync(partial_path(path), (json.dumps(content, indent=2) + "\n").encode())
-    publish(path)
+    write_whole(folder / MODEL_CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_model_config(folder: Path) -> ModelConfig:

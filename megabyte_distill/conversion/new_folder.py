@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megabyte_distill.conversion.model_config import is_run
-from megabyte_distill.training.checkpoint import fsync, fsync_tree
+from megabyte_distill.files import fsync, fsync_tree
+from megabyte_distill.run_folder import is_run
 
 _PARTIAL = ".incomplete"
 _REPLACED = ".replaced"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -50,11 +51,11 @@ class DocumentSource(Protocol):
         """Bytes ``start`` … ``stop`` of a document; None reads to its end."""
         ...
 
-    has_loss_mask: bool
-    """Whether :meth:`marked` may be asked."""
-
     def marked(self, document: int, start: int, stop: int) -> NDArray[np.bool_]:
-        """[stop − start] whether bytes are trained on; the number behind the last byte is the document's end."""
+        """[stop − start] whether bytes are trained on; the number behind the last byte is the document's end.
+
+        ValueError where nothing is marked in these data.
+        """
         ...
 
 
@@ -201,9 +202,34 @@ def split_documents(documents: int, shares: tuple[float, float, float]) -> tuple
     return range(cuts[0], cuts[1]), range(cuts[1], cuts[2]), range(cuts[2], cuts[3])
 
 
-def open_blend(
-    data_path: Sequence[str], *, tokenizer_hash: str | None = None
-) -> tuple[list[ByteTokenDataset], list[float]]:
+class Part(IntEnum):
+    """The parts that ``--split`` makes of each data set."""
+
+    TRAINING = 0
+    VALIDATION = 1
+    TEST = 2
+
+
+class Blend(NamedTuple):
+    """Data sets and their weights, which need not sum to one."""
+
+    datasets: list[ByteTokenDataset]
+    weights: list[float]
+
+    def part(self, part: Part, shares: tuple[float, float, float] | None) -> Blend:
+        """Of each set the documents of one part of a split, which may be none; of a blend that is not split, all."""
+        if shares is None:
+            return self
+        cut = [dataset.subset(split_documents(len(dataset), shares)[part]) for dataset in self.datasets]
+        return Blend(cut, self.weights)
+
+    def without_empty(self) -> Blend:
+        """Only the sets that have documents."""
+        kept = [pair for pair in zip(self.datasets, self.weights, strict=True) if len(pair[0])]
+        return Blend([dataset for dataset, _ in kept], [weight for _, weight in kept])
+
+
+def open_blend(data_path: Sequence[str], *, tokenizer_hash: str | None = None) -> Blend:
     """The data sets of ``--data-path`` and their weights; without weights, each counts by its bytes."""
     entries = parse_blend(data_path)
     if not entries:
@@ -216,4 +242,4 @@ def open_blend(
         float(max(1, dataset.manifest.bytes)) if entry.weight is None else entry.weight
         for entry, dataset in zip(entries, datasets, strict=True)
     ]
-    return datasets, weights
+    return Blend(datasets, weights)

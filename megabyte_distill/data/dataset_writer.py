@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from megabyte_distill.data.encoding import EncodedDocuments, token_dtype
-from megabyte_distill.data.formats import IndexedReader, IndexedWriter, partial_path, publish, write_and_sync
+from megabyte_distill.data.formats import IndexedReader, IndexedWriter
 from megabyte_distill.data.loss_mask import marked_count
 from megabyte_distill.data.manifest import NO_TOKENIZER, Manifest, StoredPaths
 from megabyte_distill.data.skipped import Skipped
 from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.files import partial_path, publish, write_and_sync
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

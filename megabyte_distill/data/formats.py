@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megabyte_distill.files import partial_path, publish
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES: dict[int, np.dtype[Any]] = {
@@ -45,33 +47,6 @@ _SYNC_BYTES = 32 << 20
 
 def _sync_data(descriptor: int) -> None:
     getattr(os, "fdatasync", os.fsync)(descriptor)  # not every system has the former
-
-
-PARTIAL_SUFFIX = ".partial"
-"""Appended to the name of a file that is still being written."""
-
-
-def publish(final: Path) -> None:
-    """Gives a finished ``final + PARTIAL_SUFFIX`` its final name, durably (rename, then fsync of the directory)."""
-    os.replace(partial_path(final), final)
-    directory = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def partial_path(final: Path) -> Path:
-    """Where ``final`` is written before it is complete."""
-    return final.with_name(final.name + PARTIAL_SUFFIX)
-
-
-def write_and_sync(path: Path, content: bytes) -> None:
-    """Writes a small file whole and waits until the disk has it."""
-    with open(path, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 class IndexedWriter:

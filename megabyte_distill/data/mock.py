@@ -76,7 +76,6 @@ class MockDataset:
         self.documents = range(num_documents)
         self.digest = f"mock data {vocab_size} {seed} {num_documents} {max_tokens}"
         self.table = mock_table(vocab_size)
-        self.has_loss_mask = True
         self._seed, self._max_tokens = seed, max_tokens
 
     def _document(self, document: int) -> NDArray[np.int64]:

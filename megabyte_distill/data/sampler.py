@@ -229,16 +229,10 @@ class RowStream:
     ) -> None:
         """``weights`` need not sum to one; None means equal. ValueError for empty or mismatched data sets.
 
-        ``reads_loss_mask``: rows come with what the data sets' masks mark; ValueError where one has none.
+        ``reads_loss_mask``: rows come with what the data sets' masks mark.
         """
         weights = [1.0] * len(datasets) if weights is None else list(weights)
         _check_sources(datasets, weights, row_bytes=row_bytes, chunk_bucket=chunk_bucket)
-        without = [source.name for source in datasets if reads_loss_mask and not source.has_loss_mask]
-        if without:
-            raise ValueError(
-                f"{without[0]}: no loss mask, so that answers cannot be told from prompts; preprocess dialogues with "
-                "tools/preprocess_bytes.py --chat-template"
-            )
         self.datasets = tuple(datasets)
         self._reads_loss_mask = reads_loss_mask
         self._turns = Turns(weights)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
+from megabyte_distill.files import write_whole
 
 _SCHEMA = 1
 _DAMAGE = (
@@ -153,9 +153,7 @@ class TokenBytes:
 
     def save(self, path: str | Path) -> None:
         """Writes the table as .npz; complete or absent."""
-        final = Path(path)
-        write_and_sync(partial_path(final), self.to_bytes())
-        publish(final)
+        write_whole(Path(path), self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> TokenBytes:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megabyte_distill.evaluation.bits_per_byte import Comparison, Evaluation
-from megabyte_distill.evaluation.plots import save_figure
+from megabyte_distill.evaluation.png import save_figure
 from megabyte_distill.evaluation.robustness import Section
 
 TEACHER, STUDENT = "#6b7280", "#1f6fb4"

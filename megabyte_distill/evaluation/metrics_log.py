@@ -57,6 +57,11 @@ class Series:
         xs = sorted(self.points)
         return xs, [self.points[x] for x in xs]
 
+    @property
+    def last(self) -> float:
+        """The value of the last update, of which there must be one."""
+        return self.points[max(self.points)]
+
 
 Curves = dict[str, dict[str, Series]]
 """stage → name of a figure as in the file → its curve."""

@@ -196,14 +196,14 @@ def run_table(comparisons: Mapping[str, Comparison]) -> str:
     return columns(header, rows)
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under their header, the first column to the left, the others to the right."""
-    every = [header, *rows]
-    widths = [max(len(row[place]) for row in every) for place in range(len(header))]
-    return "\n".join(
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, ruled: bool = False) -> str:
+    """Rows under their header, which may be ruled off; the first ``left`` columns to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
+            cell.ljust(width) if place < left else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        for row in every
-    )
+        for row in (header, *rows)
+    ]
+    return "\n".join([lines[0], *(["  ".join("-" * width for width in widths)] if ruled else []), *lines[1:]])

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megabyte_distill.config.stage import STAGE_ORDER
 from megabyte_distill.evaluation.metrics_log import VALIDATION, Curves, Kind, Series, kind_of
-from megabyte_distill.evaluation.plots import FAINT, INK
+from megabyte_distill.evaluation.png import FAINT, INK
 
 PICTURES: dict[str, tuple[Kind, ...]] = {
     "losses": (Kind.LOSS, Kind.LEARNING_RATE, Kind.GRADIENT),

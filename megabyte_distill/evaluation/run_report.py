@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.evaluation.marked_text import MarkedText
 from megabyte_distill.evaluation.metrics_log import VALIDATION, Curves
-from megabyte_distill.evaluation.plots import png_of
+from megabyte_distill.evaluation.png import png_of
 from megabyte_distill.evaluation.report_style import STYLE
 from megabyte_distill.evaluation.report_text import counts, escaped, page_html
 from megabyte_distill.evaluation.run_plots import PICTURES, draw
+from megabyte_distill.files import partial_path, publish, write_and_sync
 
 REPORT_FILE = "report.html"
 TITLES = {
@@ -231,7 +231,7 @@ def _stage_table(run: RunRecord) -> str:
         measures = []
         for name, series in curves.items():
             if name.startswith(VALIDATION) and series.points:
-                measures.append(f"{name.removeprefix(VALIDATION)} {series.xy()[1][-1]:.4f}")
+                measures.append(f"{name.removeprefix(VALIDATION)} {series.last:.4f}")
         rows.append(
             [
                 stage,

@@ -13,16 +13,10 @@ from torch import Tensor, nn
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
 from megabyte_distill.model.feed_forward import TEACHER_GATES
+from megabyte_distill.model.key_value_cache import KeyValueCache, NewPositions, cached_attention
 from megabyte_distill.model.normalization import TeacherRMSNorm, multiplier
-from megabyte_distill.model.packed_attention import (
-    KeyValueCache,
-    LayerReach,
-    NewPositions,
-    RotaryTable,
-    cached_attention,
-    packed_attention,
-)
-from megabyte_distill.model.rotary import packed_positions, rotate
+from megabyte_distill.model.packed_attention import packed_attention
+from megabyte_distill.model.rotary import LayerReach, RotaryTable, packed_positions, rotate
 from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 
 Attend = Callable[[Tensor, Tensor, Tensor, int, LayerReach], Tensor]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions
+from megabyte_distill.model.key_value_cache import KeyValueCache, NewPositions
 
 _SMALLEST = 64
 """Positions a store has room for at first."""

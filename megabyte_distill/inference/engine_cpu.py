@@ -21,8 +21,7 @@ from megabyte_distill.model.conv_mixer import ConvMixerBlock
 from megabyte_distill.model.feed_forward import SwiGLU
 from megabyte_distill.model.local_attention import ROPE_THETA, LocalAttentionBlock
 from megabyte_distill.model.mamba2 import Mamba2Block
-from megabyte_distill.model.packed_attention import LayerReach, RotaryTable
-from megabyte_distill.model.rotary import inverse_frequencies
+from megabyte_distill.model.rotary import LayerReach, RotaryTable, inverse_frequencies
 from megabyte_distill.model.row_state import RowState
 from megabyte_distill.model.step_layers import StepBackbone, StepLayer
 from megabyte_distill.model.student import Student

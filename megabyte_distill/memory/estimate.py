@@ -18,7 +18,7 @@ from megabyte_distill.config import Settings, StageConfig
 from megabyte_distill.config.engine import EngineConfig
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import ByteTargets
-from megabyte_distill.conversion.model_config import ModelConfig, is_run
+from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES, keep_backbone, resolved_stages
@@ -32,6 +32,7 @@ from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import built_in_stages, joined, virtual_size, virtual_stages
+from megabyte_distill.run_folder import is_run
 from megabyte_distill.runs import backbone_overrides, build_model, complete_stages, training_dtype
 from megabyte_distill.training.optimizer import TrainerModel, wrap_for_training
 from megabyte_distill.training.step import stage_link, stage_output

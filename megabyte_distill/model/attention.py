@@ -3,7 +3,8 @@
 megatron's attention hands ``packed_seq_params`` through to its core attention untouched unless the format is "thd".
 Both carriers below say "sbhd", and bring the rotations of their positions: this module rotates, since layers with
 a sliding window may turn at other frequencies than the rest, and it alone knows what a segment or a cache is. It works
-for every layer type that keeps megatron's SelfAttention. The mathematics is in ``packed_attention``.
+for every layer type that keeps megatron's SelfAttention. The mathematics is in ``packed_attention``
+and ``key_value_cache``.
 """
 
 from __future__ import annotations
@@ -17,14 +18,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig
-from megabyte_distill.model.packed_attention import (
-    KeyValueCache,
-    LayerReach,
-    NewPositions,
-    cached_attention,
-    packed_attention,
-)
-from megabyte_distill.model.rotary import rotate
+from megabyte_distill.model.key_value_cache import KeyValueCache, NewPositions, cached_attention
+from megabyte_distill.model.packed_attention import packed_attention
+from megabyte_distill.model.rotary import LayerReach, rotate
 
 
 @dataclass

@@ -26,9 +26,9 @@ from megabyte_distill.model.backbone_layers import (
 )
 from megabyte_distill.model.engine_layers import engine_parts
 from megabyte_distill.model.feed_forward import TEACHER_GATES
+from megabyte_distill.model.key_value_cache import KeyValueCache, NewPositions
 from megabyte_distill.model.normalization import multiplier
-from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions, RotaryTable
-from megabyte_distill.model.rotary import packed_positions
+from megabyte_distill.model.rotary import RotaryTable, packed_positions
 from megabyte_distill.model.step_layers import StepBackbone
 from megabyte_distill.parallel.pipeline import is_first_stage, is_last_stage, pipeline_size, virtual_size
 from megabyte_distill.parallel.vocabulary import VocabularyColumns

@@ -1,13 +1,14 @@
-"""Rotary positions: frequencies, with Llama 3's scaling, YaRN and linear, and the rotation; of no library's version."""
+"""Rotary positions: frequencies, with Llama 3's scaling, YaRN and linear, the rotation, and which layers turn how."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megabyte_distill.config.model import RopeScaling
+from megabyte_distill.config.model import BackboneConfig, RopeScaling
 from megabyte_distill.kernels.ops import accumulation_dtype
 
 
@@ -90,3 +91,48 @@ def packed_positions(cu_seqlens: Tensor, length: int) -> Tensor:
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths, output_size=length)
     return torch.arange(length, device=cu_seqlens.device) - starts
+
+
+class RotaryTable:
+    """Rotations of positions: one set for the layers that attend to everything, one for those with a window."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        # no buffers: a bf16 cast must not round them
+        self._full = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.rope_scaling_kind
+        )
+        self._sliding = inverse_frequencies(config.head_dim, config.sliding_rope_theta or config.rope_theta)
+        self._has_sliding = bool(config.sliding_layers)
+        self._magnitude = rotation_magnitude(config.rope_scaling, config.rope_scaling_kind)
+
+    @property
+    def frequencies(self) -> tuple[Tensor, Tensor, float]:
+        """(radians a position of full layers [head_dim / 2], of sliding layers, factor on the full layers' turns)."""
+        return self._full, self._sliding, self._magnitude
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(turns [2, N, head_dim] of full layers, of sliding layers), fp32; the same where no layer slides.
+
+        Layers with a window turn at unscaled frequencies, of a base of their own where the configuration has one.
+        """
+        if self._full.device != positions.device:
+            self._full, self._sliding = self._full.to(positions.device), self._sliding.to(positions.device)
+        full = turns(rotary_angles(positions, self._full), self._magnitude)
+        return full, turns(rotary_angles(positions, self._sliding)) if self._has_sliding else full
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReach:
+    """What a layer attends to."""
+
+    window: int | None
+    """Positions, its own included; None attends to everything before."""
+
+    @classmethod
+    def of(cls, config: BackboneConfig, layer: int) -> LayerReach:
+        """Of a layer counted from 0."""
+        return cls(config.sliding_window if layer in config.sliding_layers else None)
+
+    def choose(self, rotations: tuple[Tensor, Tensor]) -> Tensor:
+        """The layer's own of :class:`RotaryTable`'s two sets."""
+        return rotations[0 if self.window is None else 1]

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from megabyte_distill.alphabet import JOINT_CLASSES
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.file_lock import only_process
-from megabyte_distill.data.formats import partial_path
 from megabyte_distill.data.packing import Segment, pack_row
 from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.files import partial_path
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import exact_targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,24 +14,27 @@ import torch
 
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.config.stage import TRAINS_DECODER
-from megabyte_distill.conversion.run_folder import run_names
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
+from megabyte_distill.evaluation.boundary_picture import plot_boundaries
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page, mark_sentence
-from megabyte_distill.evaluation.plots import plot_boundaries
-from megabyte_distill.evaluation.report import MERGED_NOTE
+from megabyte_distill.evaluation.metrics_log import VALIDATION, Curves, read_metrics
+from megabyte_distill.evaluation.report import MERGED_NOTE, columns
 from megabyte_distill.evaluation.run_report import REPORT_FILE, HeldOutPage, write_report
+from megabyte_distill.files import write_whole
 from megabyte_distill.inference.generation import GenerationSettings, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 from megabyte_distill.parallel.process_groups import World, regroup
-from megabyte_distill.pretrain.prepare import Prepared, data_sets
-from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, page_source, run_record
+from megabyte_distill.pretrain.held_out_page import page_source
+from megabyte_distill.pretrain.prepare import Prepared
+from megabyte_distill.pretrain.run_data import RunData
+from megabyte_distill.pretrain.run_records import BOUNDARIES_FILE, SUMMARY_FILE, run_record
+from megabyte_distill.run_folder import run_names
 from megabyte_distill.runs import RunStudents, chunk_limit, load_run_teacher, load_students, stage_progress
 from megabyte_distill.training.checkpoint import read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE, duration, say
@@ -60,7 +64,7 @@ class StageRow:
         return (self.stage, self.title, f"{self.bytes_seen:,}", duration(self.seconds), measured, bits)
 
 
-def closing_report(settings: Settings, prepared: Prepared, world: World) -> None:
+def closing_report(settings: Settings, prepared: Prepared, data: RunData, world: World) -> None:
     """Measure, write and print the summary where all stages are complete and ``summary_bytes`` asks for one.
 
     Measuring knows no pipeline stages: the ranks are cut anew, by tensor parallelism alone. All of them load
@@ -80,11 +84,10 @@ def closing_report(settings: Settings, prepared: Prepared, world: World) -> None
     if world.data_parallel_rank != 0:
         return
     _take_the_others_cores(world)
-    summary, page = _measure(settings, prepared, students, teacher, world)
+    summary, page = _measure(settings, prepared, data, students, teacher, world)
     if world.is_main:
         path = prepared.root / SUMMARY_FILE
-        write_and_sync(partial_path(path), (json.dumps(summary, indent=1) + "\n").encode())
-        publish(path)
+        write_whole(path, (json.dumps(summary, indent=1) + "\n").encode())
         print_summary(summary, path)
         _say_report(write_run_report(prepared.root, page))
 
@@ -133,11 +136,11 @@ def _finished(root: Path) -> bool:
 
 
 def _measure(
-    settings: Settings, prepared: Prepared, students: RunStudents, teacher: Backbone, world: World
+    settings: Settings, prepared: Prepared, data: RunData, students: RunStudents, teacher: Backbone, world: World
 ) -> tuple[dict[str, Any], HeldOutPage]:
     """(what summary.json holds, a page of held-out text)."""
     root, loaded = prepared.root, students.last
-    (training, _), (held_out, _) = data_sets(settings, prepared)
+    training, held_out = (blend.datasets for blend in data.shared)
     if world.is_main:
         say(f" measuring on held-out text (up to {settings.run.summary_bytes:,} bytes) …")
     config = settings.stages.get(loaded.stage) or next(iter(settings.stages.values()))
@@ -180,27 +183,23 @@ def _samples(student: Student) -> list[str]:
     ]
 
 
-def _last_validation(root: Path) -> dict[str, dict[str, float]]:
-    """stage → the last record with a validation figure."""
-    records: dict[str, dict[str, float]] = {}
-    path = root / METRICS_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        record = json.loads(line)
-        if any(name.startswith("validation ") for name in record):
-            records[record["stage"]] = record
-    return records
+def _curves(root: Path) -> Curves:
+    try:
+        return read_metrics(root / METRICS_FILE)
+    except ValueError:  # a log interval beyond the last update records nothing
+        return {}
 
 
 def _stage_rows(root: Path) -> list[StageRow]:
-    validation = _last_validation(root)
+    curves = _curves(root)
     rows = []
     for name, stage in STAGES.items():
         progress = stage_progress(root, name)
         if progress is None:
             continue
         counters = read_loop_state(progress.checkpoint)["progress"]
-        measured = validation.get(name, {})
-        value = measured.get(f"validation {stage.measure}")
+        series = curves.get(name, {}).get(f"{VALIDATION}{stage.measure}")
+        value = None if series is None or math.isnan(series.last) else series.last
         # of answers alone it stands beside no figure of whole texts
         is_of_text = stage.measure.endswith("bits per byte") and not stage.reads_loss_mask
         rows.append(
@@ -229,16 +228,10 @@ def _summary(evaluation: Evaluation, stages: list[StageRow], samples: list[str],
     }
 
 
-def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
 def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     """The closing table, the figures and the sample, for a person."""
     header = ("stage", "what", "bytes seen", "time", "its own measure (held-out)", "bits per byte")
-    say("\n" + _table(header, summary["stages"]) + "\n")
+    say("\n" + columns(header, summary["stages"], left=len(header), ruled=True) + "\n")
     if not summary["is_bound"]:
         say("official dechunk reads p, which knows the next byte: the student's figures below are no bounds\n")
     paths = summary.get("paths") or {}

@@ -26,6 +26,7 @@ from megabyte_distill.pretrain.run_lock import only_job
 
 if TYPE_CHECKING:
     from megabyte_distill.pretrain.prepare import Prepared
+    from megabyte_distill.pretrain.run_data import RunData
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -133,7 +134,8 @@ def _prepare_example(settings: Settings, example: object, ranks: World) -> None:
 
 def _run(settings: Settings, ranks: World, example: object) -> int:
     from megabyte_distill.pretrain.closing import closing_report, print_saved_summary
-    from megabyte_distill.pretrain.prepare import check_data, prepare_run
+    from megabyte_distill.pretrain.prepare import prepare_run
+    from megabyte_distill.pretrain.run_data import RunData
 
     position = Position()
     with contextlib.ExitStack() as stack:
@@ -143,10 +145,10 @@ def _run(settings: Settings, ranks: World, example: object) -> int:
             position = stack.enter_context(_watched(root, settings, ranks))
         _prepare_example(settings, example, ranks)
         prepared = prepare_run(settings, ranks)
-        check_data(settings, prepared)
-        if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, ranks, position):
+        data = RunData(settings, prepared)
+        if not print_saved_summary(settings, prepared, ranks) and _train(settings, prepared, data, ranks, position):
             position.at(CLOSING)
-            closing_report(settings, prepared, ranks)
+            closing_report(settings, prepared, data, ranks)
     return 0
 
 
@@ -164,7 +166,7 @@ def versions(kernels: str) -> str:
     return f"megabyte-distill {__version__} | {' | '.join(parts)} | kernels: {kernels}"
 
 
-def _train(settings: Settings, prepared: Prepared, ranks: World, position: Position) -> bool:
+def _train(settings: Settings, prepared: Prepared, data: RunData, ranks: World, position: Position) -> bool:
     """Run the selected stages; True where they are all complete, False where somebody stopped them."""
     from megabyte_distill.kernels.selection import choose
     from megabyte_distill.pretrain.stage_runner import StageRunner
@@ -188,6 +190,7 @@ def _train(settings: Settings, prepared: Prepared, ranks: World, position: Posit
             runner = StageRunner(
                 settings=settings,
                 prepared=prepared,
+                data=data,
                 world=ranks,
                 writer=writer,
                 stop=stop,

@@ -2,58 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
-from megabyte_distill.config.blend import DEFAULT_SPLIT
+from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.config.fields import to_fields
 from megabyte_distill.config.model import unread_fields
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
-    TEACHER_FILE,
     ModelConfig,
-    is_run,
     read_model_config,
     write_model_config,
 )
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
-from megabyte_distill.conversion.run_folder import teacher_path
 from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
-from megabyte_distill.curriculum.stages import STAGES
-from megabyte_distill.data.chunk_merging import SAMPLE_ROW_BYTES, sample_rows
-from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
-from megabyte_distill.data.mock import MockRowStream
-from megabyte_distill.data.packing import PackedRow
-from megabyte_distill.data.sampler import RowPlan, RowStream
-from megabyte_distill.data.stored_targets import StoredTargets
 from megabyte_distill.data.token_bytes import TokenBytes
+from megabyte_distill.evaluation.run_report import REPORT_FILE
 from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
+from megabyte_distill.pretrain.run_records import SUMMARY_FILE
+from megabyte_distill.run_folder import TEACHER_FILE, is_run, teacher_path, write_teacher_path
 from megabyte_distill.runs import complete_stages, stage_progress
 from megabyte_distill.training.checkpoint import find_checkpoint
-from megabyte_distill.training.target_cache import TargetCache, teacher_hash
+from megabyte_distill.training.logging import METRICS_FILE
 
 WRITTEN_BY_RUNS = (
     *STAGE_ORDER,
     "tensorboard",
-    "metrics.jsonl",
-    "summary.json",
-    "report.html",
+    METRICS_FILE,
+    SUMMARY_FILE,
+    REPORT_FILE,
     TEACHER_FILE,
     MODEL_CONFIG_FILE,
     TOKENIZER_FOLDER,
 )
 """What ``--fresh`` removes from a run's folder, beside its plots; nothing else is touched."""
-
-WeightedSets = tuple[list[ByteTokenDataset], list[float]]
-"""Data sets of a blend and their weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,9 +157,7 @@ def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
         shutil.copytree(teacher / TOKENIZER_FOLDER, partial)
         partial.rename(root / TOKENIZER_FOLDER)
     write_model_config(root, config)
-    pointer = root / TEACHER_FILE
-    write_and_sync(partial_path(pointer), (json.dumps({"teacher": str(teacher.resolve())}) + "\n").encode())
-    publish(pointer)
+    write_teacher_path(root, teacher)
 
 
 def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None) -> tuple[Path, str]:
@@ -201,109 +184,3 @@ def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None)
             f"--load {prepared.source} is a run without a complete stage; train it first, or load a teacher"
         )
     return find_checkpoint(prepared.teacher, ckpt_step), "teacher"
-
-
-def check_data(settings: Settings, prepared: Prepared) -> None:
-    """ValueError before any training where a stage's data are not what it reads, or no text is held out to measure."""
-    shared = None if settings.data.mock_data else data_sets(settings, prepared)
-    sharing = [config for config in settings.stages.values() if not config.dialogue_data_path]
-    if shared is not None:
-        wanted = settings.run.summary_bytes > 0 or any(config.eval_iters for config in sharing)
-        _check_held_out(settings, shared, wanted=wanted)
-    for name, config in settings.stages.items():
-        own = data_sets(settings, prepared, config) if config.dialogue_data_path else None
-        if own is not None:
-            _check_held_out(settings, own, wanted=config.eval_iters > 0)
-        found = own or shared
-        if found is not None and STAGES[name].reads_loss_mask:
-            _check_loss_masks(name, [*found[0][0], *found[1][0]])
-
-
-def _check_held_out(settings: Settings, found: tuple[WeightedSets, WeightedSets], *, wanted: bool) -> None:
-    if wanted and not found[1][0]:
-        raise ValueError(
-            f"no document is held out by --split {settings.data.split or DEFAULT_SPLIT}: give --valid-data-path, a "
-            "--split with a larger second share, or --eval-iters 0 --summary-bytes 0 to train without measuring"
-        )
-
-
-def _check_loss_masks(stage: str, datasets: Sequence[ByteTokenDataset]) -> None:
-    without = [dataset.name for dataset in datasets if not dataset.has_loss_mask]
-    if without:
-        raise ValueError(
-            f"stage {stage} trains on the answers of dialogues, and {without[0]} has no loss mask that tells them from "
-            "prompts: it was preprocessed as plain text. Preprocess dialogues with tools/preprocess_bytes.py "
-            f"--chat-template chatml, and give them with --{stage}.dialogue-data-path (docs/training.md)"
-        )
-
-
-def data_sets(
-    settings: Settings, prepared: Prepared, config: StageConfig | None = None
-) -> tuple[WeightedSets, WeightedSets]:
-    """(training, held-out) data sets of the command line; a set whose share of ``--split`` is empty is left out.
-
-    ``config``: of a stage, which may have data of its own. ValueError where data and teacher do not belong together or
-    files are damaged.
-    """
-    data, tokenizer_hash = settings.data, prepared.token_bytes.hash
-    data_path = (config.dialogue_data_path if config is not None else ()) or data.data_path
-    if not data_path:
-        train = open_blend(data.train_data_path, tokenizer_hash=tokenizer_hash)
-        return train, open_blend(data.valid_data_path, tokenizer_hash=tokenizer_hash)
-    datasets, weights = open_blend(data_path, tokenizer_hash=tokenizer_hash)
-    parts: tuple[WeightedSets, WeightedSets] = ([], []), ([], [])
-    for dataset, weight in zip(datasets, weights, strict=True):
-        for (sets, kept), documents in zip(parts, split_documents(len(dataset), data.split_shares)[:2], strict=True):
-            if len(documents):
-                sets.append(dataset.subset(documents))
-                kept.append(weight)
-    return parts
-
-
-def stored_targets(
-    settings: Settings, config: StageConfig, prepared: Prepared, rows: RowStream, *, has_losses: bool
-) -> Callable[[RowPlan], StoredTargets] | None:
-    """What gives the exact targets of a stage's planned rows from ``--logits-load-dir``; None where it is not given.
-
-    ``has_losses``: this rank is at the pipeline's end; None on the others, which read no targets.
-    ValueError where the cache is incomplete, damaged, or of another teacher, tokenizer or text.
-    """
-    if config.logits_load_dir is None or not has_losses:
-        return None
-    cache = TargetCache(Path(config.logits_load_dir), verify=settings.checkpoint.verify_checkpoint)
-    teacher = teacher_hash(find_checkpoint(prepared.teacher))
-    cache.require(tokenizer_hash=prepared.token_bytes.hash, teacher=teacher, datasets=rows.datasets)
-    return lambda plan: cache.of_row(plan, rows.datasets, rows.row_bytes)
-
-
-def row_seed(seed: int, stage: str) -> int:
-    """Of the order in which a stage of a run with this seed reads its data."""
-    return seed + 1000 * (1 + STAGE_ORDER.index(stage))
-
-
-def chunk_sample(settings: Settings, prepared: Prepared) -> list[PackedRow]:
-    """Training text on which chunks are measured: the same in every stage, at any length of rows and for any seed.
-
-    The run's, also in a stage with data of its own, so that an equal length is an equal limit.
-    """
-    size: dict[str, Any] = {"row_bytes": SAMPLE_ROW_BYTES, "chunk_bucket": 1, "seed": 0}
-    if settings.data.mock_data:
-        return sample_rows(MockRowStream(prepared.model_config.backbone.vocab_size, **size))
-    (train, weights), _ = data_sets(settings, prepared)
-    return sample_rows(RowStream(train, weights, **size))
-
-
-def row_streams(
-    settings: Settings, config: StageConfig, prepared: Prepared, stage: str
-) -> tuple[RowStream, RowStream | None]:
-    """(training rows, held-out rows or None) of a stage. Each stage reads its data in another order."""
-    seed = row_seed(settings.run.seed, stage)
-    size: dict[str, Any] = {"row_bytes": config.seq_length, "chunk_bucket": config.chunk_bucket}
-    size["reads_loss_mask"] = STAGES[stage].reads_loss_mask
-    if settings.data.mock_data and not config.dialogue_data_path:
-        vocab_size = prepared.model_config.backbone.vocab_size
-        streams = (MockRowStream(vocab_size, seed=s, **size) for s in (seed, 1))
-        return next(streams), next(streams)
-    (train, weights), (held_out, held_out_weights) = data_sets(settings, prepared, config)
-    held_out_rows = RowStream(held_out, held_out_weights, seed=1, **size) if held_out else None
-    return RowStream(train, weights, seed=seed, **size), held_out_rows

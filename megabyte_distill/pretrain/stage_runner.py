@@ -24,7 +24,8 @@ from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import joined, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.pretrain.prepare import Prepared, chunk_sample, row_streams, starting_point, stored_targets
+from megabyte_distill.pretrain.prepare import Prepared, starting_point
+from megabyte_distill.pretrain.run_data import RunData, stored_targets
 from megabyte_distill.runs import (
     StageProgress,
     backbone_overrides,
@@ -53,6 +54,7 @@ class StageRunner:
 
     settings: Settings
     prepared: Prepared
+    data: RunData
     world: World
     writer: MetricWriter
     stop: StopRequest
@@ -180,7 +182,7 @@ class StageRunner:
         identity: Mapping[str, Any],
     ) -> Loop:
         settings, world = self.settings, self.world
-        train, valid = row_streams(settings, config, self.prepared, stage.name)
+        train, valid = self.data.row_streams(stage.name, config)
         has_losses = any(part.post_process for part in virtual_stages(student))
         stored = stored_targets(settings, config, self.prepared, train, has_losses=has_losses)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
@@ -224,7 +226,7 @@ class StageRunner:
         """How chunks grow in a stage: the same length is the same limit in all of them, and in a resumed run."""
         if config.target_bytes_per_chunk is None or name not in MERGES_IN:
             return None
-        schedule = ChunkSchedule(config, ChunkSizes(chunk_sample(self.settings, self.prepared)))
+        schedule = ChunkSchedule(config, ChunkSizes(self.data.chunk_sample()))
         last = schedule.limit(config.train_iters)
         reached = schedule.sizes.mean(1.0 if last is None else last)
         self._say(

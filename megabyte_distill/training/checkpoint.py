@@ -28,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megabyte_distill.files import fsync_tree, write_whole
 from megabyte_distill.parallel.pipeline import VirtualStages, name_in_part
 from megabyte_distill.parallel.watch import is_lost_contact
 from megabyte_distill.training import rng
@@ -92,30 +93,6 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> Path:
     if not (path / "metadata.json").exists():
         raise CheckpointError(f"{path} is missing or incomplete; {folder} has {there or 'no iter_* folder'}")
     return path
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def fsync(path: Path) -> None:
-    """Has the disk hold a file, or the names in a folder, before it returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Has the disk hold everything below ``folder``, names included, before it returns."""
-    for path in [*folder.rglob("*"), folder]:
-        fsync(path)
 
 
 def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
@@ -214,8 +191,8 @@ class PendingSave:
         try:
             if dist.get_rank() == 0:
                 _put_in_place(self.partial, self.final)
-                _write_atomically(self.final.parent / TRACKER, f"{int(self.final.name.removeprefix('iter_'))}\n")
-                fsync(self.final.parent)
+                iteration = int(self.final.name.removeprefix("iter_"))
+                write_whole(self.final.parent / TRACKER, f"{iteration}\n".encode())
         except OSError as caught:
             error = caught
         _barrier_with_failures(error, f"finishing {self.final}")
@@ -225,9 +202,9 @@ class PendingSave:
         """Write the metadata of the tensors, the small files, and the manifest of everything."""
         records = self.writer.complete(ranks)
         for name, text in self.texts.items():
-            _write_atomically(self.partial / name, text)
+            (self.partial / name).write_text(text, encoding="utf-8")
         records.update(records_of(path for path in self.partial.iterdir() if path.name not in records))
-        _write_atomically(self.partial / MANIFEST_FILE, manifest_text(records))
+        (self.partial / MANIFEST_FILE).write_text(manifest_text(records), encoding="utf-8")
 
     @contextmanager
     def _removed_on_failure(self) -> Iterator[None]:

@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from megabyte_distill.data.dataset import DocumentSource
-from megabyte_distill.data.formats import partial_path, publish, write_and_sync
 from megabyte_distill.data.sampler import RowPlan
 from megabyte_distill.data.stored_targets import StoredTargets
+from megabyte_distill.files import write_whole
 from megabyte_distill.training.manifest import (
     MANIFEST_FILE,
     FileRecord,
@@ -184,9 +184,8 @@ def write_shard(folder: Path, shard: Shard, document_sizes: Sequence[int], targe
         "classes": targets.classes.numpy().astype("<i2"),
         "probabilities": targets.probabilities.numpy().astype("<f2"),
     }
-    path = folder / f"{shard.name}.bin"
-    write_and_sync(partial_path(path), b"".join(arrays[name].tobytes() for name, _, _ in _sections(shard)))
-    publish(path)
+    content = b"".join(arrays[name].tobytes() for name, _, _ in _sections(shard))
+    write_whole(folder / f"{shard.name}.bin", content)
     _write_json(folder / f"{shard.name}.json", asdict(shard))
 
 
@@ -194,9 +193,7 @@ def finish(folder: Path, shards: Iterable[Shard]) -> None:
     """Writes DIR/manifest.json: from now on the cache is complete."""
     paths = [folder / f"{shard.name}{ending}" for shard in shards for ending in (".bin", ".json")]
     records = {path.name: record_of(path) for path in [folder / IDENTITY_FILE, *paths]}
-    path = folder / MANIFEST_FILE
-    write_and_sync(partial_path(path), manifest_text(records).encode())
-    publish(path)
+    write_whole(folder / MANIFEST_FILE, manifest_text(records).encode())
 
 
 class TargetCache:
@@ -325,5 +322,4 @@ class TargetCache:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    write_and_sync(partial_path(path), (json.dumps(content, indent=1) + "\n").encode())
-    publish(path)
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())

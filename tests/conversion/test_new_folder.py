@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megabyte_distill.conversion.model_config import TEACHER_FILE
 from megabyte_distill.conversion.new_folder import new_folder
+from megabyte_distill.run_folder import TEACHER_FILE
 
 
 def fill(final: Path, text: str, *, overwrite: bool = False) -> None:

@@ -12,7 +12,7 @@ import torch
 from megabyte_distill.alphabet import BOS_BYTE
 from megabyte_distill.config.blend import parse_split
 from megabyte_distill.data import tokenizers
-from megabyte_distill.data.dataset import ByteTokenDataset, open_blend, split_documents
+from megabyte_distill.data.dataset import ByteTokenDataset, Part, open_blend, split_documents
 from megabyte_distill.data.formats import IndexedReader, IndexedWriter
 from megabyte_distill.data.manifest import NO_TOKENIZER, StoredPaths
 from megabyte_distill.data.packing import PackedRow
@@ -208,9 +208,21 @@ def test_split_covers_every_document_once() -> None:
     assert split_documents(1000, parse_split("969,30,1")) == (range(0, 969), range(969, 999), range(999, 1000))
 
 
+def test_a_part_of_a_blend_keeps_places_and_weights_and_may_lose_empty_sets(store: Store) -> None:
+    blend = open_blend(["2", store(["x"] * 4, "a"), "1", store(["x"], "b")])
+    assert blend.part(Part.VALIDATION, None) is blend
+    halves = [blend.part(part, (0.5, 0.5, 0.0)) for part in Part]
+    assert [[dataset.documents for dataset in half.datasets] for half in halves] == [
+        [range(2), range(0)],
+        [range(2, 4), range(0, 1)],
+        [range(4, 4), range(1, 1)],
+    ]
+    assert halves[0].weights == [2.0, 1.0] and halves[0].without_empty() == ([halves[0].datasets[0]], [2.0])
+
+
 def test_without_weights_a_set_counts_by_its_bytes(store: Store) -> None:
     a, b = store(["x" * 10], "a"), store(["x" * 30], "b")
     datasets, weights = open_blend([a, b])
     assert weights == [10.0, 30.0] and [len(dataset) for dataset in datasets] == [1, 1]
-    assert open_blend(["2", a, "1", b])[1] == [2.0, 1.0]
+    assert open_blend(["2", a, "1", b]).weights == [2.0, 1.0]
     assert datasets[0].table is datasets[1].table, "data sets of one tokenizer share its table"

@@ -307,8 +307,9 @@ def test_plain_text_has_no_mask_and_says_so(tmp_path: Path, stem: str, byte_leve
     plain = preprocess([source], output_prefix=tmp_path / "plain", tokenizer_model=byte_level_folder).stems["text"]
     dataset = ByteTokenDataset(plain)
     assert not dataset.has_loss_mask and not list(tmp_path.glob("plain_*loss_mask*"))
-    with pytest.raises(ValueError, match=r"plain_text_document: no loss mask, .* --chat-template"):
-        RowStream([ByteTokenDataset(stem), dataset], row_bytes=64, chunk_bucket=8, seed=1, reads_loss_mask=True)
+    stream = RowStream([dataset], row_bytes=64, chunk_bucket=8, seed=1, reads_loss_mask=True)
+    with pytest.raises(ValueError, match=r"plain_text_document: no loss mask; .* --chat-template"):
+        stream.materialize(stream.next_rows(1)[0])
     manifest = StoredPaths(plain).manifest
     content = json.loads(manifest.read_text())
     older = {name: value for name, value in content.items() if name not in ("loss_mask", "marked")}

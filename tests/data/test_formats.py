@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabyte_distill.data import formats
-from megabyte_distill.data.formats import PARTIAL_SUFFIX, IndexedReader, IndexedWriter
+from megabyte_distill.data.formats import IndexedReader, IndexedWriter
+from megabyte_distill.files import PARTIAL_SUFFIX
 
 DTYPES = (np.uint8, np.uint16, np.int32)
 

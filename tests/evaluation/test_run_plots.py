@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from megabyte_distill.evaluation.metrics_log import Curves, Kind, Series, read_metrics
-from megabyte_distill.evaluation.plots import png_of
+from megabyte_distill.evaluation.png import png_of
 from megabyte_distill.evaluation.run_plots import PICTURES, draw
 from tests.evaluation.test_metrics_log import write
 

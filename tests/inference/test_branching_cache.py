@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.inference.branching_cache import BranchingCache
-from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions
+from megabyte_distill.model.key_value_cache import KeyValueCache, NewPositions
 
 LAYERS = (1, 2)
 

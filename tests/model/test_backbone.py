@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megabyte_distill.conversion.llama import LLAMA
 from megabyte_distill.model.backbone import Backbone
+from megabyte_distill.model.key_value_cache import KeyValueCache, NewPositions
 from megabyte_distill.model.normalization import TeacherRMSNorm
-from megabyte_distill.model.packed_attention import KeyValueCache, NewPositions
 from tests.tiny_student import BACKBONE, FAMILIES, VOCAB_SIZE, assert_same, gradients, tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("world")

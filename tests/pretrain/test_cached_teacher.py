@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megabyte_distill.data.dataset import ByteTokenDataset
-from megabyte_distill.data.formats import partial_path
+from megabyte_distill.files import partial_path
 from megabyte_distill.training import target_cache
 from megabyte_distill.training.target_cache import IDENTITY_FILE, TargetCache
 from tests.data.preprocessing import preprocess

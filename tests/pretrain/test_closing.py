@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_summary_holds_every_promised_figure(closed: Path) -> None:
     assert summary["bytes_per_stage"] == dict.fromkeys(("1a", "1b", "1c", "2a", "2b"), 4 * 2 * 256)
     assert summary["paths"]["paths"] == 4
     assert summary["unigram_bits_per_byte"] > 0
+
+
+def test_the_table_takes_the_last_held_out_figure_that_is_whole(closed: Path, tmp_path: Path) -> None:
+    name = "validation joint bits per byte"
+    lines = [{"stage": "2b", "iteration": at, name: value} for at, value in ((2, 2.0), (4, 1.5), (3, 1.25))]
+    run = Path(shutil.copytree(closed, tmp_path / "run"))
+    resumed = "\n".join([*map(json.dumps, lines), '{"stage": "2b", "iteration": 4, "vali'])
+    (run / "metrics.jsonl").write_text(resumed)
+    assert [(row.stage, row.value) for row in closing._stage_rows(run)][-2:] == [("2a", None), ("2b", 1.25)]
 
 
 def test_plots_are_images(closed: Path) -> None:

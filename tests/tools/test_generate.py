@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 
 from megabyte_distill.config.stage import STAGE_ORDER
-from megabyte_distill.conversion.run_folder import teacher_path
 from megabyte_distill.hf.exported_folder import load_exported
 from megabyte_distill.inference.generation import (
     Generated,
@@ -32,6 +31,7 @@ from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.inference.teacher_generation import TeacherGeneration
 from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.parallel.process_groups import world
+from megabyte_distill.run_folder import teacher_path
 from megabyte_distill.runs import load_run_teacher, load_student
 from tools.convert_checkpoint import main as convert
 from tools.generate import Screen, build_parser, main, settings_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megabyte_distill import __version__
-from megabyte_distill.pretrain import run_records
+from megabyte_distill.pretrain import held_out_page
 from tests.evaluation.test_run_report import assert_self_contained
 from tools.plot_run import main
 
@@ -75,10 +75,10 @@ def test_a_page_of_data_that_moved_says_so_or_takes_other_text(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy_of(finished, tmp_path / "run", "1a", "1c")
-    settings = run_records.read_run_config(run / "1c" / "iter_0000004")
+    settings = held_out_page.read_run_config(run / "1c" / "iter_0000004")
     [stem] = settings.data.valid_data_path
     moved = replace(settings, data=replace(settings.data, valid_data_path=("/gone/held_text_document",)))
-    monkeypatch.setattr(run_records, "read_run_config", lambda path: moved)
+    monkeypatch.setattr(held_out_page, "read_run_config", lambda path: moved)
     assert main([str(run)]) == 0
     assert "/gone/held_text_document is not there; --data-path" in capsys.readouterr().err
     assert main([str(run), "--data-path", stem, "--text-bytes", "50"]) == 0
@@ -90,7 +90,7 @@ def test_relative_data_is_looked_for_where_training_was_started(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy_of(finished, tmp_path / "run", "1a", "1c")
-    settings = run_records.read_run_config(run / "1c" / "iter_0000004")
+    settings = held_out_page.read_run_config(run / "1c" / "iter_0000004")
     stem = Path(settings.data.valid_data_path[0])
     for path in stem.parent.glob(f"{stem.name.removesuffix('_document')}_*"):
         shutil.copy(path, tmp_path)
@@ -99,7 +99,7 @@ def test_relative_data_is_looked_for_where_training_was_started(
         data=replace(settings.data, valid_data_path=("0.5", f"./{stem.name}")),
         checkpoint=replace(settings.checkpoint, save="./run"),
     )
-    monkeypatch.setattr(run_records, "read_run_config", lambda path: moved)
+    monkeypatch.setattr(held_out_page, "read_run_config", lambda path: moved)
     assert main([str(run), "--text-bytes", "50"]) == 0
     assert f"the beginning of {tmp_path / stem.name}" in assert_self_contained(run / "report.html").text
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megabyte_distill.alphabet import BOS_BYTE
+from megabyte_distill.evaluation.boundary_picture import characters, plot_boundaries
 from megabyte_distill.evaluation.marked_text import MarkedText, mark_page, mark_sentence, sentence
-from megabyte_distill.evaluation.plots import characters, plot_boundaries
 from tests.tiny_student import padded_row, random_rows, tiny_student
 
 PNG = b"\x89PNG"

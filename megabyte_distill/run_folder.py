@@ -1,4 +1,4 @@
-"""Whether folders are runs, before anything of them is loaded."""
+"""What folders of runs say before anything of them is loaded; it needs neither torch nor megatron."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megabyte_distill.config.stage import STAGE_ORDER
-from megabyte_distill.conversion.model_config import TEACHER_FILE, is_run
+from megabyte_distill.files import write_whole
+
+TEACHER_FILE = "teacher.json"
+"""At a run's root: names the teacher."""
+
+
+def is_run(folder: Path) -> bool:
+    """True for the root of a run (not for a converted teacher)."""
+    return (folder / TEACHER_FILE).exists()
 
 
 def require_run(root: Path) -> None:
@@ -52,6 +60,11 @@ def split_stage(folder: Path) -> tuple[Path, str | None]:
     resolved = folder.resolve()
     is_stage = resolved.name in STAGE_ORDER and is_run(resolved.parent)
     return (resolved.parent, resolved.name) if is_stage else (folder, None)
+
+
+def write_teacher_path(root: Path, teacher: Path) -> None:
+    """Makes an existing folder a run that was distilled from the teacher."""
+    write_whole(root / TEACHER_FILE, (json.dumps({"teacher": str(teacher.resolve())}) + "\n").encode())
 
 
 def teacher_path(root: Path) -> Path:

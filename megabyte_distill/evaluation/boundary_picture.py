@@ -1,21 +1,18 @@
-"""A picture of a sentence with its learned boundaries, and how figures become PNG files."""
+"""A picture of a sentence with its learned boundaries."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from megabyte_distill.evaluation.marked_text import MarkedText, split_characters
+from megabyte_distill.evaluation.png import FAINT, INK, save_figure
 
-INK, FAINT = "#22262b", "#b9bec6"
 _HIT, _MISSED, _EXTRA = "#2f7d5b", "#e08a1e", "#c0392b"
 BYTES_OF_A_LINE = 64
 """Bytes of a sentence in one strip."""
@@ -83,19 +80,3 @@ def characters(text: bytes) -> list[tuple[int, int, str]]:
         (start, stop, f"{text[start]:02X}" if character is None else shown.get(character, character))
         for start, stop, character in split_characters(text)
     ]
-
-
-def png_of(figure: Figure) -> bytes:
-    """The figure as the content of a PNG file."""
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        # scripts the font lacks are drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        FigureCanvasAgg(figure).print_figure(content, format="png")
-    return content.getvalue()
-
-
-def save_figure(figure: Figure, target: Path) -> None:
-    """Writes a PNG; the folder is made where it is missing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(png_of(figure))
