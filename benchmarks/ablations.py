@@ -166,7 +166,9 @@ def table(found: Mapping[str, Mapping[str, Any]], spread: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print progress, the table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="two short updates a stage")
     parser.add_argument("--only", metavar="WORD", help="arms whose group or name holds it, and the base")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of one thread ({WORKERS})")

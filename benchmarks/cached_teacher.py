@@ -95,7 +95,9 @@ def divergence(root: Path, dataset: ByteTokenDataset, cache: Path, rows: int) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a line a stage and cache, and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="few documents and updates")
     arguments = parser.parse_args(argv)
     documents, updates, sizes = (2, 3, (32,)) if arguments.quick else (40, 30, (512, 32, 8))

@@ -21,7 +21,9 @@ TENSOR_MEGABYTES = 16
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--megabytes", type=int, default=1024, help="size of the weights (1024)")
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder if not given")
     parser.add_argument("--repeats", type=int, default=3, help="of which the fastest counts (3)")

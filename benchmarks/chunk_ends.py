@@ -85,7 +85,9 @@ def measure(size: int, length: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--bytes", type=int, default=600_000, help="text, the second half of which is scored (600000)")
     parser.add_argument("--length", type=int, default=6, help="bytes that the other rule counts to (6)")
     arguments = parser.parse_args()

@@ -103,7 +103,9 @@ def verdict(student: list[float], other: list[float]) -> dict[str, float | bool]
 
 
 def compare() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the 3.1 MB of training bytes (default 1)")
     parser.add_argument("--seeds", default="1,2,3", help="default 1,2,3")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/controls"))

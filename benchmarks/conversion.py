@@ -132,7 +132,9 @@ def measure(root: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--folder", type=Path, help="where the temporary files lie (default: the system's)")
     parser.add_argument("--write", nargs=3, metavar=("DIR", "WIDTHS", "LAYERS"), help=argparse.SUPPRESS)

@@ -448,7 +448,9 @@ def plot(result: Mapping[str, Any], target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print progress, the tables and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--short", action="store_true", help="one seed, shorter runs: about five minutes")
     size.add_argument("--quick", action="store_true", help="few updates: under a minute")

@@ -277,7 +277,9 @@ def on_this_cpu(vocab_size: int, seq_length: int, updates: int) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print both tables and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="one published model, short rows, few updates")
     parser.add_argument("--matmul-rate", type=float, default=MATMUL_RATE, help="FLOP/s of the card (7.6e14)")
     parser.add_argument("--copy-rate", type=float, default=COPY_RATE, help="bytes/s of the card (4.27e12)")

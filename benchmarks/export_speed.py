@@ -21,7 +21,9 @@ PROMPTS = ("It was a", "There is no doubt that ", "She looked at him, and", "On 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="an exported student")
     parser.add_argument("--bytes", type=int, default=128, help="new bytes of each row (128)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the fastest counts (3)")

@@ -137,7 +137,9 @@ class Following(Engine):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--load", type=Path, metavar="RUN", help="a trained run, for what only a real model shows")
     parser.add_argument("--quick", action="store_true", help="short: under a minute")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")

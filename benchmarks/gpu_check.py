@@ -324,7 +324,9 @@ SECTIONS: dict[str, Callable[[torch.device, Check], dict[str, Any]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections asked for; 0 where all of them ran and nothing was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas (all)")
     parser.add_argument("--minutes", type=float, default=6.0, help="time for everything together (6)")
     parser.add_argument("--operators", default="", help="F1,F4: only those whose names begin so (all)")

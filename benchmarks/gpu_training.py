@@ -55,7 +55,9 @@ TINY = BackboneConfig(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--preset", default="olmo2-1b", help="a published model (olmo2-1b)")
     add("--stages", default="1b,2a,2b", help="stages, separated by commas (1b,2a,2b)")

@@ -212,7 +212,9 @@ def line(name: str, found: dict[str, float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--only", default="", help="beginnings of names, separated by commas (all)")
     parser.add_argument("--rows", type=int, default=16_384, help="bytes of text (16384)")
     parser.add_argument("--byte-width", type=int, default=1024, help="D (1024)")

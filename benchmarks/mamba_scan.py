@@ -53,7 +53,9 @@ def measure(run: Callable[[], object], device: torch.device) -> dict[str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--bytes", type=int, default=32_768, help="of the packed row (32768)")
     parser.add_argument("--heads", type=int, default=48, help="twice the byte width over 64 (48: OLMo-2-1B's)")
     parser.add_argument("--features", type=int, default=64, help="of a head (64)")

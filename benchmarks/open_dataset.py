@@ -144,7 +144,9 @@ def measure_in_fresh_process(stem: str) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--documents", type=int, default=None, help=f"documents of the large set (default {DOCUMENTS})")
     add("--quick", action="store_true", help=f"{QUICK_DOCUMENTS} documents instead")

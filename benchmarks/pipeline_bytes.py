@@ -111,7 +111,9 @@ def line(entry: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="one model, rows of 1024 bytes")
     arguments, others = parser.parse_known_args(argv)
     warnings.simplefilter("ignore")  # of megatron and torch among themselves

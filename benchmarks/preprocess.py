@@ -294,7 +294,9 @@ def bytes_only(source: Path, texts: list[str], folder: Path, workers: int, repea
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--bpe", type=Path, help="folder of a byte-level BPE tokenizer.json")
     parser.add_argument("--sentencepiece", type=Path, help="folder of a tokenizer.json of SentencePiece's family")
     parser.add_argument("--input", nargs="+", help="jsonl files or globs with the key text")

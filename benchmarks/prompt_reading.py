@@ -74,7 +74,9 @@ def measure(student: Student, length: int, count: int, is_trained: bool) -> dict
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--load", type=Path, metavar="DIR", help="a run or an export (default: random weights)")
     parser.add_argument("--quick", action="store_true", help="one shape, shorter prompts")
     parser.add_argument("--texts", type=int, default=4, help="prompts of each length (4)")

@@ -275,7 +275,9 @@ def release() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, but for training's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--hf-model", type=Path, metavar="DIR", help="Hugging Face folder of the teacher (the embedded one)")
     add("--train", type=Path, nargs="+", metavar="FILE", help="training text (the embedded one), with --held-out")

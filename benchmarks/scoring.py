@@ -147,7 +147,9 @@ def measure(case: Case) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="one shape, short texts")
     parser.add_argument("--texts", type=int, default=8, help="texts that run side by side (8)")
     arguments = parser.parse_args(argv)

@@ -40,11 +40,32 @@ class ToolParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(epilog=EXIT_CODES, **settings)
+        super().__init__(epilog=EXIT_CODES, allow_abbrev=False, **settings)
         self.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; ``missing`` of the namespace says which required flags are, instead of an end of the tool."""
+        actions = [action for action in self._actions if action.required]
+        groups = [group for group in self._mutually_exclusive_groups if group.required]
+        demanded: list[argparse.Action | argparse._MutuallyExclusiveGroup] = [*actions, *groups]
+        for one in demanded:
+            one.required = False
+        try:
+            namespace, unknown = super().parse_known_args(args, namespace)
+        finally:
+            for one in demanded:
+                one.required = True
+        alternatives = [*([action] for action in actions), *(group._group_actions for group in groups)]
+        missing = [
+            " or ".join(map(_shown, group))
+            for group in alternatives
+            if all(getattr(namespace, action.dest) is action.default for action in group)
+        ]
+        namespace.missing = [*getattr(namespace, "missing", ()), *missing]  # a command's own are there
+        return namespace, unknown
+
     def error(self, message: str) -> NoReturn:
-        """Ends the tool; for what cannot be told together with the rest, as a flag that is missing."""
+        """Ends the tool; for what cannot be told together with the rest, as a flag without its value."""
         self.exit(EXIT_ERROR, f"error: {message}; --help lists the flags\n")
 
 
@@ -125,8 +146,8 @@ def problems_of(flag: str, judge: Callable[[], object]) -> list[str]:
 
 
 def typed(arguments: argparse.Namespace, flags: Iterable[str], problem: str) -> list[str]:
-    """``problem`` of each of these flags that was typed, whatever its value; "{flag}" in it is the flag."""
-    return [problem.format(flag=flag) for flag in flags if _name(flag) in arguments.typed]
+    """``problem`` of each of these flags that has another value than its default; "{flag}" in it is the flag."""
+    return [problem.format(flag=flag) for flag in flags if flag.removeprefix("--").replace("-", "_") in arguments.typed]
 
 
 def run_tool(
@@ -134,8 +155,8 @@ def run_tool(
 ) -> int:
     """Parse the command line, run, and return the exit code; ValueError and OSError are the user's to mend.
 
-    ``check`` tells, before ``run``, what is wrong with flags that were read one by one. Where one could not be read it
-    sees the default. ``arguments.typed`` has the names of the flags that were given.
+    ``check`` tells, before ``run``, what is wrong with flags that were read one by one. Where one could not be read, or
+    is required and missing, it sees the default. ``arguments.typed`` has the names of those that differ from theirs.
     """
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of megatron and torch among themselves
         warnings.filterwarnings("ignore", category=category)
@@ -159,20 +180,21 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
     """(what the flags say, defaults in place of what they must not; what is wrong with them)."""
     arguments, unknown = parser.parse_known_args(argv)
     problems = [f"{' '.join(unknown)}: no flag, and no flag takes it; --help lists them"] if unknown else []
+    problems += [f"{flag}: missing, and required; --help says what it is" for flag in arguments.missing]
+    del arguments.missing
     for name, value in list(vars(arguments).items()):
         values = value if isinstance(value, list) else [value]
         refused = [one.problem for one in values if isinstance(one, _Refused)]
         problems += [f"--{name.replace('_', '-')}: {problem}" for problem in refused]
         if refused:
             setattr(arguments, name, parser.get_default(name))
-    unset: list[object] = []  # what "append" can copy
-    again = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(vars(arguments), unset)))[0]
-    arguments.typed = {name for name, value in vars(again).items() if value is not unset}
+    arguments.typed = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
     return arguments, problems
 
 
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
+def _shown(action: argparse.Action) -> str:
+    """A flag's name, or what stands for a positional argument."""
+    return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
 
 
 def _say_errors(problems: Iterable[str]) -> int:

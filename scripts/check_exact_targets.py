@@ -28,7 +28,9 @@ from megabyte_distill.tool import run_tool
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--tokenizer", nargs="+", default=[], metavar="DIR_OR_FILE", help="folders or files of teachers' tokenizers")
     add("--load", type=Path, metavar="CKPT", help="a converted teacher")

@@ -27,7 +27,9 @@ _MAX_LOGIT_DIFFERENCE = 1e-4
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
     add("--prompt", default="The capital of France is", help="what is continued (The capital of France is)")

@@ -27,7 +27,9 @@ _SECONDS_BETWEEN_LINES = 10
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--tokenizer", nargs="+", required=True, metavar="DIR_OR_FILE", help="folders or files of teachers' tokenizers")
     add("--input", nargs="+", required=True, metavar="FILE", help="text, as tools/preprocess_bytes.py takes it")

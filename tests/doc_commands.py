@@ -15,7 +15,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megabyte_distill.config import ConfigError, parse_arguments
+from megabyte_distill.tool import ToolParser
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = {
@@ -193,7 +194,7 @@ def _check_pip(words: Sequence[str]) -> None:
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert words[0] == "install", f"pip {words[0]}"
-    flags = argparse.ArgumentParser()
+    flags = argparse.ArgumentParser(allow_abbrev=False)
     flags.add_argument("-c")
     flags.add_argument("wanted", nargs="+")
     for word in flags.parse_args(words[1:]).wanted:
@@ -266,6 +267,7 @@ class _Read(Exception):
 
 def _refused(namespace: argparse.Namespace) -> Iterator[str]:
     """Of the tools' flags, which keep what is wrong with their values; a file that the reader brings may be missing."""
+    yield from getattr(namespace, "missing", ())
     for name, value in vars(namespace).items():
         for one in value if isinstance(value, list) else [value]:
             problem = getattr(one, "problem", None)
@@ -315,17 +317,21 @@ def _check_memory(words: Sequence[str]) -> None:
 
 
 def _stop_behind_parsing(patch: pytest.MonkeyPatch) -> None:
-    original, depth = argparse.ArgumentParser.parse_known_args, 0
+    depth = 0
 
-    def parse(self: argparse.ArgumentParser, *positional: object, **named: object) -> object:
-        nonlocal depth
-        depth += 1
-        try:
-            namespace, left = original(self, *positional, **named)  # type: ignore[call-overload]
-        finally:
-            depth -= 1
-        if depth:  # of a command below
-            return namespace, left
-        raise _Read(namespace, left)
+    def stopping(original: Callable[..., tuple[argparse.Namespace, list[str]]]) -> Callable[..., object]:
+        def parse(self: argparse.ArgumentParser, *positional: object, **named: object) -> object:
+            nonlocal depth
+            depth += 1
+            try:
+                namespace, left = original(self, *positional, **named)
+            finally:
+                depth -= 1
+            if depth:  # of a command below
+                return namespace, left
+            raise _Read(namespace, left)
 
-    patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        return parse
+
+    for parser in (argparse.ArgumentParser, ToolParser):
+        patch.setattr(parser, "parse_known_args", stopping(parser.parse_known_args))

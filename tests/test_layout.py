@@ -202,6 +202,17 @@ def test_optional_packages_are_imported_in_one_file() -> None:
     assert not offenders, offenders
 
 
+def test_no_program_takes_half_a_flag() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in [*all_python_files(), *(ROOT / "scripts").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser")
+        if not any(keyword.arg == "allow_abbrev" for keyword in node.keywords)
+    ]
+    assert not offenders, offenders
+
+
 def test_nothing_is_unpickled() -> None:
     offenders = [
         f"{path.relative_to(ROOT)}:{line}"

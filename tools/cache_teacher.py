@@ -27,7 +27,7 @@ def build_parser() -> ToolParser:
     parser = ToolParser(description=__doc__)
     source = parser.add_argument_group("teacher and text").add_argument
     source("--load", type=judged(folder_to_read), required=True, metavar="CKPT", help="folder of the converted teacher")
-    source("--data-path", nargs="+", required=True, metavar="STEM",
+    source("--data-path", nargs="+", required=True, default=[], metavar="STEM",
         help="data sets, PREFIX_KEY_document; weights are read over")  # fmt: skip
     source("--split", type=judged(parse_split), metavar="T,V,S",
         help="only the training share T of each set, as training cuts it (default: all)")  # fmt: skip

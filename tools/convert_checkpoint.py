@@ -95,12 +95,13 @@ def check(arguments: argparse.Namespace) -> Iterable[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield "conversion runs in one process: start it with python, not torchrun; its result loads anywhere"
     command = arguments.command
-    if command != "export":
-        yield from problems_of("--hf-model", lambda: HfConfig.read(arguments.hf_model))
-    if command == "compare" or (command == "export" and arguments.teacher):
-        yield from problems_of("--megatron-path", lambda: folder_to_read(arguments.megatron_path))
-    elif command == "export":
-        yield from problems_of("--megatron-path", lambda: require_run(split_stage(arguments.megatron_path)[0]))
+    hf_model, stored = getattr(arguments, "hf_model", None), getattr(arguments, "megatron_path", None)
+    if hf_model is not None:
+        yield from problems_of("--hf-model", lambda: HfConfig.read(hf_model))
+    if stored is not None and (command == "compare" or (command == "export" and arguments.teacher)):
+        yield from problems_of("--megatron-path", lambda: folder_to_read(stored))
+    elif stored is not None and command == "export":
+        yield from problems_of("--megatron-path", lambda: require_run(split_stage(stored)[0]))
     if command == "export" and arguments.teacher:
         for flag, value in (("--paths", arguments.paths), ("--boundary-threshold", arguments.boundary_threshold)):
             if value is not None:

@@ -54,7 +54,7 @@ def build_parser() -> ToolParser:
     """The command line."""
     parser = ToolParser(description=__doc__)
     source = parser.add_argument_group("models and text").add_argument
-    source("--load", type=Path, nargs="+", required=True, metavar="RUN",
+    source("--load", type=Path, nargs="+", required=True, default=[], metavar="RUN",
         help="training runs; several stand side by side")  # fmt: skip
     source(
         "--stage",
@@ -63,7 +63,7 @@ def build_parser() -> ToolParser:
     )
     source("--teacher", type=judged(folder_to_read), metavar="CKPT",
         help="the teacher's checkpoint, where it moved (default: as the run recorded it)")  # fmt: skip
-    source("--data-path", nargs="+", required=True, metavar="[NAME=]STEM",
+    source("--data-path", nargs="+", required=True, default=[], metavar="[NAME=]STEM",
         help="held-out data sets, PREFIX_KEY_document; each is a row of the table")  # fmt: skip
     source("--split", type=judged(parse_split), metavar="T,V,S",
         help="score only the validation share V of each set, as held out by training (default: all)")  # fmt: skip
@@ -137,10 +137,10 @@ def check(arguments: argparse.Namespace) -> Iterable[str]:
     if not arguments.paths and is_robustness:
         yield "--paths: got 0, expected at least 1; --suite robustness reads along paths"
     elif not arguments.paths:
-        without = "{flag}: --paths 0 leaves out what it is for; give paths, or leave {flag} out"
+        without = "{flag}: is for the figures by --paths, which --paths 0 leaves out; leave out one of the two"
         yield from typed(arguments, ["--path-bytes", "--tokenizations"], without)
     if not arguments.resamples:
-        without = "{flag}: --resamples 0 makes no intervals; give resamples, or leave {flag} out"
+        without = "{flag}: is for the intervals, which --resamples 0 leaves out; leave out one of the two"
         yield from typed(arguments, ["--confidence"], without)
 
 

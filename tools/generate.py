@@ -158,8 +158,9 @@ def _stop_text(text: str) -> bytes:
 
 def check(arguments: argparse.Namespace) -> Iterable[str]:
     """What is wrong with the flags together, with the folder and with the prompts."""
-    folder = problems_of("--load", lambda: require_student(arguments.load))
-    yield from folder or problems_of("--stage", lambda: require_stage_of(arguments.load, arguments.stage))
+    if arguments.load is not None:
+        folder = problems_of("--load", lambda: require_student(arguments.load))
+        yield from folder or problems_of("--stage", lambda: require_stage_of(arguments.load, arguments.stage))
     if arguments.prompt:
         yield from problems_of("--prompt", lambda: prompts_of(arguments))
     is_official, sums_bits = arguments.scoring == "official", arguments.generation == "bytes"

@@ -27,7 +27,7 @@ def build_parser() -> ToolParser:
     """The command line."""
     parser = ToolParser(description=__doc__)
     report = parser.add_argument_group("runs and report")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of training runs")
+    report.add_argument("runs", type=Path, nargs="+", default=[], metavar="RUN", help="folders of training runs")
     report.add_argument("--output", type=judged(folder_to_write), metavar="DIR",
         help="for report.html and PNG files (the run's folder; of several comparison/ beside the first)")  # fmt: skip
     page = parser.add_argument_group("page of held-out text", "needs the student's weights, unlike the rest")
@@ -44,16 +44,11 @@ def check(arguments: argparse.Namespace) -> Iterable[str]:
     folders = [problem for root in arguments.runs for problem in problems_of("RUN", partial(require_run, root))]
     yield from folders or problems_of("RUN", partial(run_names, arguments.runs))
     yield from set_problems(arguments.data_path)
-    if arguments.no_model:
-        yield from typed(
-            arguments,
-            ["--text-bytes", "--data-path"],
-            "{flag}: --no-model leaves the page out; leave out one of the two",
-        )
-    elif not arguments.text_bytes:
-        yield from typed(
-            arguments, ["--data-path"], "{flag}: --text-bytes 0 leaves the page out; leave out one of the two"
-        )
+    without = "{flag}: %s leaves the page out; leave out one of the two"
+    if arguments.text_bytes == 0:
+        yield from typed(arguments, ["--data-path"], without % "--text-bytes 0")
+    elif arguments.no_model:
+        yield from typed(arguments, ["--text-bytes", "--data-path"], without % "--no-model")
 
 
 def run(arguments: argparse.Namespace) -> None:

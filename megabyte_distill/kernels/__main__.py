@@ -16,10 +16,10 @@ from megabyte_distill.kernels import build
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 1 where something could not be built."""
-    parser = argparse.ArgumentParser(prog="python -m megabyte_distill.kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m megabyte_distill.kernels", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
     commands = parser.add_subparsers(dest="command")
-    building = commands.add_parser("build", help="compile the kernels")
+    building = commands.add_parser("build", help="compile the kernels", allow_abbrev=False)
     building.add_argument("target", nargs="?", choices=("cuda", "cpu", "step"), default="cuda")
     building.add_argument("--if-missing", action="store_true", help="not where the library of these sources is there")
     building.add_argument("--arch", nargs="+", default=(), metavar="sm_90a", help="only these (default: all known)")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megabyte_distill import __version__
+from megabyte_distill.tool import run_tool
 from tests.pretrain.job import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,14 +107,17 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
             [*GENERATE, "--generation", "bytes", "--boundary-threshold", "0.5"],
             "--boundary-threshold: decides bits, and",
         ),
-        ([*GENERATE, "--scoring", "official", "--paths", "4"], "--paths: --scoring official reads along one path"),
-        ([*GENERATE, "--stream", "--batch-size", "8"], "--batch-size: --stream and --interactive run one prompt at a"),
+        ([*GENERATE, "--scoring", "official", "--paths", "5"], "--paths: --scoring official reads along one path"),
+        ([*GENERATE, "--stream", "--batch-size", "9"], "--batch-size: --stream and --interactive run one prompt at a"),
         (
             [*GENERATE, "--stream", "--show-boundaries", "--generation", "bytes"],
             "--stream: with --generation bytes --show-boundaries knows the bits at the end",
         ),
         ([*GENERATE, "--frob", "3"], "--frob 3: no flag, and no flag takes it; --help lists them"),
-        (GENERATE[:3], "one of the arguments --prompt --prompt-file --interactive is required; --help lists the flags"),
+        ([*GENERATE, "--temp", "0"], "--temp 0: no flag, and no flag takes it; --help lists them"),
+        (GENERATE[:3], "--prompt or --prompt-file or --interactive: missing, and required; --help says what it is"),
+        (["plot_run"], "RUN: missing, and required"),
+        (["convert_checkpoint"], "{{import,export,compare,roundtrip}}: missing, and required"),
         (
             [*EVALUATE, "--boundary-threshold", "0"],
             "--boundary-threshold: got 0, expected a number above 0 and below 1",
@@ -137,8 +141,14 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
             [*EVALUATE, "--suite", "robustness", "--max-bytes", "100"],
             "--max-bytes: only --suite heldout reads it; give that, or leave --max-bytes out",
         ),
-        ([*EVALUATE, "--paths", "0", "--path-bytes", "9"], "--path-bytes: --paths 0 leaves out what it is for"),
-        ([*EVALUATE, "--resamples", "0", "--confidence", "0.9"], "--confidence: --resamples 0 makes no intervals"),
+        (
+            [*EVALUATE, "--paths", "0", "--path-bytes", "9"],
+            "--path-bytes: is for the figures by --paths, which --paths 0",
+        ),
+        (
+            [*EVALUATE, "--resamples", "0", "--confidence", "0.9"],
+            "--confidence: is for the intervals, which --resamples 0",
+        ),
         ([*EVALUATE, "--stage", "2b"], "--stage: {run} has no stage 2b"),
         ([*EVALUATE, "--load", "{run}/2a"], "--load: {run}/2a is a stage of a run; give the run's own folder, {run}"),
         ([*EVALUATE, "--load", "{run}", "{run}"], "--load: got {run} {run}, expected each run once"),
@@ -202,8 +212,42 @@ def test_all_mistakes_are_told_together(places: dict[str, str], capsys: pytest.C
             [*EVALUATE, "--data-path", "{tmp}/a_document", "{tmp}/b_document", "--paths", "x", "--suite-samples", "2"],
             ("--paths", "--data-path", "--data-path", "--suite-samples"),
         ),
+        (
+            ["generate", "--top-p", "2", "--scoring", "official", "--paths", "5"],
+            ("--load", "--prompt or --prompt-file or --interactive", "--top-p", "--paths"),
+        ),
+        (["evaluate", "--paths", "x", "--suite-texts", "3"], ("--load", "--data-path", "--paths", "--suite-texts")),
+        (
+            ["cache_teacher", "--split", "x", "--load", "{tmp}/no"],
+            ("--data-path", "--logits-save-dir", "--load", "--split"),
+        ),
+        (["plot_run", "--text-bytes", "0", "--data-path", "no"], ("RUN", "--data-path", "--data-path")),
+        (
+            ["convert_checkpoint", "export", "--teacher", "--paths", "0", "--boundary-threshold", "0.3"],
+            ("--megatron-path", "--hf-path", "--paths", "--boundary-threshold"),
+        ),
+        (["convert_checkpoint", "compare", "--hf-model", "{tmp}/no"], ("--megatron-path", "--hf-model")),
+        (["preprocess_bytes", "--workers", "0"], ("--input", "--output-prefix", "--workers")),
+        (["preprocess_bytes", "inspect", "--document", "x"], ("output", "--document")),
+        (["train_teacher", "--lr", "0"], ("--input", "--valid-input", "--work-dir", "--hf-path", "--lr")),
     ):
         assert [line.split(":")[0] for line in refused(words, places, capsys)] == list(flags)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*GENERATE, "--scoring", "official", "--paths", "4"],
+        [*EVALUATE, "--paths", "0", "--tokenizations", "0", "--suite-texts", "12"],
+        [*EVALUATE, "--suite", "robustness", "--seq-length", "2048", "--resamples", "0", "--confidence", "0.95"],
+        ["plot_run", "{run}", "--no-model", "--text-bytes", "0"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_flag_that_says_its_default_is_never_in_the_way(words: list[str], places: dict[str, str]) -> None:
+    name, *argv = (word.format(**places) for word in words)
+    tool, seen = importlib.import_module(f"tools.{name}"), []
+    assert run_tool(tool.build_parser(), seen.append, argv, check=tool.check) == 0 and len(seen) == 1
 
 
 @pytest.mark.parametrize("words", [[*GENERATE, "--top-p", "2"], [*EVALUATE, "--load", "no"], [*CACHE, "--split", "x"],
