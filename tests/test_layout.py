@@ -18,14 +18,15 @@ PACKAGE = "megabyte_distill"
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
-BELOW_MODEL = {"alphabet", "optional", "config", "data", "kernels", "parallel"}
+BELOW_MODEL = {"alphabet", "exit_codes", "optional", "config", "data", "kernels", "parallel"}
 MAY_IMPORT: dict[str, set[str]] = {
     "alphabet": set(),
+    "exit_codes": set(),
     "optional": set(),
-    "config": {"alphabet", "optional"},
+    "config": {"alphabet", "exit_codes", "optional"},
     "data": {"alphabet", "config", "optional"},
-    "kernels": {"alphabet", "config", "optional"},
-    "parallel": {"alphabet", "config", "optional"},
+    "kernels": {"alphabet", "config", "exit_codes", "optional", "tool"},
+    "parallel": {"alphabet", "config", "exit_codes", "optional"},
     "model": BELOW_MODEL,
     "objectives": BELOW_MODEL | {"model"},
     "curriculum": BELOW_MODEL | {"model", "objectives"},
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": BELOW_MODEL | {"model", "objectives"},
     "evaluation": BELOW_MODEL | {"model", "objectives", "inference", "conversion"},
     "hf": BELOW_MODEL | {"model", "inference", "conversion"},
-    "tool": {"config"},
+    "tool": {"config", "exit_codes"},
     "student_folders": BELOW_MODEL | {"model", "conversion", "hf", "runs"},
     "harness": BELOW_MODEL | {"model", "inference", "evaluation", "student_folders"},
     "runs": BELOW_MODEL | {"model", "objectives", "training", "conversion"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pretrain": BELOW_MODEL
     | {"model", "objectives", "curriculum", "training", "conversion", "inference", "evaluation", "runs", "memory"},
 }
-"""What each part of the package may import beside itself (DESIGN.md, Layout)."""
+"""What each part of the package may import beside itself (docs/architecture.md, Layers)."""
 
 WITHOUT_MEGATRON = {"alphabet", "config", "data", "kernels"}
 EXPORTED = {

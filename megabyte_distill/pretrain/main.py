@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megabyte_distill import __version__, optional
+from megabyte_distill import __version__, exit_codes, optional
 from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments, parse_or_exit
 from megabyte_distill.config.command_line import asks_only
 from megabyte_distill.config.run_config import settings_to_dict
@@ -26,8 +26,6 @@ from megabyte_distill.pretrain.run_lock import only_job
 
 if TYPE_CHECKING:
     from megabyte_distill.pretrain.prepare import Prepared
-
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run: Path | None = None) -> int:
@@ -61,23 +59,23 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
             return _run(settings, ranks, example)
     except TrainingFailure as failure:
         report_failure(str(failure), rank=rank, everywhere=True)
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except ValueError as mistake:
         report_failure(str(mistake), rank=rank, everywhere=isinstance(mistake, ConfigError | FailureElsewhere))
-        return EXIT_USAGE
+        return exit_codes.MISTAKES
     except OSError as trouble:  # a full disk, a folder that may not be written
         report_failure(f"{trouble}; what was saved before is untouched, the same command goes on from it", rank=rank)
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except PeerLost:
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except RuntimeError as lost:  # before the ranks were watched
         if size == 1 or not is_lost_contact(lost):
             raise
         report_failure("another rank has ended; what stopped it is in its own message", rank=rank)
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except KeyboardInterrupt:
         report_failure("interrupted; the same command goes on from the last checkpoint", rank=rank, everywhere=True)
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
 
 
 def _settings(argv: Sequence[str], defaults: dict[str, object] | None, rank: int, size: int) -> Settings:
