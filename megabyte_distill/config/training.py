@@ -120,7 +120,6 @@ class ParallelConfig:
         unit="parameters",
         low=1,
     )
-    context_parallel_size: int = option(1, "ranks that share a sequence; 1 is the only size there is", low=1)
     distributed_timeout_minutes: float = option(
         10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
     )

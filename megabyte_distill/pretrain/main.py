@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabyte_distill import __version__, exit_codes, optional
-from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments, parse_or_exit
-from megabyte_distill.config.command_line import asks_only
+from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments
+from megabyte_distill.config.command_line import asked_text
 from megabyte_distill.config.run_config import settings_to_dict
 from megabyte_distill.parallel import cpu_megatron
 from megabyte_distill.parallel.cpu_memory import keep_large_buffers
@@ -79,8 +79,9 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
 
 
 def _settings(argv: Sequence[str], defaults: dict[str, object] | None, rank: int, size: int) -> Settings:
-    if asks_only(argv):
-        return parse_or_exit(list(argv), defaults, world_size=size, rank=rank)  # prints and leaves
+    if (text := asked_text(argv, defaults)) is not None:
+        print(text if rank == 0 else "", end="")
+        raise SystemExit(0)
     warnings: list[str] = []
     settings = parse_arguments(list(argv), defaults, world_size=size, warn=warnings.append)
     for text in warnings if rank == 0 else ():

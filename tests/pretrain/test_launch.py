@@ -96,11 +96,16 @@ def test_1a_on_a_run_reads_no_more_of_the_teacher_than_it_compares_with(
     assert (("1a", 2, "layers mse relative") in metrics(run)) == (layers > 0)
 
 
-def test_help_is_printed_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_help_is_printed_by_rank_0_and_all_exit_0(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])
     assert leaving.value.code == 0
-    assert "--global-batch-size" in capsys.readouterr().out
+    assert ("--global-batch-size" in capsys.readouterr().out) == (rank == 0)
 
 
 def test_a_flag_without_effect_is_warned_of(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
