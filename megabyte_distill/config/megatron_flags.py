@@ -68,8 +68,8 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             ),
             _always(
                 "context-parallel-size",
-                "a row is whole: each segment's chunks would have to divide by 2 × the size; --tensor-model-parallel-size with "
-                "--sequence-parallel cuts long rows",
+                "a row is whole: each segment's chunks would have to divide by 2 × the size; "
+                "--tensor-model-parallel-size with --sequence-parallel cuts long rows",
                 "1",
             ),
             _other("model-parallel-size", "the old name of --tensor-model-parallel-size"),

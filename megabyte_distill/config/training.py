@@ -75,7 +75,11 @@ class CheckpointConfig:
 
     load: str | None = option(None, "a converted teacher, or a run, whose last complete stage is taken")
     save: str | None = option(None, "folder of the run; started again with the same folder, a run goes on")
-    ckpt_step: int | None = option(None, "take this iteration of --load instead of its latest", low=1)
+    ckpt_step: int | None = option(
+        None,
+        "of the last complete stage of the run that --load names, take this iteration instead of the latest",
+        low=1,
+    )
     keep_last_checkpoints: int = option(0, "checkpoints that a stage keeps, the newest ones; 0 keeps all", low=0)
     save_retain_interval: int = option(
         0, "updates between checkpoints that are kept beside the newest ones; 0 keeps none", unit="updates", low=0

@@ -36,7 +36,7 @@ def build_parser() -> ToolParser:
     run = parser.add_argument_group("run")
     run.add_argument("--stage", metavar="S", help="short for --stages: 1b, or 1a,2b (1a,1b,1c,2a,2b)")
     run.add_argument("--hf-model", type=Path, metavar="DIR",
-                     help="folder whose config.json says the backbone's shape (that of --load or --preset)")  # fmt: skip
+                     help="folder whose config.json has the backbone's shape (by --load or --preset)")  # fmt: skip
     run.add_argument("--bytes-per-chunk", type=in_range(ranges.Range(low=1)), default=4.4, metavar="BYTES",
                      help="mean length of a token of the teacher in the text (4.4)")  # fmt: skip
     parser.add_argument_group("output").add_argument(

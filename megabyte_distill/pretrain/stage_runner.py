@@ -134,8 +134,7 @@ class StageRunner:
             # before the objective and the optimizer are made: both look at the weights
             load_checkpoint(own.checkpoint, student, verify=verify)
         else:
-            ckpt_step = self.settings.checkpoint.ckpt_step
-            checkpoint, what = starting_point(self.prepared, stage.name, ckpt_step)
+            checkpoint, what = starting_point(self.prepared, stage.name)
             load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "", verify=verify)
             self._say(f" stage {stage.name} ({stage.title}) starts from {what}: {checkpoint}")
         student.to(device=self.world.device, dtype=dtype)
