@@ -31,12 +31,19 @@ class _Refused:
     problem: str
 
 
-class ToolParser(argparse.ArgumentParser):
-    """A command line with ``--version``, its exit codes in ``--help``, and mistakes as one line."""
+class Failure(Exception):
+    """The command is in order and what it does or judges has failed; its message is one line, the exit code 1."""
 
-    def __init__(self, **settings: Any) -> None:
+
+class ToolParser(argparse.ArgumentParser):
+    """A command line with ``--version``, its exit codes in ``--help``, and mistakes as one line.
+
+    ``failure`` says of a tool that raises :class:`Failure` when it does.
+    """
+
+    def __init__(self, *, failure: str = "", **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(epilog=exit_codes.OF_TOOLS, allow_abbrev=False, **settings)
+        super().__init__(epilog=exit_codes.of_tool(failure), allow_abbrev=False, **settings)
         self.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -156,6 +163,8 @@ def run_tool(
 ) -> int:
     """Parse the command line, run, and return the exit code; ValueError and OSError are the user's to mend.
 
+    After a :class:`Failure` it is 1.
+
     ``check`` tells, before ``run``, what is wrong with flags that were read one by one. Where one could not be read, or
     is required and missing, it sees the default. ``arguments.typed`` has the names of those that differ from theirs.
     ``takes_others``: words that are none of the parser's are ``arguments.others``, for ``check`` to judge.
@@ -172,6 +181,9 @@ def run_tool(
         run(arguments)
     except (ValueError, OSError) as error:
         return _say_errors([str(error)])
+    except Failure as failure:
+        _say_errors([str(failure)])
+        return exit_codes.FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
