@@ -184,12 +184,7 @@ def _add_to_help(group: Any, item: Option, default: str) -> None:
         action = argparse.BooleanOptionalAction if item.negatable else "store_true"
         group.add_argument(f"--{item.flag}", action=action, help=text, default=argparse.SUPPRESS)
         return
-    kind = item.kind
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        metavar = "{" + ",".join(str(member.value) for member in kind) + "}"
-    else:
-        metavar = item.name.upper().rpartition("_")[2]
-    group.add_argument(f"--{item.flag}", metavar=metavar, nargs="+" if item.is_list else None, help=text)
+    group.add_argument(f"--{item.flag}", metavar=item.metavar, nargs="+" if item.is_list else None, help=text)
 
 
 def _default_text(item: Option, settings: Settings) -> str:

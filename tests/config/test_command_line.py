@@ -230,6 +230,31 @@ def test_the_command_line_can_say_every_setting() -> None:
         assert item.metadata["help"], f"{item.name} has no help"
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "--train-iters UPDATES",
+        "--save-interval UPDATES",
+        "--eval-interval UPDATES",
+        "--distributed-timeout-minutes MINUTES",
+        "--seed N",
+        "--lr X",
+        "--byte-width N",
+        "--conv-dilations N [N ...]",
+        "--load DIR",
+        "--data-path STEM [STEM ...]",
+        "--byte-mixer {mamba2,conv,local_attention}",
+        "--recompute-modules {core_attn,mlp} [{core_attn,mlp} ...]",
+    ],
+)
+def test_help_shows_what_a_value_is(shown: str) -> None:
+    assert f"  {shown}\n" in help_text() or f"  {shown} " in help_text()
+
+
+def test_every_value_has_a_kind() -> None:
+    assert [item.name for item in all_options().values() if not item.is_bool and not item.metavar] == []
+
+
 def test_help_shows_the_defaults_of_the_chosen_preset() -> None:
     flat = " ".join(help_text(["--preset", "official"]).split())
     assert "1a 0.001, 1b 2e-05, 1c 0.001, 2a 0.001, 2b 4e-05" in flat
