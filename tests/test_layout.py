@@ -214,6 +214,14 @@ def test_no_program_takes_half_a_flag() -> None:
     assert not offenders, offenders
 
 
+def test_nothing_points_at_notes_that_are_not_in_the_repository() -> None:
+    words = re.compile(r"RECIPE sec[t]ion|DESIGN[.]md|STYLE[.]md")
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / PACKAGE / "kernels").rglob("*.[ch]*")]
+    files = [*all_python_files(), *(ROOT / "scripts").iterdir(), *pages]
+    offenders = [str(path.relative_to(ROOT)) for path in files if words.search(path.read_text(encoding="utf-8"))]
+    assert not offenders, offenders
+
+
 def test_nothing_is_unpickled() -> None:
     offenders = [
         f"{path.relative_to(ROOT)}:{line}"

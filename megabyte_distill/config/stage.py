@@ -8,8 +8,7 @@ from enum import Enum
 from megabyte_distill.config.options import option
 
 CURRICULUM = ("1a", "1b", "1c", "2a", "2b")
-"""What runs unless ``--stages`` says otherwise, in the order that chains: 1c freezes the encoder that 1b still changes
-(RECIPE section 3)."""
+"""What runs unless ``--stages`` says otherwise, in the order that chains: 1c freezes what 1b still changes."""
 STAGE_ORDER = (*CURRICULUM, "3a")
 """Every stage there is, in the order in which they build on each other. A new one's name stands here, in
 ``CURRICULUM`` if it is no choice, and in the groups below to which it belongs (docs/adding-a-stage.md)."""
