@@ -32,7 +32,7 @@ class _Refused:
 
 
 class Failure(Exception):
-    """The command is in order and what it does or judges has failed; its message is one line, the exit code 1."""
+    """The command is in order, and what it does or judges has failed: the exit code is 1."""
 
 
 class ToolParser(argparse.ArgumentParser):
