@@ -19,8 +19,6 @@ from megabyte_distill.model.chunking import ChunkLayout, chunk_layout
 
 BYTES_PER_CHUNK = 4
 SEGMENT_BYTES = 4096
-ID_BYTES = 8
-"""int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

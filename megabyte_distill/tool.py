@@ -17,12 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from megabyte_distill import __version__
+from megabyte_distill import __version__, exit_codes
 from megabyte_distill.config.ranges import Range
-
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
-EXIT_CODES = f"""exit codes: 0 done; {EXIT_ERROR} mistakes, a line "error: …" on stderr for each; \
-{EXIT_INTERRUPTED} after Ctrl-C; {EXIT_TERMINATED} after SIGTERM"""
 
 Run = Callable[[argparse.Namespace], None]
 Check = Callable[[argparse.Namespace], Iterable[str]]
@@ -35,12 +31,19 @@ class _Refused:
     problem: str
 
 
-class ToolParser(argparse.ArgumentParser):
-    """A command line with ``--version``, its exit codes in ``--help``, and mistakes as one line."""
+class Failure(Exception):
+    """The command is in order, and what it does or judges has failed: the exit code is 1."""
 
-    def __init__(self, **settings: Any) -> None:
+
+class ToolParser(argparse.ArgumentParser):
+    """A command line with ``--version``, its exit codes in ``--help``, and mistakes as one line.
+
+    ``failure`` says of a tool that raises :class:`Failure` when it does.
+    """
+
+    def __init__(self, *, failure: str = "", **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(epilog=EXIT_CODES, allow_abbrev=False, **settings)
+        super().__init__(epilog=exit_codes.of_tool(failure), allow_abbrev=False, **settings)
         self.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -66,7 +69,7 @@ class ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the tool; for what cannot be told together with the rest, as a flag without its value."""
-        self.exit(EXIT_ERROR, f"error: {message}; --help lists the flags\n")
+        self.exit(exit_codes.MISTAKES, f"error: {message}; --help lists the flags\n")
 
 
 def judged(read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -151,16 +154,24 @@ def typed(arguments: argparse.Namespace, flags: Iterable[str], problem: str) -> 
 
 
 def run_tool(
-    parser: argparse.ArgumentParser, run: Run, argv: Sequence[str] | None = None, *, check: Check | None = None
+    parser: ToolParser,
+    run: Run,
+    argv: Sequence[str] | None = None,
+    *,
+    check: Check | None = None,
+    takes_others: bool = False,
 ) -> int:
     """Parse the command line, run, and return the exit code; ValueError and OSError are the user's to mend.
 
+    After a :class:`Failure` it is 1.
+
     ``check`` tells, before ``run``, what is wrong with flags that were read one by one. Where one could not be read, or
     is required and missing, it sees the default. ``arguments.typed`` has the names of those that differ from theirs.
+    ``takes_others``: words that are none of the parser's are ``arguments.others``, for ``check`` to judge.
     """
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of megatron and torch among themselves
         warnings.filterwarnings("ignore", category=category)
-    arguments, problems = _parse(parser, argv)
+    arguments, problems = _parse(parser, argv, takes_others=takes_others)
     problems += check(arguments) if check is not None else ()
     if problems:
         return _say_errors(problems)
@@ -170,16 +181,22 @@ def run_tool(
         run(arguments)
     except (ValueError, OSError) as error:
         return _say_errors([str(error)])
+    except Failure as failure:
+        _say_errors([str(failure)])
+        return exit_codes.FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     return 0
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def _parse(
+    parser: ToolParser, argv: Sequence[str] | None, *, takes_others: bool
+) -> tuple[argparse.Namespace, list[str]]:
     """(what the flags say, defaults in place of what they must not; what is wrong with them)."""
     arguments, unknown = parser.parse_known_args(argv)
-    problems = [f"{' '.join(unknown)}: no flag, and no flag takes it; --help lists them"] if unknown else []
+    nobodys = unknown and not takes_others
+    problems = [f"{' '.join(unknown)}: no flag, and no flag takes it; --help lists them"] if nobodys else []
     problems += [f"{flag}: missing, and required; --help says what it is" for flag in arguments.missing]
     del arguments.missing
     for name, value in list(vars(arguments).items()):
@@ -189,6 +206,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
         if refused:
             setattr(arguments, name, parser.get_default(name))
     arguments.typed = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    arguments.others = unknown
     return arguments, problems
 
 
@@ -200,8 +218,8 @@ def _shown(action: argparse.Action) -> str:
 def _say_errors(problems: Iterable[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    return EXIT_ERROR
+    return exit_codes.MISTAKES
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+    raise SystemExit(exit_codes.TERMINATED)

@@ -4,8 +4,7 @@
     python scripts/check_exact_targets.py --load CKPT --data-path STEM
 
 The first form draws next-token distributions from flat to peaked, and one with nearly all mass on one token; the second
-takes those of a converted teacher on text. A line a distribution, and one JSON object as the last line. Exit code 0, 1
-where the targets are not exact, or 2 with one line that begins with "error:".
+takes those of a converted teacher on text. A line a distribution, and one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -20,22 +19,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megabyte_distill.config import ranges
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.objectives.target_check import EveryToken, TargetErrors
-from megabyte_distill.tool import run_tool
+from megabyte_distill.tool import Failure, ToolParser, in_range, run_tool
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--tokenizer", nargs="+", default=[], metavar="DIR_OR_FILE", help="folders or files of teachers' tokenizers")
-    add("--load", type=Path, metavar="CKPT", help="a converted teacher")
-    add("--data-path", metavar="STEM", help="its text, PREFIX_KEY_document")
-    add("--positions", type=int, default=20, help="of the text, evenly spread (20)")
+    parser = ToolParser(description=__doc__, failure="targets are not exact")
+    vocabularies = parser.add_argument_group("drawn distributions").add_argument
+    vocabularies("--tokenizer", nargs="+", default=[], metavar="DIR_OR_FILE", help="teachers' tokenizers (none)")
+    teachers = parser.add_argument_group("a teacher's distributions").add_argument
+    teachers("--load", type=Path, metavar="CKPT", help="a converted teacher (none)")
+    teachers("--data-path", metavar="STEM", help="its text, PREFIX_KEY_document (none)")
+    teachers("--positions", type=in_range(ranges.COUNT), default=20, metavar="TOKENS",
+             help="of the text, evenly spread (20)")  # fmt: skip
     return parser
 
 
@@ -81,23 +81,29 @@ def check(name: str, table: TokenBytes, distributions: Sequence[tuple[str, Tenso
     return found
 
 
+def flags_problems(options: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the flags together."""
+    if bool(options.load) != bool(options.data_path) or not (options.tokenizer or options.load):
+        yield "--tokenizer: missing, and so is --load with --data-path; give one of the two"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Checks all that is asked for; Failure where targets are not exact."""
+    found: dict[str, list[TargetErrors]] = {}
+    for path in options.tokenizer:
+        table = tokenizers.load(path).token_bytes
+        found[path] = check(path, table, list(drawn(table)))
+    if options.load:
+        table, distributions = of_teacher(options.load, options.data_path, options.positions)
+        found[str(options.load)] = check(str(options.load), table, distributions)
+    print(json.dumps({name: [dataclasses.asdict(errors) for errors in each] for name, each in found.items()}))
+    if wrong := [name for name, each in found.items() if not all(errors.is_exact for errors in each)]:
+        raise Failure(f"the targets of {', '.join(wrong)} are not exact; the lines above say by how much")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    found: dict[str, list[TargetErrors]] = {}
-
-    def run(options: argparse.Namespace) -> None:
-        if bool(options.load) != bool(options.data_path) or not (options.tokenizer or options.load):
-            raise ValueError("give --tokenizer, or --load with --data-path")
-        for path in options.tokenizer:
-            table = tokenizers.load(path).token_bytes
-            found[path] = check(path, table, list(drawn(table)))
-        if options.load:
-            table, distributions = of_teacher(options.load, options.data_path, options.positions)
-            found[str(options.load)] = check(str(options.load), table, distributions)
-        print(json.dumps({name: [dataclasses.asdict(errors) for errors in each] for name, each in found.items()}))
-
-    code = run_tool(build_parser(), run, argv)
-    return code or int(any(not errors.is_exact for each in found.values() for errors in each))
+    return run_tool(build_parser(), run, argv, check=flags_problems)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,22 @@
     python scripts/check_mamba_scan.py FOLDER...
 
 FOLDERs go on the module path and hold mamba_ssm's Python sources (compiled extensions are not needed: an empty
-mamba_ssm/__init__.py and mamba_ssm/ops/__init__.py will do), triton and einops. Exits with 1 where they differ.
+mamba_ssm/__init__.py and mamba_ssm/ops/__init__.py will do), triton and einops.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.update(TRITON_INTERPRET="1", MAMBA_DETERMINISTIC="1")  # the latter: no autotuning, which needs a GPU
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), *sys.argv[1:]]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402 - after the environment is set
-
-from megabyte_distill.kernels.fused import mamba_scan  # noqa: E402
-from megabyte_distill.kernels.segments import Segments  # noqa: E402
-from megabyte_distill.kernels.ssm_scan import ssm_scan  # noqa: E402
+from megabyte_distill.tool import Failure, ToolParser, run_tool
 
 LENGTHS = (63, 1, 40, 26)
 HEADS, FEATURES, STATE = 2, 16, 16
@@ -30,13 +27,28 @@ ALLOWED = 2e-4
 """fp32 sums in another order; the decay rates' gradient is a difference of large sums."""
 
 
-def main() -> int:
+def build_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser(description=__doc__, failure="the two scans differ")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="put on the module path")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """A line a tensor; Failure where one differs."""
+    os.environ.update(TRITON_INTERPRET="1", MAMBA_DETERMINISTIC="1")  # the latter: no autotuning, which needs a GPU
+    sys.path[1:1] = options.folders
+    import torch  # after the environment is set
+
+    from megabyte_distill.kernels.fused import mamba_scan
+    from megabyte_distill.kernels.segments import Segments
+    from megabyte_distill.kernels.ssm_scan import ssm_scan
+
     # what the kernels' launchers ask of a device before they launch
     torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment,misc]
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=8)  # type: ignore[assignment]
     if not mamba_scan.is_usable():
-        print(f"mamba_ssm cannot be imported from {sys.argv[1:]}", file=sys.stderr)
-        return 2
+        raise ValueError(f"mamba_ssm cannot be imported from {' '.join(options.folders)}")
     torch.manual_seed(0)
     size = sum(LENGTHS)
     values = [
@@ -60,7 +72,13 @@ def main() -> int:
         error = float((one - other).detach().norm() / one.detach().norm())
         worst = max(worst, error)
         print(f"{name:4} relative error {error:.1e}")
-    return 0 if worst <= ALLOWED else 1
+    if worst > ALLOWED:
+        raise Failure(f"a relative error of {worst:.1e} is above {ALLOWED:.0e}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

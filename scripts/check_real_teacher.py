@@ -3,8 +3,7 @@
     python scripts/check_real_teacher.py --hf-model DIR
 
 DIR is a Hugging Face folder that `tools/convert_checkpoint.py import` takes. The conversion lies in the temporary
-folder (TMPDIR). Prints one JSON object. Exit code 0, or 2 with one line that begins with "error:" where something
-differs or cannot be converted.
+folder (TMPDIR). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -19,21 +18,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megabyte_distill.config import ranges
 from megabyte_distill.parallel.process_groups import world
-from megabyte_distill.tool import run_tool
+from megabyte_distill.tool import Failure, ToolParser, in_range, run_tool
 
 _MAX_LOGIT_DIFFERENCE = 1e-4
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
-    add("--prompt", default="The capital of France is", help="what is continued (The capital of France is)")
-    add("--new-tokens", type=int, default=24, metavar="N", help="tokens of the greedy continuation (24)")
+    parser = ToolParser(description=__doc__, failure="the converted model is not the original one")
+    model = parser.add_argument_group("model").add_argument
+    model("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
+    text = parser.add_argument_group("continuation").add_argument
+    text("--prompt", default="The capital of France is", metavar="TEXT",
+         help="what is continued (The capital of France is)")  # fmt: skip
+    text("--new-tokens", type=in_range(ranges.SIZE), default=24, metavar="TOKENS",
+         help="length of the greedy continuation (24)")  # fmt: skip
     return parser
 
 
@@ -76,12 +77,12 @@ def check(options: argparse.Namespace, checkpoint: Path) -> dict[str, object]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Carries out the check."""
+    """Carries out the check; Failure where something differs."""
     with world(), tempfile.TemporaryDirectory(prefix="megabyte-distill-") as scratch:
         found = check(options, Path(scratch) / "megatron")
     print(json.dumps(found, ensure_ascii=False))
     if found["max_abs_logit_difference"] > _MAX_LOGIT_DIFFERENCE or not found["same_greedy_continuation"]:
-        raise ValueError(
+        raise Failure(
             f"{options.hf_model}: the converted model is not the original one; the line above says where they differ"
         )
 

@@ -2,8 +2,7 @@
 
     python scripts/check_real_tokenizers.py --tokenizer DIR_OR_FILE ... --input corpus.jsonl ...
 
-A progress line every few seconds on standard error, a line a tokenizer, and one JSON object as the last line. Exit
-code 0, 1 where a document differs, or 2 with one line that begins with "error:".
+A progress line every few seconds on standard error, a line a tokenizer, and one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -16,25 +15,24 @@ import sys
 import time
 from collections.abc import Sequence
 
+from megabyte_distill.config import ranges
 from megabyte_distill.data import tokenizers
 from megabyte_distill.data.preprocess import iterate_texts
 from megabyte_distill.data.tokenizer_check import TokenizerCheck
-from megabyte_distill.tool import run_tool
+from megabyte_distill.tool import Failure, ToolParser, in_range, run_tool
 
 _BATCH = 64
 _SECONDS_BETWEEN_LINES = 10
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--tokenizer", nargs="+", required=True, metavar="DIR_OR_FILE", help="folders or files of teachers' tokenizers")
+    parser = ToolParser(description=__doc__, failure="a document is not rebuilt, or has other ids")
+    add = parser.add_argument_group("input").add_argument
+    add("--tokenizer", nargs="+", required=True, metavar="DIR_OR_FILE", help="teachers' tokenizers")
     add("--input", nargs="+", required=True, metavar="FILE", help="text, as tools/preprocess_bytes.py takes it")
-    add("--json-key", default="text", help="key of the text (text)")
-    add("--max-bytes", type=int, metavar="N", help="text of each input file at most (default: all)")
+    add("--json-key", default="text", metavar="KEY", help="key of the text (text)")
+    add("--max-bytes", type=in_range(ranges.COUNT), metavar="BYTES", help="text of each input file at most (all)")
     return parser
 
 
@@ -63,16 +61,17 @@ def check(path: str, options: argparse.Namespace) -> dict[str, object]:
     return result
 
 
+def run(options: argparse.Namespace) -> None:
+    """Checks every tokenizer; Failure where a document differs."""
+    results = [check(path, options) for path in options.tokenizer]
+    print(json.dumps({"tokenizers": results}))
+    if wrong := [str(result["tokenizer"]) for result in results if result["not_rebuilt"] or result["different_ids"]]:
+        raise Failure(f"documents differ with {', '.join(wrong)}; the lines above say how many")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    results: list[dict[str, object]] = []
-
-    def run(options: argparse.Namespace) -> None:
-        results.extend(check(path, options) for path in options.tokenizer)
-        print(json.dumps({"tokenizers": results}))
-
-    code = run_tool(build_parser(), run, argv)
-    return code or int(any(result["not_rebuilt"] or result["different_ids"] for result in results))
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

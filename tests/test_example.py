@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megabyte_distill.conversion.hf_import import HfModel, read_backbone
+from megabyte_distill.conversion.hf_import import HfModel
 from megabyte_distill.conversion.tokenizer_files import token_table
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.inference.scoring import score_tokens
 from megabyte_distill.parallel.process_groups import world
+from tests.conversion.in_memory import read_backbone
 from tests.data.preprocessing import preprocess
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny"

@@ -22,13 +22,15 @@ LONG_KERNELS = {"dechunk_backward("}
 
 MAY_IMPORT = {
     "alphabet": "",
+    "exit_codes": "",
     "optional": "",
     "files": "",
-    "config": "optional",
+    "config": "exit_codes optional",
     "run_folder": "files config",
+    "tool": "exit_codes config",
     "data": "alphabet files config",
-    "kernels": "alphabet optional config",
-    "parallel": "",
+    "kernels": "alphabet optional config tool",
+    "parallel": "exit_codes",
     "model": "alphabet optional config data kernels parallel",
     "objectives": "alphabet data kernels parallel model",
     "curriculum": "config data parallel model objectives",
@@ -38,12 +40,11 @@ MAY_IMPORT = {
     "inference": "alphabet config data kernels model objectives",
     "evaluation": "alphabet files config data model objectives inference",
     "hf": "alphabet config model conversion inference",
-    "tool": "config",
     "runs": "config run_folder data parallel model training conversion",
     "student_folders": "config run_folder parallel model conversion hf runs",
     "harness": "alphabet inference evaluation student_folders",
-    "memory": "alphabet config run_folder data parallel model objectives curriculum training conversion runs",
-    "pretrain": "alphabet optional files config run_folder data kernels parallel model objectives curriculum training "
+    "memory": "alphabet config run_folder tool data parallel model objectives curriculum training conversion runs",
+    "pretrain": "alphabet exit_codes optional files config run_folder data kernels parallel model objectives curriculum training "
     "conversion inference evaluation runs memory",
 }
 """What each part of the package may import beside itself: of the parts listed before it those that it needs."""
@@ -244,6 +245,14 @@ def test_no_program_takes_half_a_flag() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser")
         if not any(keyword.arg == "allow_abbrev" for keyword in node.keywords)
     ]
+    assert not offenders, offenders
+
+
+def test_nothing_points_at_notes_that_are_not_in_the_repository() -> None:
+    words = re.compile(r"RECIPE sec[t]ion|DESIGN[.]md|STYLE[.]md")
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / PACKAGE / "kernels").rglob("*.[ch]*")]
+    files = [*all_python_files(), *(ROOT / "scripts").iterdir(), *pages]
+    offenders = [str(path.relative_to(ROOT)) for path in files if words.search(path.read_text(encoding="utf-8"))]
     assert not offenders, offenders
 
 

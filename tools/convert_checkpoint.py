@@ -42,52 +42,74 @@ _EXPORTED_DTYPES = (*_TRAINED_DTYPES, "float16")
 def build_parser() -> ToolParser:
     """The command line."""
     parser = ToolParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,compare,roundtrip}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{import,export,compare,roundtrip}", title="commands"
+    )
 
-    def command(name: str, text: str, *, hf_model: bool, megatron_path: bool) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        if hf_model:
-            sub.add_argument("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
-        if megatron_path:
-            sub.add_argument("--megatron-path", type=Path, required=True, metavar="CKPT", help="checkpoint folder")
-        return sub
+    def command(name: str, text: str) -> ToolParser:
+        return commands.add_parser(name, help=text, description=text)
 
-    def writes(sub: argparse.ArgumentParser, dtypes: Sequence[str]) -> None:
-        sub.add_argument("--torch-dtype", **choice(*dtypes), help="dtype of the weights (default: as stored)")
-        sub.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    _import_flags(command("import", "Hugging Face folder to teacher checkpoint"))
+    _export_flags(command("export", "student or teacher to Hugging Face folder"))
+    _compare_flags(command("compare", "largest logit difference against transformers"))
+    text = "import, export and compare every tensor's bits, in the temporary folder (TMPDIR: room for the model twice)"
+    _reads(command("roundtrip", text), hf_model=True)
+    return parser
 
-    imports = command("import", "Hugging Face folder to teacher checkpoint", hf_model=True, megatron_path=True)
+
+def _reads(parser: ToolParser, *, hf_model: bool = False, megatron_path: bool = False) -> None:
+    group = parser.add_argument_group("input")
+    if hf_model:
+        group.add_argument("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
+    if megatron_path:
+        group.add_argument("--megatron-path", type=Path, required=True, metavar="CKPT", help="checkpoint folder")
+
+
+def _writes(parser: ToolParser, flag: str, metavar: str, what: str, dtypes: Sequence[str]) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(flag, type=Path, required=True, metavar=metavar, help=f"{what} folder to write")
+    group.add_argument("--torch-dtype", **choice(*dtypes), help="dtype of the weights (default: as stored)")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+
+
+def _import_flags(parser: ToolParser) -> None:
+    _reads(parser, hf_model=True)
+    _writes(parser, "--megatron-path", "CKPT", "checkpoint", _TRAINED_DTYPES)
+    sizes = parser.add_argument_group("sizes to check")
     for name, metavar, what in (("--tp", "T", "tensor"), ("--pp", "P", "pipeline")):
         text = (
             f"check that the model can be cut into {what}-parallel size {metavar} (1; the checkpoint loads at any size)"
         )
-        imports.add_argument(name, type=in_range(ranges.COUNT), default=1, metavar=metavar, help=text)
-    writes(imports, _TRAINED_DTYPES)
-    export = command("export", "student or teacher to Hugging Face folder", hf_model=False, megatron_path=True)
-    export.add_argument("--teacher", action="store_true", help="write the backbone alone, as a token model")
-    export.add_argument(
+        sizes.add_argument(name, type=in_range(ranges.COUNT), default=1, metavar=metavar, help=text)
+
+
+def _export_flags(parser: ToolParser) -> None:
+    _reads(parser, megatron_path=True)
+    _writes(parser, "--hf-path", "DIR", "Hugging Face", _EXPORTED_DTYPES)
+    model = parser.add_argument_group("model")
+    model.add_argument("--teacher", action="store_true", help="write the backbone alone, as a token model")
+    model.add_argument(
         "--paths", type=in_range(ranges.COUNT), metavar="K", help="bit histories of the exported byte model (4)"
     )
-    export.add_argument(
+    model.add_argument(
         "--boundary-threshold",
         type=in_range(ranges.BOUNDARY_THRESHOLD),
         metavar="T",
         help="in generate_bytes of the export a byte ends a chunk where the model gives that more than this "
         "(default: bits are drawn with their bytes)",
     )
-    export.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
-    writes(export, _EXPORTED_DTYPES)
-    compare = command("compare", "largest logit difference against transformers", hf_model=True, megatron_path=True)
-    texts = compare.add_mutually_exclusive_group()
-    texts.add_argument("--text", help="text to compare on (default: a short English sentence)")
+
+
+def _compare_flags(parser: ToolParser) -> None:
+    _reads(parser, hf_model=True, megatron_path=True)
+    texts = parser.add_argument_group("text").add_mutually_exclusive_group()
+    texts.add_argument("--text", metavar="TEXT", help="text to compare on (default: a short English sentence)")
     texts.add_argument(
-        "--text-file", type=judged(file_to_read), metavar="FILE", help="UTF-8 file with the text to compare on"
+        "--text-file", type=judged(file_to_read), metavar="FILE", help="UTF-8 file with that text (default: --text)"
     )
-    compare.add_argument("--per-position", action="store_true", help="print a line per position")
-    compare.add_argument("--json", action="store_true", help="print one JSON object, positions included")
-    text = "import, export and compare every tensor's bits, in the temporary folder (TMPDIR: room for the model twice)"
-    command("roundtrip", text, hf_model=True, megatron_path=False)
-    return parser
+    output = parser.add_argument_group("output")
+    output.add_argument("--per-position", action="store_true", help="print a line per position")
+    output.add_argument("--json", action="store_true", help="print one JSON object, positions included")
 
 
 def check(arguments: argparse.Namespace) -> Iterable[str]:

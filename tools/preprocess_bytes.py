@@ -47,10 +47,13 @@ def _preprocess_parser() -> ToolParser:
         help="files, globs, directories, or - for standard input: .jsonl, .json (an array, or an object a line), .txt, "
         "each plain, .gz, .zst, .bz2 or .xz; .parquet",
     )
-    text.add_argument("--json-keys", nargs="+", help="keys to read, one data set each (text; of dialogues messages)")
+    text.add_argument(
+        "--json-keys", nargs="+", metavar="KEY", help="keys to read, one data set each (text; of dialogues messages)"
+    )
     text.add_argument("--chat-template", metavar="chatml|teacher|FILE", help="records are dialogues, messages of role "
                       "and content or prompt and completion: write them by the built-in template, by that of the "
-                      "teacher's tokenizer_config.json, or by a Jinja file, and mark the answers")  # fmt: skip
+                      "teacher's tokenizer_config.json, or by a Jinja file, and mark the answers (records are plain "
+                      "text)")  # fmt: skip
     text.add_argument("--input-format", **choice(*InputFormat, of=InputFormat), default=InputFormat.AUTO,
                       help="format whatever the endings say (auto; standard input is jsonl)")  # fmt: skip
     text.add_argument("--text-documents", **choice(*TextDocuments, of=TextDocuments), default=TextDocuments.FILE,
@@ -60,24 +63,13 @@ def _preprocess_parser() -> ToolParser:
                       "and leave out the rest (error)")  # fmt: skip
     text.add_argument("--strict", action="store_true", help="stop at a document that its tokens do not rebuild, "
                       "instead of leaving it out")  # fmt: skip
-    tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer-model", default="", metavar="PATH", help="the teacher's folder, or its "
-                           "tokenizer file; nothing with --tokenizer-type none")  # fmt: skip
-    tokenizer.add_argument("--tokenizer-type", **choice(*TokenizerKind, of=TokenizerKind),
-                           default=TokenizerKind.AUTO, help="format of the tokenizer; none stores bytes alone (auto: "
-                           "by its files)")  # fmt: skip
-    tokenizer.add_argument(
-        "--tiktoken-pattern", help="split pattern of a tiktoken rank file (Llama 3's and Qwen's are known)"
-    )
-    tokenizer.add_argument(
-        "--end-of-text", help="text or id of the token that ends a document (by the tokenizer's files)"
-    )
-    tokenizer.add_argument("--bos", help="text or id of the token that starts a document (by the tokenizer's files)")
-    tokenizer.add_argument("--append-eod", action="store_true", help="end each token item with the end-of-text id, as "
-                           "Megatron-LM's own training wants it; ours knows where a document ends")  # fmt: skip
+    _tokenizer_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output-prefix", required=True, help="files are PREFIX_KEY_document.* and PREFIX_KEY_tokens.*"
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="files are PREFIX_KEY_document.* and PREFIX_KEY_tokens.*",
     )
     output.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
     output.add_argument("--log-interval", type=in_range(ranges.COUNT), default=1000, metavar="DOCUMENTS",
@@ -92,6 +84,27 @@ def _preprocess_parser() -> ToolParser:
                       help="write this partition alone, from 0; merge them later (default: all, merged)")  # fmt: skip
     work.add_argument("--resume", action="store_true", help="go on after an interruption: finished partitions stay")
     return parser
+
+
+def _tokenizer_flags(parser: ToolParser) -> None:
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-model", default="", metavar="PATH", help="the teacher's folder, or its "
+                           "tokenizer file (none, for --tokenizer-type none)")  # fmt: skip
+    tokenizer.add_argument("--tokenizer-type", **choice(*TokenizerKind, of=TokenizerKind),
+                           default=TokenizerKind.AUTO, help="format of the tokenizer; none stores bytes alone (auto: "
+                           "by its files)")  # fmt: skip
+    tokenizer.add_argument(
+        "--tiktoken-pattern",
+        metavar="REGEX",
+        help="split pattern of a tiktoken rank file (Llama 3's and Qwen's are known)",
+    )
+    tokenizer.add_argument(
+        "--end-of-text", metavar="TOKEN", help="text or id of the token that ends a document (by the tokenizer's files)"
+    )
+    tokenizer.add_argument("--bos", metavar="TOKEN",
+                           help="text or id of the token before a document (by the tokenizer's files)")  # fmt: skip
+    tokenizer.add_argument("--append-eod", action="store_true", help="end each token item with the end-of-text id, as "
+                           "Megatron-LM's own training wants it; ours knows where a document ends")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -132,11 +145,15 @@ def run(options: argparse.Namespace) -> None:
 def _merge_parser() -> ToolParser:
     parser = ToolParser(description="Joins the partitions of one run, wherever they were made, into one data set.")
     parser.prog += " merge"
-    parser.add_argument("--output-prefix", required=True, help="as it was given for the partitions")
-    parser.add_argument("--json-keys", nargs="+", default=["text"],
-                        help="keys that were read; of dialogues messages, or what was given then (text)")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
-    parser.add_argument("--keep-partitions", action="store_true", help="do not remove them at the end")
+    partitions = parser.add_argument_group("input")
+    partitions.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="as it was given for the partitions"
+    )
+    partitions.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY",
+                            help="keys that were read; of dialogues messages or what was given (text)")  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument("--overwrite", action="store_true", help="replace a data set of the same name")
+    output.add_argument("--keep-partitions", action="store_true", help="do not remove them at the end")
     return parser
 
 
@@ -176,8 +193,9 @@ def _inspect_parser() -> ToolParser:
     parser = ToolParser(description="Prints a document with a mark behind each byte that ends a token.")
     parser.prog += " inspect"
     parser.add_argument("output", help="the --output-prefix, or a stem PREFIX_KEY_document")
-    parser.add_argument("--document", type=in_range(ranges.SIZE), default=0, metavar="I", help="which one, from 0 (0)")
-    parser.add_argument(
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--document", type=in_range(ranges.SIZE), default=0, metavar="I", help="which one, from 0 (0)")
+    shown.add_argument(
         "--limit", type=in_range(ranges.COUNT), default=4000, metavar="BYTES", help="bytes to show at most (4000)"
     )
     return parser
@@ -189,7 +207,17 @@ def inspect(options: argparse.Namespace) -> None:
         print(show_document(ByteTokenDataset(stem), options.document, limit=options.limit))
 
 
-_COMMANDS = {"merge": (_merge_parser, merge), "verify": (_verify_parser, verify), "inspect": (_inspect_parser, inspect)}
+_COMMANDS = {
+    "": (_preprocess_parser, run),
+    "merge": (_merge_parser, merge),
+    "verify": (_verify_parser, verify),
+    "inspect": (_inspect_parser, inspect),
+}
+
+
+def build_parser(command: str = "") -> ToolParser:
+    """The command line, or that of merge, verify or inspect."""
+    return _COMMANDS[command][0]()
 
 
 def _say(line: str) -> None:
@@ -199,10 +227,8 @@ def _say(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in _COMMANDS:
-        parser, command = _COMMANDS[words[0]]
-        return run_tool(parser(), command, words[1:])
-    return run_tool(_preprocess_parser(), run, words)
+    command = words.pop(0) if words and words[0] in _COMMANDS.keys() - {""} else ""
+    return run_tool(build_parser(command), _COMMANDS[command][1], words)
 
 
 if __name__ == "__main__":

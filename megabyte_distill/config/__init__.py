@@ -1,11 +1,11 @@
 """Settings: frozen dataclasses, presets, the command line made from them, and run_config.yaml."""
 
 from megabyte_distill.config.blend import BlendEntry
-from megabyte_distill.config.command_line import help_text, parse_arguments, parse_or_exit
+from megabyte_distill.config.command_line import help_text, parse_arguments
 from megabyte_distill.config.errors import ConfigError
 from megabyte_distill.config.model import BackboneConfig, ByteMixer, ByteSideConfig, DechunkMode
 from megabyte_distill.config.presets import PRESETS
-from megabyte_distill.config.run_config import diff, read_run_config, write_run_config
+from megabyte_distill.config.run_config import diff, read_run_config
 from megabyte_distill.config.stage import (
     CURRICULUM,
     STAGE_ORDER,
@@ -48,7 +48,5 @@ __all__ = [
     "diff",
     "help_text",
     "parse_arguments",
-    "parse_or_exit",
     "read_run_config",
-    "write_run_config",
 ]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Any
 
-from megabyte_distill import __version__
+from megabyte_distill import __version__, exit_codes
 from megabyte_distill.config.blend import read_blend_file
 from megabyte_distill.config.errors import ConfigError
 from megabyte_distill.config.flags import ReadFlags, read_flags
@@ -23,12 +22,7 @@ from megabyte_distill.config.stage import StageConfig
 from megabyte_distill.config.training import ModelFlags, RunConfig, Settings
 from megabyte_distill.config.validation import problems_of
 
-EXIT_CODE_CONFIG = 2
 HELP_FLAGS, VERSION_FLAG = ("-h", "--help"), "--version"
-EXIT_CODES = (
-    "Exit codes: 0 done, or stopped as asked; 1 training failed; 2 mistakes, all told together; 130 after Ctrl-C. "
-    "Under torchrun 1 for all but 0."
-)
 _OF_BACKBONE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 """Settings of a stage that act where layers of the backbone run."""
 _TITLES = {
@@ -69,56 +63,24 @@ def parse_arguments(
     return settings
 
 
-def parse_or_exit(
-    argv: Sequence[str],
-    defaults: Mapping[str, Any] | None = None,
-    *,
-    world_size: int = 1,
-    rank: int = 0,
-    program: str = "pretrain_byte_kd.sh",
-) -> Settings:
-    """:func:`parse_arguments` for a program: ``--help`` and ``--version`` print and exit 0, a ConfigError exits 2.
-
-    Only rank 0 prints.
-    """
-
-    def say(message: str) -> None:
-        if rank == 0:
-            print(message, file=sys.stderr)
-
-    if asks_only(argv):
-        if rank == 0:
-            is_version = VERSION_FLAG in argv
-            print(
-                f"megabyte-distill {__version__}\n" if is_version else help_text(argv, defaults, program=program),
-                end="",
-            )
-        raise SystemExit(0)
-    try:
-        return parse_arguments(argv, defaults, world_size=world_size, warn=lambda message: say(f"warning: {message}"))
-    except ConfigError as error:
-        say(f"{program}: {error}")
-        raise SystemExit(EXIT_CODE_CONFIG) from None
+def asked_text(argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> str | None:
+    """What ``--help`` or ``--version`` prints, whatever else is in a command line; None where neither is in it."""
+    if VERSION_FLAG in argv:
+        return f"megabyte-distill {__version__}\n"
+    return help_text(argv, defaults) if any(word in HELP_FLAGS for word in argv) else None
 
 
-def asks_only(argv: Sequence[str]) -> bool:
-    """Whether a command line is for ``--help`` or ``--version``, whatever else is in it."""
-    return any(word in (*HELP_FLAGS, VERSION_FLAG) for word in argv)
-
-
-def help_text(
-    argv: Sequence[str] = (), defaults: Mapping[str, Any] | None = None, *, program: str = "pretrain_byte_kd.sh"
-) -> str:
+def help_text(argv: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> str:
     """The help page. Its defaults are those of the preset (and stages) that ``argv`` selects."""
     options = all_options()
     chosen = [word for word in argv if word not in HELP_FLAGS]
     settings, _ = _resolve(read_flags(chosen, options), defaults or {})
     parser = argparse.ArgumentParser(
-        prog=program,
+        prog="pretrain_byte_kd.sh",
         allow_abbrev=False,
         description="Distil a token-trained language model into a byte-level one, stage by stage.",
         epilog=f"Presets: {', '.join(PRESETS)}. The defaults shown are those of --preset {settings.model.preset}. "
-        f"{EXIT_CODES}",
+        f"{exit_codes.OF_TRAINING}",
     )
     parser.add_argument(VERSION_FLAG, action="version", help="show the version and exit")
     groups: dict[str, Any] = {}
@@ -222,12 +184,7 @@ def _add_to_help(group: Any, item: Option, default: str) -> None:
         action = argparse.BooleanOptionalAction if item.negatable else "store_true"
         group.add_argument(f"--{item.flag}", action=action, help=text, default=argparse.SUPPRESS)
         return
-    kind = item.kind
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        metavar = "{" + ",".join(str(member.value) for member in kind) + "}"
-    else:
-        metavar = item.name.upper().rpartition("_")[2]
-    group.add_argument(f"--{item.flag}", metavar=metavar, nargs="+" if item.is_list else None, help=text)
+    group.add_argument(f"--{item.flag}", metavar=item.metavar, nargs="+" if item.is_list else None, help=text)
 
 
 def _default_text(item: Option, settings: Settings) -> str:

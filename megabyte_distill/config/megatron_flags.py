@@ -66,7 +66,12 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
                 "overlap-param-gather",
                 "for the transformer's layers; the byte side, embedding and head are gathered before the forward",
             ),
-            _same("context-parallel-size", "1 alone: each segment's chunks would have to divide by 2 × the size"),
+            _always(
+                "context-parallel-size",
+                "a row is whole: each segment's chunks would have to divide by 2 × the size; "
+                "--tensor-model-parallel-size with --sequence-parallel cuts long rows",
+                "1",
+            ),
             _other("model-parallel-size", "the old name of --tensor-model-parallel-size"),
             _same(
                 "num-virtual-stages-per-pipeline-rank num-layers-per-virtual-pipeline-stage "

@@ -32,7 +32,7 @@ class RouterKind(str, Enum):
 
 
 class DechunkMode(str, Enum):
-    """How chunk states come back to bytes (RECIPE section 2)."""
+    """How chunk states come back to bytes."""
 
     HARD = "hard"
     """Byte t reads h of the last chunk that ended at or before t. What stepping does exactly."""

@@ -28,6 +28,7 @@ def option(
     help: str,
     *,
     unit: str = "",
+    metavar: str = "",
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
@@ -36,10 +37,12 @@ def option(
 ) -> Default:
     """A dataclass field with its documentation.
 
+    ``metavar`` stands in the help page for a value that is neither a number nor one of some words.
     ``low``/``high`` are inclusive bounds, ``above``/``below`` exclusive ones. ``stages`` names the stages in which the
     setting acts; empty means all.
     """
-    metadata = {"help": help, "unit": unit, "low": low, "above": above, "high": high, "below": below, "stages": stages}
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    metadata = {"help": help, "unit": unit, "metavar": metavar, "stages": stages, **bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -88,6 +91,16 @@ class Option:
     def negatable(self) -> bool:
         """Whether ``--no-NAME`` exists; a field that is a negation already (no_load_optim) has only its own flag."""
         return self.is_bool and not self.name.startswith("no_")
+
+    @property
+    def metavar(self) -> str:
+        """What stands for a value in the help page: its unit, the words it may be, or what kind of thing it is."""
+        kind = typing.get_args(self.kind)[0] if self.is_list else self.kind
+        if issubclass(kind, Enum):
+            return f"{{{','.join(str(member.value) for member in kind)}}}"
+        if issubclass(kind, str):
+            return str(self.metadata["metavar"])
+        return self.metadata.get("unit", "").upper() or ("N" if issubclass(kind, int) else "X")
 
     def help(self) -> str:
         """Help sentence with the unit."""

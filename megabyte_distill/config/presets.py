@@ -10,7 +10,7 @@ from megabyte_distill.config.layers import Layer
 from megabyte_distill.config.model import ByteMixer, DechunkMode, RouterKind
 from megabyte_distill.config.stage import AlignLossScale, BoundarySource, ByteTargets
 
-# RECIPE section 3: 131,072 × 16 = 8,192 × 256 = 2,097,152 bytes an update.
+# the paper's batch: 131,072 × 16 = 8,192 × 256 = 2,097,152 bytes an update.
 _LONG_ROWS: Mapping[str, Any] = {"seq_length": 131_072, "global_batch_size": 16, "micro_batch_size": 1}
 _SHORT_ROWS: Mapping[str, Any] = {"seq_length": 8_192, "global_batch_size": 256, "micro_batch_size": 1}
 _PAPER_COMMON: Mapping[str, Any] = {
@@ -135,8 +135,8 @@ PRESETS: Mapping[str, Layer] = MappingProxyType(
         "gemma3-1b": _published(1152),
     }
 )
-"""By name: ``official`` is RECIPE point by point; the model presets take its numbers with gold bits, hard dechunk,
-document masks and, in 2a, exact targets."""
+"""By name: ``official`` is the paper's recipe (docs/architecture.md says where it cannot be); the model presets take
+its numbers with gold bits, hard dechunk, document masks and, in 2a, exact targets."""
 
 SMOKE = Layer(
     common={

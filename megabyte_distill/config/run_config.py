@@ -6,7 +6,6 @@ The text is JSON, which every YAML reader accepts, so that no YAML package is ne
 from __future__ import annotations
 
 import json
-import os
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -64,19 +63,11 @@ def run_config_text(settings: Settings) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def write_run_config(settings: Settings, path: Path) -> None:
-    """Write settings to a file (or to run_config.yaml in a folder); the file is complete or what it was before."""
-    path = path / RUN_CONFIG_NAME if path.is_dir() else path
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(run_config_text(settings))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
 def read_run_config(path: Path) -> Settings:
-    """Read what :func:`write_run_config` wrote. ValueError names the file and what is wrong in it."""
+    """The settings of a file that holds :func:`run_config_text`, or of the run_config.yaml of a folder.
+
+    ValueError names the file and what is wrong in it.
+    """
     path = path / RUN_CONFIG_NAME if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

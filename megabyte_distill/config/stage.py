@@ -8,8 +8,7 @@ from enum import Enum
 from megabyte_distill.config.options import option
 
 CURRICULUM = ("1a", "1b", "1c", "2a", "2b")
-"""What runs unless ``--stages`` says otherwise, in the order that chains: 1c freezes the encoder that 1b still changes
-(RECIPE section 3)."""
+"""What runs unless ``--stages`` says otherwise, in the order that chains: 1c freezes what 1b still changes."""
 STAGE_ORDER = (*CURRICULUM, "3a")
 """Every stage there is, in the order in which they build on each other. A new one's name stands here, in
 ``CURRICULUM`` if it is no choice, and in the groups below to which it belongs (docs/adding-a-stage.md)."""
@@ -196,6 +195,7 @@ class StageConfig:
     logits_load_dir: str | None = option(
         None,
         "folder of tools/cache_teacher.py from which the exact targets are read, instead of running the teacher",
+        metavar="DIR",
         stages=CHOOSES_TARGETS,
     )
     align_loss_scale: AlignLossScale = option(
@@ -218,6 +218,7 @@ class StageConfig:
     dialogue_data_path: tuple[str, ...] = option(
         (),
         "dialogues with a loss mask, instead of the run's data: a data set stem, or a blend; cut by --split",
+        metavar="STEM",
         stages=OF_DIALOGUES,
     )
 
@@ -247,12 +248,14 @@ class StageConfig:
         stages=("1a", "1b", *TRAINS_DECODER),
     )
 
-    eval_interval: int = option(100, "evaluate every so many updates; 0 means at the stage's end only", low=0)
+    eval_interval: int = option(
+        100, "evaluate every so many updates; 0 means at the stage's end only", unit="updates", low=0
+    )
     eval_iters: int = option(
         4, "global batches of held-out rows an evaluation takes; 0 means no evaluation", unit="batches", low=0
     )
     save_interval: int = option(
-        100, "save every so many updates, and always at the stage's end; 0 means there only", low=0
+        100, "save every so many updates, and always at the stage's end; 0 means there only", unit="updates", low=0
     )
 
     @property

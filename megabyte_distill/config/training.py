@@ -20,7 +20,7 @@ WIDTH_OF_TEACHER = 0
 class ModelFlags:
     """What the student looks like, apart from what its teacher decides."""
 
-    preset: str = option("tiny", "named set of defaults for the model and every stage")
+    preset: str = option("tiny", "named set of defaults for the model and every stage", metavar="NAME")
     document_mask: bool = option(True, "documents packed into one row do not see each other; off is the paper's way")
     byte_side: ByteSideConfig = field(default_factory=lambda: ByteSideConfig(backbone_width=WIDTH_OF_TEACHER))
 
@@ -39,13 +39,21 @@ class ModelFlags:
 class DataConfig:
     """Where rows come from: one blend cut by ``split``, two blends, or random bytes."""
 
-    data_path: tuple[str, ...] = option((), "data set stem, or a blend: w1 stem1 w2 stem2 …; cut by --split")
-    data_args_path: str | None = option(None, "text file with the words of --data-path, instead of that flag")
-    split: str | None = option(
-        None, "shares of each set's documents for training, validation, test; with --data-path, 969,30,1 if not given"
+    data_path: tuple[str, ...] = option(
+        (), "data set stem, or a blend: w1 stem1 w2 stem2 …; cut by --split", metavar="STEM"
     )
-    train_data_path: tuple[str, ...] = option((), "stem or blend for training only; needs --valid-data-path")
-    valid_data_path: tuple[str, ...] = option((), "stem or blend of held-out documents")
+    data_args_path: str | None = option(
+        None, "text file with the words of --data-path, instead of that flag", metavar="FILE"
+    )
+    split: str | None = option(
+        None,
+        "shares of each set's documents for training, validation, test; with --data-path, 969,30,1 if not given",
+        metavar="SHARES",
+    )
+    train_data_path: tuple[str, ...] = option(
+        (), "stem or blend for training only; needs --valid-data-path", metavar="STEM"
+    )
+    valid_data_path: tuple[str, ...] = option((), "stem or blend of held-out documents", metavar="STEM")
     mock_data: bool = option(False, "random bytes and tokens instead of data, to try a machine")
 
     @property
@@ -73,9 +81,15 @@ class DataConfig:
 class CheckpointConfig:
     """What is read at the start and where the run is written: RUN/<stage>/iter_0000100/."""
 
-    load: str | None = option(None, "a converted teacher, or a run, whose last complete stage is taken")
-    save: str | None = option(None, "folder of the run; started again with the same folder, a run goes on")
-    ckpt_step: int | None = option(None, "take this iteration of --load instead of its latest", low=1)
+    load: str | None = option(None, "a converted teacher, or a run, whose last complete stage is taken", metavar="DIR")
+    save: str | None = option(
+        None, "folder of the run; started again with the same folder, a run goes on", metavar="DIR"
+    )
+    ckpt_step: int | None = option(
+        None,
+        "of the last complete stage of the run that --load names, take this iteration instead of the latest",
+        low=1,
+    )
     keep_last_checkpoints: int = option(0, "checkpoints that a stage keeps, the newest ones; 0 keeps all", low=0)
     save_retain_interval: int = option(
         0, "updates between checkpoints that are kept beside the newest ones; 0 keeps none", unit="updates", low=0
@@ -120,7 +134,6 @@ class ParallelConfig:
         unit="parameters",
         low=1,
     )
-    context_parallel_size: int = option(1, "ranks that share a sequence; 1 is the only size there is", low=1)
     distributed_timeout_minutes: float = option(
         10.0, "how long a rank waits for the others before the run ends", unit="minutes", above=0
     )
@@ -177,7 +190,9 @@ class KernelMode(str, Enum):
 class RunConfig:
     """The run itself: which stages, in what precision, how it reports and when it stops."""
 
-    stages: str = option(",".join(CURRICULUM), f"stages to run, of {', '.join(STAGE_ORDER)}, in this order")
+    stages: str = option(
+        ",".join(CURRICULUM), f"stages to run, of {', '.join(STAGE_ORDER)}, in this order", metavar="STAGES"
+    )
     smoke: bool = option(False, "a few small updates a stage, to see that everything works")
     dry_run: bool = option(
         False, "print the resolved settings, parameters and memory per rank, and stop; needs no teacher and no GPU"
@@ -190,8 +205,12 @@ class RunConfig:
     )
     log_interval: int = option(10, "updates between log lines", unit="updates", low=1)
     log_throughput: bool = option(False, "show TFLOP/s per GPU in the log line, counted on each stage's first update")
-    tensorboard_dir: str | None = option(None, "folder of tensorboard's events; none means SAVE/tensorboard")
-    wandb_project: str | None = option(None, "also report to this Weights & Biases project (needs the extra wandb)")
+    tensorboard_dir: str | None = option(
+        None, "folder of tensorboard's events; none means SAVE/tensorboard", metavar="DIR"
+    )
+    wandb_project: str | None = option(
+        None, "also report to this Weights & Biases project (needs the extra wandb)", metavar="PROJECT"
+    )
     exit_interval: int | None = option(
         None, "save and stop when the iteration is a multiple of this", unit="updates", low=1
     )

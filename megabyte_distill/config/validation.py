@@ -225,12 +225,6 @@ def _overlaps(parallel: ParallelConfig) -> Iterator[str]:
     ]
     if parallel.overlap_param_gather and missing:
         yield f"--overlap-param-gather gathers what the distributed optimizer cut; give {' and '.join(missing)} as well"
-    if parallel.context_parallel_size > 1:
-        yield (
-            f"--context-parallel-size {parallel.context_parallel_size}: each segment's chunks would have to divide by "
-            f"2 × {parallel.context_parallel_size}, and their number is the text's; leave it at 1, and take "
-            "--tensor-model-parallel-size with --sequence-parallel where rows are too long for a rank"
-        )
 
 
 def _virtual_stages(parallel: ParallelConfig) -> Iterator[str]:

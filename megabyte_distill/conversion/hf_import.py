@@ -24,7 +24,7 @@ from megabyte_distill.conversion.student_folder import backbone_section, check_b
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, save_teacher
 from megabyte_distill.conversion.tensor_checks import check_finite, converted, same_bits
 from megabyte_distill.conversion.tokenizer_files import token_table
-from megabyte_distill.model.backbone import Backbone, transformer_config
+from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.training.checkpoint import CheckpointError
 
 
@@ -112,17 +112,6 @@ class ParameterSource:
     def close(self) -> None:
         """Ends the progress bar."""
         self._bar.close()
-
-
-def read_backbone(model: HfModel, *, dtype: torch.dtype | None = None) -> Backbone:
-    """A backbone in memory with the folder's weights, in ``dtype`` (default: the folder's). Needs process groups."""
-    backbone = Backbone(model.config, transformer_config(model.config, perform_initialization=False))
-    backbone.to(dtype or model.stored_dtype)
-    source = ParameterSource(model, backbone)
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            parameter.copy_(source.read(name))
-    return backbone
 
 
 def import_teacher(

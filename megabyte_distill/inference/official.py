@@ -1,6 +1,6 @@
 """The paper's way of reading a prompt and going on, for comparison: cut where the router says, and at the prompt's end.
 
-What it gets wrong (RECIPE section 4): a prompt's last byte is forced to end a chunk, so a prompt that stops inside a
+What it gets wrong (docs/generation.md): a prompt's last byte is forced to end a chunk, so a prompt that stops inside a
 word or a character is cut there. Under ``--dechunk-mode official`` a prompt is read with an average over chunks that
 the steps behind it no longer make.
 """

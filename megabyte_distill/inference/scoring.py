@@ -1,4 +1,4 @@
-"""The one definition of a text's score (RECIPE section 4): minus log of the summed probability of its segmentations.
+"""The one definition of a text's score: minus log of the summed probability of its segmentations.
 
 All figures are upper bounds on the model's negative log-likelihood of the bytes: one pass under given bits counts one
 segmentation, K paths count up to K. Bits that are input are the same bits that are label, so nothing looks ahead.

@@ -1,7 +1,8 @@
 """The token teacher as a byte model: its exact distribution over (byte, boundary bit) pairs, stepped and scored.
 
-The distribution is that of RECIPE section 5.1, over the canonical tokens of what was read so far: a byte either ends
-the token it belongs to or not, and a finished token goes to the teacher. Ids that cannot be text are never drawn.
+The distribution is that of objectives/exact_targets.py, over the canonical tokens of what was read so far: a byte
+either ends the token it belongs to or not, and a finished token goes to the teacher. Ids that cannot be text are never
+drawn.
 """
 
 from __future__ import annotations

@@ -7,37 +7,58 @@ cpu is the build of the same sources for tests; step is what the engine generate
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from megabyte_distill import __version__
 from megabyte_distill.kernels import build
+from megabyte_distill.tool import Failure, ToolParser, run_tool
+
+_FAILURE = "something could not be built, or a kernel spills registers"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 1 where something could not be built."""
-    parser = argparse.ArgumentParser(prog="python -m megabyte_distill.kernels", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
-    commands = parser.add_subparsers(dest="command")
-    building = commands.add_parser("build", help="compile the kernels", allow_abbrev=False)
-    building.add_argument("target", nargs="?", choices=("cuda", "cpu", "step"), default="cuda")
-    building.add_argument("--if-missing", action="store_true", help="not where the library of these sources is there")
-    building.add_argument("--arch", nargs="+", default=(), metavar="sm_90a", help="only these (default: all known)")
-    arguments = parser.parse_args(argv)
+def build_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser(prog="python -m megabyte_distill.kernels", description=__doc__, failure=_FAILURE)
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{build}")
+    text = "compile the kernels; without a command, what is there is reported"
+    building = commands.add_parser("build", help=text, description="Compiles the kernels.", failure=_FAILURE)
+    building.add_argument(
+        "target", nargs="?", choices=("cuda", "cpu", "step"), default="cuda", help="which library (cuda)"
+    )
+    options = building.add_argument_group("build")
+    options.add_argument("--if-missing", action="store_true", help="not where the library of these sources is there")
+    options.add_argument(
+        "--arch", nargs="+", default=[], metavar="SM", help="cuda for these GPUs alone, as sm_90a (all that nvcc knows)"
+    )
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the flags together."""
+    if arguments.command == "build" and arguments.arch and arguments.target != "cuda":
+        yield f"--arch: is about GPUs, and {arguments.target} is built for this machine's CPU; leave it out"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reports, or builds; Failure where something could not be built."""
     if arguments.command is None:
-        return _report()
+        _report()
+        return
     target = arguments.target
     wanted = build.step_library_path() if target == "step" else build.library_path(target)
     if arguments.if_missing and wanted.exists():
-        return 0
+        return
     try:
         if target == "cuda":
-            return _build_cuda(arguments.arch)
-        print(build.build_step() if target == "step" else build.build_cpu())
-        return 0
+            _build_cuda(arguments.arch)
+        else:
+            print(build.build_step() if target == "step" else build.build_cpu())
     except build.BuildError as error:
-        print(error, file=sys.stderr)
-        return 1
+        raise Failure(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_tool(build_parser(), run, argv, check=check)
 
 
 def usage_table(usages: Sequence[build.KernelUsage]) -> str:
@@ -51,16 +72,15 @@ def usage_table(usages: Sequence[build.KernelUsage]) -> str:
     return "\n".join(lines)
 
 
-def _build_cuda(architectures: Sequence[str]) -> int:
+def _build_cuda(architectures: Sequence[str]) -> None:
     usages = build.build_cuda(architectures=architectures)
     print(f"registers a thread\n{usage_table(usages)}\n{build.library_path('cuda')}")
     spilling = sorted({usage.kernel for usage in usages if usage.spilled_bytes})
     if spilling:
-        print(f"these kernels spill registers to memory: {', '.join(spilling)}", file=sys.stderr)
-    return 1 if spilling else 0
+        raise Failure(f"these kernels spill registers to memory: {', '.join(spilling)}")
 
 
-def _report() -> int:
+def _report() -> None:
     import torch
 
     from megabyte_distill.config.training import KernelMode
@@ -86,7 +106,6 @@ def _report() -> int:
         for op, fused in FUSED_OPS.items():
             path = f"fused: {fused.limits}" if choice.fused else "torch"
             print(f"{mode.value} on {name}: {op}: {path} ({choice.reason})")
-    return 0
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 P_CLAMP = 1e-4
-"""The EMA's weights stay this far from 0 and 1 (RECIPE section 2)."""
+"""The EMA's weights stay this far from 0 and 1, as the paper's."""
 _NO_NULL_GROUP = "dechunk got mode official without null_group; pass the [E] state read before the first end"
 
 
@@ -209,7 +209,7 @@ def dechunk(
     mode: DechunkMode,
     null_group: Tensor | None = None,
 ) -> Tensor:
-    """The chunk state each byte reads (RECIPE section 2).
+    """The chunk state each byte reads.
 
     Args:
         h: [M, E] backbone states.

@@ -1,6 +1,6 @@
 """The teacher's exact distribution over the next byte and its boundary bit, from its next-token distribution.
 
-With q the bytes since the last token end and p the teacher's next-token distribution (RECIPE section 5.1):
+With q the bytes since the last token end and p the teacher's next-token distribution:
 
     Z           = mass of allowed tokens that strictly extend q (q empty: all allowed tokens and the end of text)
     P(b, ends)  = mass of tokens that are just q·b / Z          P(b, goes on) = mass of tokens that extend q·b / Z

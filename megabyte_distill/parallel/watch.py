@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megabyte_distill import exit_codes
 from megabyte_distill.parallel.positions import (
     CLOSING,
     ENDED,
@@ -32,7 +33,6 @@ from megabyte_distill.parallel.positions import (
 )
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 
-EXIT_CODE = 1
 _INTERVAL = 0.5
 _GRACE = 5.0
 """Seconds in which a rank may notice by itself that another one is gone, before its process is ended."""
@@ -101,7 +101,7 @@ def watched(root: Path, world: World, timeout: float, report: Report) -> Iterato
 
 def _leave_within(seconds: float) -> None:
     """Taking down process groups may wait for ranks that are gone, or that wait for this one."""
-    timer = threading.Timer(seconds, os._exit, (EXIT_CODE,))
+    timer = threading.Timer(seconds, os._exit, (exit_codes.FAILURE,))
     timer.daemon = True
     timer.start()
 
@@ -130,7 +130,7 @@ class _Watch(threading.Thread):
             if gone_since is not None and time.monotonic() - gone_since > _GRACE:
                 self._report(self._explanation("another rank is gone, and this one did not notice"), True)
                 sys.stdout.flush()
-                os._exit(EXIT_CODE)
+                os._exit(exit_codes.FAILURE)
             record = self._position.record
             # the closing report is one rank's work: it exchanges nothing and may take its time
             is_alone = record.phase == CLOSING

@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megabyte_distill import __version__, optional
-from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments, parse_or_exit
-from megabyte_distill.config.command_line import asks_only
+from megabyte_distill import __version__, exit_codes, optional
+from megabyte_distill.config import STAGE_ORDER, ConfigError, Settings, parse_arguments
+from megabyte_distill.config.command_line import asked_text
 from megabyte_distill.config.run_config import settings_to_dict
 from megabyte_distill.parallel import cpu_megatron
 from megabyte_distill.parallel.cpu_memory import keep_large_buffers
@@ -27,8 +27,6 @@ from megabyte_distill.pretrain.run_lock import only_job
 if TYPE_CHECKING:
     from megabyte_distill.pretrain.prepare import Prepared
     from megabyte_distill.pretrain.run_data import RunData
-
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run: Path | None = None) -> int:
@@ -62,28 +60,29 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
             return _run(settings, ranks, example)
     except TrainingFailure as failure:
         report_failure(str(failure), rank=rank, everywhere=True)
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except ValueError as mistake:
         report_failure(str(mistake), rank=rank, everywhere=isinstance(mistake, ConfigError | FailureElsewhere))
-        return EXIT_USAGE
+        return exit_codes.MISTAKES
     except OSError as trouble:  # a full disk, a folder that may not be written
         report_failure(f"{trouble}; what was saved before is untouched, the same command goes on from it", rank=rank)
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except PeerLost:
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except RuntimeError as lost:  # before the ranks were watched
         if size == 1 or not is_lost_contact(lost):
             raise
         report_failure("another rank has ended; what stopped it is in its own message", rank=rank)
-        return EXIT_FAILURE
+        return exit_codes.FAILURE
     except KeyboardInterrupt:
         report_failure("interrupted; the same command goes on from the last checkpoint", rank=rank, everywhere=True)
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
 
 
 def _settings(argv: Sequence[str], defaults: dict[str, object] | None, rank: int, size: int) -> Settings:
-    if asks_only(argv):
-        return parse_or_exit(list(argv), defaults, world_size=size, rank=rank)  # prints and leaves
+    if (text := asked_text(argv, defaults)) is not None:
+        print(text if rank == 0 else "", end="")
+        raise SystemExit(0)
     warnings: list[str] = []
     settings = parse_arguments(list(argv), defaults, world_size=size, warn=warnings.append)
     for text in warnings if rank == 0 else ():

@@ -9,6 +9,7 @@ from pathlib import Path
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.config.fields import to_fields
 from megabyte_distill.config.model import unread_fields
+from megabyte_distill.config.run_config import read_run_config
 from megabyte_distill.conversion.model_config import (
     MODEL_CONFIG_FILE,
     ModelConfig,
@@ -24,7 +25,7 @@ from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
 from megabyte_distill.pretrain.run_records import SUMMARY_FILE
 from megabyte_distill.run_folder import TEACHER_FILE, is_run, teacher_path, write_teacher_path
-from megabyte_distill.runs import complete_stages, stage_progress
+from megabyte_distill.runs import StageProgress, complete_stages, stage_progress
 from megabyte_distill.training.checkpoint import find_checkpoint
 from megabyte_distill.training.logging import METRICS_FILE
 
@@ -50,6 +51,8 @@ class Prepared:
     """Folder of the converted teacher."""
     source: Path | None
     """A run whose weights this one starts from (``--load RUN``); None where it starts from the teacher."""
+    source_checkpoint: Path | None
+    """That of ``source`` which ``--ckpt-step`` names; None means the latest."""
     model_config: ModelConfig
     token_bytes: TokenBytes
 
@@ -89,6 +92,7 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
     check_engine_limits(settings, backbone, world.device)
     table = TokenBytes.load(teacher / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
     _check_place(root, teacher, source, fresh=settings.run.fresh)
+    source_checkpoint = _source_checkpoint(settings, root, source)
     # only now, when the command is known to have a teacher to start over from
     if settings.run.fresh:
         on_main_rank(world, lambda: start_fresh(root))
@@ -99,7 +103,14 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
     _check_same_tokenizer(root, table, teacher)
     on_main_rank(world, lambda: _write_root(root, config, teacher))
     set_virtual_size(parallel.virtual_stages(backbone.num_layers))
-    return Prepared(root=root, teacher=teacher, source=source, model_config=config, token_bytes=table)
+    return Prepared(
+        root=root,
+        teacher=teacher,
+        source=source,
+        source_checkpoint=source_checkpoint,
+        model_config=config,
+        token_bytes=table,
+    )
 
 
 def _folder(value: str | None, flag: str) -> Path:
@@ -116,6 +127,38 @@ def _check_place(root: Path, teacher: Path, source: Path | None, *, fresh: bool)
         raise ValueError(f"--save {root} is the teacher's own folder; give the run a folder of its own")
     if fresh and source is not None and root.resolve() == source.resolve():
         raise ValueError(f"--fresh would remove {root}, from which --load reads; give another --save")
+
+
+def _source_checkpoint(settings: Settings, root: Path, source: Path | None) -> Path | None:
+    """The checkpoint that ``--ckpt-step`` names, None without it or where the run was built from it before.
+
+    ValueError where no stage would start from it, or it is not there.
+    """
+    wanted = settings.checkpoint
+    flag = f"--ckpt-step {wanted.ckpt_step}"
+    if wanted.ckpt_step is None:
+        return None
+    if source is None:
+        raise ValueError(f"{flag}: --load {wanted.load} is a teacher, which has one checkpoint; leave --ckpt-step out")
+    first = next(stage for stage in STAGE_ORDER if stage in settings.stages)
+    until = () if settings.run.fresh else STAGE_ORDER[: STAGE_ORDER.index(first) + 1]
+    held = next((progress for stage in until if (progress := stage_progress(root, stage)) is not None), None)
+    if held is None:
+        return find_checkpoint(source / _last_complete(source).stage, wanted.ckpt_step)
+    before = read_run_config(held.checkpoint).checkpoint
+    if (before.load, before.ckpt_step) != (wanted.load, wanted.ckpt_step):
+        raise ValueError(
+            f"{flag}: --save {root} holds stage {held.stage} already, on which the next ones build and which was not "
+            "made with this --load and --ckpt-step; leave --ckpt-step out to go on from there, or give another --save"
+        )
+    return None
+
+
+def _last_complete(source: Path) -> StageProgress:
+    complete = complete_stages(source)
+    if not complete:
+        raise ValueError(f"--load {source} is a run without a complete stage; train it first, or load a teacher")
+    return complete[-1]
 
 
 def _check_same_model(found: ModelConfig, wanted: ModelConfig, folder: Path, flag: str) -> None:
@@ -160,7 +203,7 @@ def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
     write_teacher_path(root, teacher)
 
 
-def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None) -> tuple[Path, str]:
+def starting_point(prepared: Prepared, stage: str) -> tuple[Path, str]:
     """(checkpoint, name of what it holds) a stage starts from: the nearest earlier stage, ``--load``, or the teacher.
 
     ValueError where the nearest earlier stage of this run was left incomplete.
@@ -176,11 +219,6 @@ def starting_point(prepared: Prepared, stage: str, ckpt_step: int | None = None)
         if progress is not None:
             return progress.checkpoint, f"stage {name}"
     if prepared.source is not None:
-        if complete := complete_stages(prepared.source):
-            last = complete[-1]
-            chosen = find_checkpoint(prepared.source / last.stage, ckpt_step) if ckpt_step else last.checkpoint
-            return chosen, f"stage {last.stage} of {prepared.source}"
-        raise ValueError(
-            f"--load {prepared.source} is a run without a complete stage; train it first, or load a teacher"
-        )
-    return find_checkpoint(prepared.teacher, ckpt_step), "teacher"
+        last = _last_complete(prepared.source)
+        return prepared.source_checkpoint or last.checkpoint, f"stage {last.stage} of {prepared.source}"
+    return find_checkpoint(prepared.teacher), "teacher"

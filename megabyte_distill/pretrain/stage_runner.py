@@ -109,7 +109,7 @@ class StageRunner:
             return False
         if own is not None:
             return bool(read_loop_state(own.checkpoint).get(KEEPS_BACKBONE))
-        checkpoint, what = starting_point(self.prepared, stage.name, self.settings.checkpoint.ckpt_step)
+        checkpoint, what = starting_point(self.prepared, stage.name)
         return what == "teacher" or bool(read_loop_state(checkpoint).get(KEEPS_BACKBONE))
 
     def _check_parent(self, progress: StageProgress) -> None:
@@ -150,8 +150,7 @@ class StageRunner:
             # before the objective and the optimizer are made: both look at the weights
             load_checkpoint(own.checkpoint, student, verify=verify)
         else:
-            ckpt_step = self.settings.checkpoint.ckpt_step
-            checkpoint, what = starting_point(self.prepared, stage.name, ckpt_step)
+            checkpoint, what = starting_point(self.prepared, stage.name)
             load_checkpoint(checkpoint, student, prefix=BACKBONE_PREFIX if what == "teacher" else "", verify=verify)
             self._say(f" stage {stage.name} ({stage.title}) starts from {what}: {checkpoint}")
         student.to(device=self.world.device, dtype=dtype)

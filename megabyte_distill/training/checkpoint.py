@@ -313,7 +313,7 @@ def _loop_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); choose another checkpoint with --ckpt-step") from error
+        raise CheckpointError(f"{path} cannot be read ({error}). {_way_out(checkpoint)}") from error
 
 
 def verify_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
@@ -345,8 +345,8 @@ def _way_out(checkpoint: Path) -> str:
         return f"{checkpoint.parent} holds no earlier one: copy it again from where it came, or make it anew"
     numbers = ", ".join(map(str, earlier[-5:]))
     return (
-        f"Earlier ones: {numbers}. Take one with --ckpt-step {earlier[-1]} where --load names the folder; where a run "
-        f"is to go on from it, write its number into {checkpoint.parent / TRACKER}"
+        f"Earlier ones: {numbers}. Take one with --ckpt-step {earlier[-1]} where --load names its run for another "
+        f"--save; where a run is to go on from it, write its number into {checkpoint.parent / TRACKER}"
     )
 
 

@@ -215,7 +215,7 @@ def wrap_for_training(
 
     ``module``: a model, or its :class:`VirtualStages`; ``transformer``: the config that its (first) part holds. The
     optimizer class is megatron's choice: Transformer Engine's FusedAdam, NVIDIA apex's, torch's AdamW. Weight decay
-    applies to every trained parameter (RECIPE section 3); parameters named ``backbone.*`` take ``backbone_peak_lr``.
+    applies to every trained parameter, as the paper's does; parameters named ``backbone.*`` take ``backbone_peak_lr``.
     """
     trains = trains_on_stages(module)
     if not any(trains):

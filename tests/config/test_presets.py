@@ -1,4 +1,4 @@
-"""Presets say what RECIPE says, and what they say makes sense."""
+"""Presets say what the paper says, and what they say makes sense."""
 
 from __future__ import annotations
 

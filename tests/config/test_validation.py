@@ -47,7 +47,6 @@ MOCK = "--mock-data "
             "--microbatch-group-size-per-virtual-pipeline-stage is about virtual pipeline stages: give",
         ),
         (MOCK + "--virtual-pipeline-model-parallel-size 2", "give --num-virtual-stages-per-pipeline-rank"),
-        (MOCK + "--context-parallel-size 2", "each segment's chunks would have to divide by 2 × 2"),
         (
             MOCK + "--2a.target-bytes-per-chunk-iters 5",
             "stage 2a: --target-bytes-per-chunk-iters is about --target-bytes-per-chunk; give that",

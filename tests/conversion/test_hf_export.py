@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.compare import backbone_logits, compare_logits, roundtrip
 from megabyte_distill.conversion.hf_export import export_backbone, export_teacher
-from megabyte_distill.conversion.hf_import import HfModel, import_teacher, read_backbone
+from megabyte_distill.conversion.hf_import import HfModel, import_teacher
 from megabyte_distill.model.backbone import Backbone
+from tests.conversion.in_memory import read_backbone
 
 pytestmark = pytest.mark.usefixtures("world")
 

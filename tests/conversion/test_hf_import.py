@@ -14,9 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megabyte_distill.conversion.compare import backbone_logits, compare_logits, roundtrip
-from megabyte_distill.conversion.hf_import import HfModel, import_teacher, read_backbone
+from megabyte_distill.conversion.hf_import import HfModel, import_teacher
 from megabyte_distill.conversion.safetensors_folder import write_tensors
 from megabyte_distill.conversion.teacher_folder import load_teacher
+from tests.conversion.in_memory import read_backbone
 
 pytestmark = pytest.mark.usefixtures("world")
 

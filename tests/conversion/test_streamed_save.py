@@ -15,11 +15,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
-from megabyte_distill.conversion.hf_import import HfModel, import_teacher, read_backbone
+from megabyte_distill.conversion.hf_import import HfModel, import_teacher
 from megabyte_distill.conversion.streamed_save import StreamedSave, backbone_skeleton
 from megabyte_distill.conversion.teacher_folder import TeacherHolder, load_teacher, save_teacher
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from tests.conversion.in_memory import read_backbone
 
 pytestmark = pytest.mark.usefixtures("world")
 

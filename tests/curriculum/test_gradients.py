@@ -1,4 +1,4 @@
-"""Each stage trains what RECIPE section 3 says and nothing else: by name, and by where gradients arrive."""
+"""Each stage trains what docs/training.md says and nothing else: by name, and by where gradients arrive."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megabyte_distill.kernels import build
+from megabyte_distill.kernels.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PTXAS = """\
@@ -38,6 +39,30 @@ def test_the_name_of_a_library_follows_its_sources(tmp_path: Path) -> None:
     with open(tmp_path / "csrc" / "kernel.h", "a", encoding="utf-8") as header:
         header.write("// changed\n")
     assert build.library_path("cuda", sources=tmp_path / "csrc") != before
+
+
+@pytest.mark.parametrize("target", ["cpu", "step"])
+def test_gpus_are_refused_for_what_runs_on_a_cpu(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", target, "--arch", "sm_90a"]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: --arch: is about GPUs, and ") and not output.out
+
+
+def test_what_cannot_be_built_is_an_error_and_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = build.KernelUsage(kernel="wide", architecture="sm_90a", registers=255, spilled_bytes=8)
+    monkeypatch.setattr(build, "build_cuda", lambda architectures: [usage])
+    monkeypatch.setattr(build, "library_path", lambda kind: tmp_path / kind)
+    assert main(["build", "--arch", "sm_90a"]) == 1
+    assert capsys.readouterr().err == "error: these kernels spill registers to memory: wide\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert main(["build"]) == 1
+    assert capsys.readouterr().err.startswith("error: nvcc was not found")
+    with pytest.raises(SystemExit):
+        main(["build", "--help"])
+    assert "1 something could not be built" in capsys.readouterr().out
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:

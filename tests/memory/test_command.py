@@ -51,18 +51,45 @@ def test_any_hugging_face_config_will_do(capsys: pytest.CaptureFixture[str]) -> 
     ("line", "expected"),
     [
         ("--tp 3", "attention heads 16 is not divisible by --tp 3"),
-        ("--tp 0", "expected sizes from 1 up"),
+        ("--tp 0", "--tp: got 0, expected a whole number of at least 1"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size: got 0, expected at least 1"),
+        ("--tp 2 --tensor-model-parallel-size 2", "--tp: is short for --tensor-model-parallel-size, which is given as"),
+        ("--pp 2 --pipeline-model-parallel-size=1", "--pp: is short for --pipeline-model-parallel-size"),
         ("--preset tiny", "--preset tiny is no published model"),
         ("--stage 9z", "unknown stage '9z'"),
-        ("--bytes-per-chunk 0.5", "a chunk has at least one byte"),
+        ("--bytes-per-chunk 0.5", "--bytes-per-chunk: got 0.5, expected a number of at least 1"),
         ("--num-experts 8", "--num-experts is Megatron's, and not taken here"),
         ("--hf-model nowhere", "nowhere"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_message(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_said_in_one_line(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset", "olmo2-1b", "--stage", "1a", *line.split()]) == 2
-    error = capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and expected in error, error
+
+
+def test_all_mistakes_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dp", "x", "--lr", "fast", "--stage", "1a", "--stages", "1b", "--frob"]) == 2
+    output = capsys.readouterr()
+    told = [line.removeprefix("error: ").split(":")[0].split(";")[0] for line in output.err.splitlines()]
+    assert told == ["--dp", "--stage", "--lr", "unknown flag --frob"] and not output.out
+
+
+def test_trainings_names_of_the_sizes_count_as_the_short_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"--tp": "--tensor-model-parallel-size", "--pp": "--pipeline-model-parallel-size", "--stage": "--stages"}
+    line = ["--preset", "olmo2-1b", "--tp", "2", "--pp", "2", "--dp", "2", "--stage", "1a", "--seq-length", "256"]
+    shown = set()
+    for words in (line, [sizes.get(word, word) for word in line]):
+        assert main(words) == 0
+        shown.add(capsys.readouterr().out)
+    (text,) = shown
+    assert "8 ranks = tensor 2 × pipeline 2 × data 2" in text
+
+
+def test_a_warning_leaves_the_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "olmo2-1b", "--stage", "1a", "--seq-length", "256", "--2a.lr", "1", "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out) and output.err.startswith("warning: --2a.lr has no effect")
 
 
 def test_the_page_on_scaling_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,4 +104,4 @@ def test_the_page_on_scaling_shows_what_it_prints(capsys: pytest.CaptureFixture[
 
 def test_it_is_a_program() -> None:
     done = run_command(["python", "-m", "megabyte_distill.memory", "--help"])
-    assert done.returncode == 0 and "--bytes-per-chunk" in done.stdout
+    assert done.returncode == 0 and "--preset is llama3.2-3b" in done.stdout

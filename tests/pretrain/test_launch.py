@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from megabyte_distill.conversion.teacher_folder import load_teacher_stages
 from megabyte_distill.pretrain import stage_runner
 from megabyte_distill.pretrain.main import main
-from tests.pretrain.job import SCRIPT, Job, assert_same_run, environment, metrics, run_command, torchrun
+from tests.pretrain.job import SCRIPT, Job, assert_same_run, environment, metrics, run_command, torchrun, weights
 
 SHORT = ("--stages", "1a", "--train-iters", "2")
 
@@ -96,11 +97,16 @@ def test_1a_on_a_run_reads_no_more_of_the_teacher_than_it_compares_with(
     assert (("1a", 2, "layers mse relative") in metrics(run)) == (layers > 0)
 
 
-def test_help_is_printed_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_help_is_printed_by_rank_0_and_all_exit_0(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])
     assert leaving.value.code == 0
-    assert "--global-batch-size" in capsys.readouterr().out
+    assert ("--global-batch-size" in capsys.readouterr().out) == (rank == 0)
 
 
 def test_a_flag_without_effect_is_warned_of(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +127,41 @@ def test_a_run_goes_on_from_the_last_stage_of_another_run(job: Job, finished: Pa
     assert job.run(run, "--load", str(finished), "--stages", "2b", "--train-iters", "2") == 0
     assert (run / "2b" / "iter_0000002").is_dir()
     assert not (run / "1a").exists()
+
+
+FROM_STEP_2 = ("--stages", "2b", "--lr", "0", "--backbone-lr", "0", "--train-iters", "2", "--ckpt-step", "2")
+
+
+def test_a_run_starts_from_the_step_that_is_asked_for(
+    job: Job, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ("--load", str(finished), *FROM_STEP_2)
+    assert job.run(run, *command, "--exit-interval", "1") == 0
+    assert job.run(run, *command) == 0, "the same command goes on"
+    got, asked, latest = weights(run, "2b"), weights(finished, "2b", 2), weights(finished, "2b")
+    assert all(torch.equal(got[name], asked[name]) for name in asked)
+    assert not all(torch.equal(got[name], latest[name]) for name in latest)
+    capsys.readouterr()
+    for words in (("--ckpt-step", "4"), ("--load", str(run))):
+        assert job.run(run, *command, *words) == 2
+        assert "holds stage 2b already, on which the next ones build" in capsys.readouterr().err
+
+
+def test_a_step_that_no_stage_would_start_from_is_refused(
+    job: Job, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for words, message in (
+        ((), "is a teacher, which has one checkpoint; leave --ckpt-step out"),
+        (("--load", str(run)), f"--ckpt-step 2: --save {run} holds stage 1a already"),
+        (("--load", str(finished)), f"--ckpt-step 2: --save {run} holds stage 1a already"),
+        (("--load", str(finished), "--ckpt-step", "3", "--fresh"), "iter_0000003 is missing"),
+    ):
+        assert job.run(run, *FROM_STEP_2, *words) == 2
+        assert message in capsys.readouterr().err
+    assert (run / "1a").is_dir(), "nothing is removed before all is known to be well"
 
 
 def test_fresh_starts_over(job: Job, tmp_path: Path) -> None:

@@ -277,11 +277,27 @@ def test_help_and_version_of_every_tool(tool: str, capsys: pytest.CaptureFixture
         assert end.value.code == 0 and expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool not in ("preprocess_bytes", "convert_checkpoint")])
-def test_every_flag_says_what_it_does_by_default(tool: str) -> None:
-    parser = importlib.import_module(f"tools.{tool}").build_parser()
-    flags = [
-        action for action in parser._actions if action.option_strings and not action.required and action.nargs != 0
-    ]
-    silent = {action.option_strings[0] for action in flags if "(" not in (action.help or "")}
+COMMANDS = (
+    *((f"tools.{tool}", "") for tool in TOOLS),
+    *(("tools.convert_checkpoint", command) for command in ("import", "export", "compare", "roundtrip")),
+    *(("tools.preprocess_bytes", command) for command in ("merge", "verify", "inspect")),
+    *((f"scripts.check_{what}", "") for what in ("exact_targets", "mamba_scan", "real_teacher", "real_tokenizers")),
+    ("megabyte_distill.memory.__main__", ""),
+    ("megabyte_distill.kernels.__main__", "build"),
+)
+
+
+@pytest.mark.parametrize(("module", "command"), COMMANDS, ids=lambda words: words.rpartition(".")[2])
+def test_every_flag_stands_in_a_group_with_its_default_and_what_it_takes(module: str, command: str) -> None:
+    tool = importlib.import_module(module)
+    parser = tool.build_parser(command) if module == "tools.preprocess_bytes" else tool.build_parser()
+    if command and module != "tools.preprocess_bytes":
+        parser = next(action for action in parser._actions if action.dest == "command").choices[command]
+    flags = [action for action in parser._actions if action.option_strings and action.dest not in ("help", "version")]
+    names = {action: action.option_strings[0] for action in flags}
+    ungrouped = {names[action] for action in flags if action in parser._optionals._group_actions}
+    takes_a_value = [action for action in flags if action.nargs != 0]
+    silent = {names[action] for action in takes_a_value if not action.required and "(" not in (action.help or "")}
+    without_kind = {names[action] for action in takes_a_value if not action.metavar}
+    assert not ungrouped and not without_kind
     assert silent <= {"--prompt", "--prompt-file"}, "of which one is required"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megabyte_distill import __version__
 from megabyte_distill.pretrain import held_out_page
 from tests.evaluation.test_run_report import assert_self_contained
 from tools.plot_run import main
@@ -123,12 +122,3 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert sorted(finished.rglob("*")) == before and not list(tmp_path.iterdir())
-
-
-def test_help_and_version_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--text-bytes", "--no-model", "--data-path", "--output")
-    for flag, expected in (("--help", flags), ("--version", (__version__,))):
-        with pytest.raises(SystemExit) as end:
-            main([flag])
-        shown = capsys.readouterr().out
-        assert end.value.code == 0 and all(word in shown for word in expected)
