@@ -24,6 +24,7 @@ from megabyte_distill.config.blend import parse_split
 from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.conversion.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.data.named_sets import set_names, set_problems
+from megabyte_distill.data.progress import shown
 from megabyte_distill.tool import (
     ToolParser,
     choice,
@@ -215,6 +216,7 @@ def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget
         [dataset.subset(dataset.documents[:limit]) for dataset in datasets],
         budget,
         bootstrap=bootstrap,
+        show=shown,
     )
     if arguments.plots is not None:
         from megabyte_distill.evaluation.comparison_plots import plot_robustness
@@ -289,6 +291,7 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         aligned_student=students.aligned,
         unigram=unigram,
         token_bytes=teacher.token_bytes,
+        show=shown,
     )
     if arguments.plots is not None:
         from megabyte_distill.evaluation.comparison_plots import plot_sets
@@ -297,8 +300,8 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
 
         folder = plot_folder(arguments, root)
         plot_sets(found, folder / "sets.png")
-        shown = merge_row(next(iter(rows_of_set.values()))[0], merge_limit)
-        marked = mark_sentence(loaded.student, shown, threshold=arguments.boundary_threshold)
+        first_row = merge_row(next(iter(rows_of_set.values()))[0], merge_limit)
+        marked = mark_sentence(loaded.student, first_row, threshold=arguments.boundary_threshold)
         plot_boundaries(marked, folder / "boundaries.png")
     return found
 
