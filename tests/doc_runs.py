@@ -112,7 +112,13 @@ class Place:
         elif words[0] == "-m":
             name = words[1] if words[1] != "megabyte_distill.memory" else "megabyte_distill.memory.__main__"
             name = "megabyte_distill.kernels.__main__" if name == "megabyte_distill.kernels" else name
-            more = ["--preset", "tiny"] if "memory" in name else ["--if-missing"] if "build" in words else []
+            more = (
+                ["--load", "CKPT", *self.small, "--backbone-width", "32"]
+                if "memory" in name
+                else ["--if-missing"]
+                if "build" in words
+                else []
+            )
             call_main(name, [*words[2:], *more])
         else:
             script = Path(words[0])
@@ -169,7 +175,7 @@ class Place:
     def _small(self, program: str, words: list[str]) -> list[str]:
         if program == "evaluate":
             words = [*words, "--seq-length", "256"] if "robustness" not in words else words
-            words += [] if "--resamples" in words else ["--resamples", "20"]
+            words += ["--max-documents", "2", *([] if "--resamples" in words else ["--resamples", "20"])]
             if "robustness" in words:
                 words += ["--paths", "1", *("--suite-texts", "1", "--suite-questions", "1", "--suite-samples", "1")]
             elif "--paths" not in words:
