@@ -38,8 +38,8 @@ def measure(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
     # no row ends early: both write the same number of bytes
     stock = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.config import ranges
+from megabyte_distill.data.progress import shown
 from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.tool import Failure, ToolParser, in_range, run_tool
 
@@ -55,9 +56,9 @@ def check(options: argparse.Namespace, checkpoint: Path) -> dict[str, object]:
     from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher
     from megabyte_distill.data import tokenizers
 
-    import_teacher(options.hf_model, checkpoint, progress=sys.stderr.isatty())
+    import_teacher(options.hf_model, checkpoint, show=shown)
     comparison = compare_logits(options.hf_model, checkpoint)
-    identical = roundtrip(options.hf_model, progress=sys.stderr.isatty())
+    identical = roundtrip(options.hf_model, show=shown)
     teacher = load_teacher(checkpoint, dtype=torch.float32)
     tokenizer = tokenizers.load(find_teacher(checkpoint).tokenizer)
     [ids] = tokenizer.encode_batch([tokenizer.normalize(options.prompt)])

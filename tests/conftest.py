@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 
+from megabyte_distill.data import progress
+
 # a shell's background job ignores Ctrl-C, and hands that on to the processes that the tests interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +33,12 @@ SEED = 1234
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress in a log has a line for every part that is done, however short that took."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
 
 
 @pytest.fixture(autouse=True)

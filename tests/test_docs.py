@@ -140,7 +140,7 @@ def test_pages_have_no_dead_link_and_nothing_to_fill_in(page: str) -> None:
     text, folder = text_of(page), (ROOT / page).parent
     assert "PLACEHOLDER" not in text and "TODO" not in text
     dead = []
-    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+    for link in re.findall(r"(?:\]\(|(?:src|href)=\")([^)\"]+)[)\"]", prose(page)):
         name, _, anchor = link.partition("#")
         target = folder / name if name else ROOT / page
         if not target.exists() or (anchor and anchor not in anchors(target)):

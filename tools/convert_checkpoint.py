@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from megabyte_distill.config import ranges
 from megabyte_distill.conversion.hf_config import HfConfig
+from megabyte_distill.data.progress import shown
 from megabyte_distill.run_folder import require_run, split_stage
 from megabyte_distill.tool import (
     ToolParser,
@@ -149,7 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             from megabyte_distill.conversion.compare import roundtrip
 
-            tensors = roundtrip(arguments.hf_model, progress=sys.stderr.isatty())
+            tensors = roundtrip(arguments.hf_model, show=shown)
             print(f"{tensors} tensors are bit-identical after import and export")
 
 
@@ -163,7 +164,7 @@ def _import(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
         tensor_parallel=arguments.tp,
         pipeline_parallel=arguments.pp,
         overwrite=arguments.overwrite,
-        progress=sys.stderr.isatty(),
+        show=shown,
     )
     print(f"wrote {arguments.megatron_path}: {config.family}, {config.num_layers} layers, W = {config.vocab_size}")
 
@@ -181,7 +182,7 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
             arguments.hf_path,
             dtype=dtype,
             overwrite=arguments.overwrite,
-            progress=sys.stderr.isatty(),
+            show=shown,
         )
         print(f"wrote {arguments.hf_path}")
         return
@@ -196,6 +197,7 @@ def _export(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
         paths=4 if arguments.paths is None else arguments.paths,
         boundary_threshold=arguments.boundary_threshold,
         overwrite=arguments.overwrite,
+        show=shown,
     )
     print(f"wrote {arguments.hf_path}: the student after stage {loaded.stage}")
 

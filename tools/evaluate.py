@@ -23,6 +23,7 @@ from megabyte_distill.config import ranges
 from megabyte_distill.config.blend import parse_split
 from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.data.named_sets import set_names, set_problems
+from megabyte_distill.data.progress import shown
 from megabyte_distill.run_folder import find_run_teacher, require_run, require_stage
 from megabyte_distill.tool import (
     ToolParser,
@@ -216,6 +217,7 @@ def measure_robustness(arguments: argparse.Namespace, root: Path, budget: Budget
         [dataset.subset(dataset.documents[:limit]) for dataset in datasets],
         budget,
         bootstrap=bootstrap,
+        show=shown,
     )
     if arguments.plots is not None:
         from megabyte_distill.evaluation.comparison_plots import plot_robustness
@@ -291,6 +293,7 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
         aligned_student=students.aligned,
         unigram=unigram,
         token_bytes=teacher.token_bytes,
+        show=shown,
     )
     if arguments.plots is not None:
         from megabyte_distill.evaluation.boundary_picture import plot_boundaries
@@ -299,8 +302,8 @@ def compare(arguments: argparse.Namespace, root: Path) -> Comparison:
 
         pictures = [plot_folder(arguments, root) / name for name in ("sets.png", "boundaries.png")]
         plot_sets(found, pictures[0])
-        shown = merge_row(next(iter(rows_of_set.values()))[0], merge_limit)
-        marked = mark_sentence(loaded.student, shown, threshold=arguments.boundary_threshold)
+        first_row = merge_row(next(iter(rows_of_set.values()))[0], merge_limit)
+        marked = mark_sentence(loaded.student, first_row, threshold=arguments.boundary_threshold)
         plot_boundaries(marked, pictures[1])
         say_written(*pictures)
     return found

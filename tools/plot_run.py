@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megabyte_distill.config import ranges
 from megabyte_distill.data.named_sets import set_problems
+from megabyte_distill.data.progress import shown
 from megabyte_distill.run_folder import require_run, run_names
 from megabyte_distill.tool import ToolParser, folder_to_write, in_range, judged, problems_of, run_tool, typed
 
@@ -65,7 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     pages = [HeldOutPage(missing="left out: --no-model or --text-bytes 0")] * len(roots)
     if text_bytes:
         with world():
-            pages = [held_out_page(root, text_bytes=text_bytes, data_path=arguments.data_path) for root in roots]
+            pages = [
+                held_out_page(root, text_bytes=text_bytes, data_path=arguments.data_path, show=shown) for root in roots
+            ]
     records = [run_record(root, name, page) for root, name, page in zip(roots, names, pages, strict=True)]
     for record in records:
         for problem in (*record.notes, record.page.missing if text_bytes else ""):

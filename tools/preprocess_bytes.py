@@ -13,12 +13,8 @@ PREFIX_messages_loss_mask.{bin,idx}. See docs/preprocess.md.
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
-
-from tqdm import tqdm
 
 from megabyte_distill.config import ranges
 from megabyte_distill.data.chat_template import load_template
@@ -29,7 +25,7 @@ from megabyte_distill.data.inputs import InputFormat, TextDocuments
 from megabyte_distill.data.inspect_document import show_document
 from megabyte_distill.data.merge import merge_partitions
 from megabyte_distill.data.preprocess import PreprocessOptions, preprocess
-from megabyte_distill.data.progress import ProgressBar
+from megabyte_distill.data.progress import ProgressBar, shown
 from megabyte_distill.data.records import OnInvalid
 from megabyte_distill.data.tokenizers import TokenizerKind
 from megabyte_distill.data.verify import find_stems, verify_dataset
@@ -179,14 +175,8 @@ def verify(options: argparse.Namespace) -> None:
     """Verify and print a line a data set."""
     for output in options.output:
         for stem in find_stems(output):
-            with tqdm(unit=" documents", desc="verify", disable=not sys.stderr.isatty()) as bar:
-                manifest = verify_dataset(stem, report=functools.partial(_advance, bar))
+            manifest = verify_dataset(stem, show=shown)
             print(f"{stem}: {manifest.documents} documents, {manifest.bytes} bytes, {manifest.tokens} tokens: correct")
-
-
-def _advance(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _inspect_parser() -> ToolParser:

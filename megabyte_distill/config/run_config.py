@@ -22,6 +22,9 @@ from megabyte_distill.optional import library_versions
 RUN_CONFIG_NAME = "run_config.yaml"
 SCHEMA = 1
 
+DROPPED = (("parallel", "context_parallel_size"),)
+"""Settings of former versions that had one value only."""
+
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:
     """Settings as plain JSON values: enums by value, tuples as lists."""
@@ -80,6 +83,9 @@ def read_run_config(path: Path) -> Settings:
     ):
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: got schema {found!r}, expected {SCHEMA}; it was written by another version")
+    for section, name in DROPPED:
+        if isinstance(found := content["settings"].get(section), dict):
+            found.pop(name, None)
     try:
         return settings_from_dict(content["settings"])
     except ValueError as error:

@@ -19,6 +19,7 @@ from megabyte_distill.conversion.teacher_folder import find_root, load_teacher
 from megabyte_distill.conversion.tensor_checks import same_bits
 from megabyte_distill.conversion.tokenizer_files import TOKENIZER_FOLDER
 from megabyte_distill.data import tokenizers
+from megabyte_distill.data.progress import Show, silent
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone
 
@@ -93,7 +94,7 @@ def backbone_logits(backbone: Backbone, tokens: Tensor) -> Tensor:
     return backbone.logits(backbone(backbone.embed(tokens), cu_seqlens))
 
 
-def roundtrip(hf_model: Path, *, progress: bool = False) -> int:
+def roundtrip(hf_model: Path, *, show: Show = silent) -> int:
     """Imports and exports a folder in a temporary place and compares every tensor's bits; returns how many there are.
 
     Memory stays within a few times the largest tensor; the temporary place (TMPDIR) needs room for the model twice, at
@@ -105,8 +106,8 @@ def roundtrip(hf_model: Path, *, progress: bool = False) -> int:
     wide = torch.float32 if torch.float16 in stored.values() else model.stored_dtype
     with tempfile.TemporaryDirectory(prefix="megabyte-distill-") as scratch:
         checkpoint, exported = Path(scratch) / "megatron", Path(scratch) / "hf"
-        import_teacher(hf_model, checkpoint, dtype=wide, progress=progress)
-        export_teacher(checkpoint, exported, dtypes=stored, progress=progress)
+        import_teacher(hf_model, checkpoint, dtype=wide, show=show)
+        export_teacher(checkpoint, exported, dtypes=stored, show=show)
         back = SafetensorsFolder(exported)
         differing = [name for name in back.tensors if not same_bits(model.weights.read(name), back.read(name))]
         if differing:

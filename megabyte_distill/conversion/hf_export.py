@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.families import family_named, family_of_config
@@ -21,6 +21,7 @@ from megabyte_distill.conversion.streamed_load import StoredParameters
 from megabyte_distill.conversion.streamed_save import backbone_skeleton
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, TeacherHolder, find_teacher, stored_dtype
 from megabyte_distill.conversion.tokenizer_files import GENERATION_FILE, copy_files, token_table
+from megabyte_distill.data.progress import Show, silent
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.model.backbone import Backbone
 
@@ -55,7 +56,7 @@ def export_teacher(
     dtype: torch.dtype | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     overwrite: bool = False,
-    progress: bool = False,
+    show: Show = silent,
 ) -> None:
     """Writes the backbone of a converted teacher, or of a run's stage (RUN/1b), as a Hugging Face folder.
 
@@ -72,17 +73,17 @@ def export_teacher(
     layout = {**dict.fromkeys(table.theirs(), chosen), **(dtypes or {})}
     total = sum(parameter.nbytes for parameter in skeleton.parameters())
     with (
-        tqdm(desc="export", total=total, unit="B", unit_scale=True, disable=not progress) as bar,
+        contextlib.closing(show("export", total)) as done,
         new_folder(hf_path, overwrite=overwrite, marker=EXPORT_MARKER) as folder,
     ):
 
-        def read_with_progress(name: str) -> Tensor:
+        def read(name: str) -> Tensor:
             parameter = stored.read(BACKBONE_PREFIX + name)
-            bar.update(parameter.nbytes)
+            done.advance(parameter.nbytes)
             return parameter
 
         _write_small_files(folder, config, tokens, chosen, tokenizer)
-        _write_weights(folder, table, layout, read_with_progress)
+        _write_weights(folder, table, layout, read)
 
 
 def _checked_table(backbone: Backbone) -> ParameterTable:

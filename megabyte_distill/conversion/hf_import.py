@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.conversion.families import family_of_config
@@ -24,6 +23,7 @@ from megabyte_distill.conversion.student_folder import backbone_section, check_b
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, save_teacher
 from megabyte_distill.conversion.tensor_checks import check_finite, converted, same_bits
 from megabyte_distill.conversion.tokenizer_files import token_table
+from megabyte_distill.data.progress import Show, silent
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.training.checkpoint import CheckpointError
 
@@ -90,7 +90,7 @@ class HfModel:
 class ParameterSource:
     """The backbone's parameters made of a folder's tensors, one when it is asked for."""
 
-    def __init__(self, model: HfModel, backbone: Backbone, *, progress: bool = False) -> None:
+    def __init__(self, model: HfModel, backbone: Backbone, *, show: Show = silent) -> None:
         """``backbone``: gives names, shapes and dtype; it may be on the meta device. ValueError where the folder's
         names and shapes are not those of its configuration.
         """
@@ -99,19 +99,19 @@ class ParameterSource:
         self._model, self._dtype = model, backbone.dtype
         self._mappings = {mapping.ours: mapping for mapping in table.mappings}
         total = sum(torch.Size(shape).numel() for shape in table.ours().values()) * self._dtype.itemsize
-        self._bar = tqdm(desc="import", total=total, unit="B", unit_scale=True, disable=not progress)
+        self._done = show("import", total)
 
     def read(self, name: str) -> Tensor:
         """A parameter by the backbone's name; ValueError where a value is not finite, or is too large for the dtype."""
         mapping = self._mappings[name]
         made = mapping.to_ours([self._model.read(theirs) for theirs in mapping.theirs])
         tensor = converted(made, self._dtype, f"{self._model.folder}: {', '.join(mapping.theirs)}")
-        self._bar.update(tensor.nbytes)
+        self._done.advance(tensor.nbytes)
         return tensor
 
     def close(self) -> None:
-        """Ends the progress bar."""
-        self._bar.close()
+        """Ends the display."""
+        self._done.close()
 
 
 def import_teacher(
@@ -122,7 +122,7 @@ def import_teacher(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     overwrite: bool = False,
-    progress: bool = False,
+    show: Show = silent,
 ) -> BackboneConfig:
     """Converts ``hf_model`` into the teacher folder ``megatron_path``; on an error nothing carries that name.
 
@@ -138,7 +138,7 @@ def import_teacher(
     skeleton = backbone_skeleton(model.config, chosen)
     check_parallel_sizes(model.config, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
     with (
-        contextlib.closing(ParameterSource(model, skeleton, progress=progress)) as source,
+        contextlib.closing(ParameterSource(model, skeleton, show=show)) as source,
         new_folder(megatron_path, overwrite=overwrite, marker=MODEL_CONFIG_FILE) as folder,
     ):
         writer = StreamedSave(dict(skeleton.named_parameters()), source.read)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from megabyte_distill.conversion.student_folder import (
 )
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX
 from megabyte_distill.conversion.tokenizer_files import GENERATION_FILE, copy_files, token_table
+from megabyte_distill.data.progress import Show, counted, silent
 from megabyte_distill.model.backbone import Backbone
 from megabyte_distill.model.student import Student
 
@@ -39,6 +42,7 @@ def export_student(
     paths: int = 4,
     boundary_threshold: float | None = None,
     overwrite: bool = False,
+    show: Show = silent,
 ) -> None:
     """Writes ``hf_path``.
 
@@ -51,6 +55,7 @@ def export_student(
         paths: bit histories K of the causal byte filter that stock tools see.
         boundary_threshold: of ``generate_bytes``, as ``Sampling.boundary_threshold``.
         overwrite: replace an earlier output.
+        show: displays how far the weights are.
 
     Raises:
         ValueError: for a student in official dechunk mode, fewer than one path, a threshold that no probability is
@@ -69,7 +74,11 @@ def export_student(
         config.backbone, token_table(tokenizer, config.backbone.vocab_size), dtype, tokenizer
     )
     shapes, tensors = _tensors(student)
-    with new_folder(hf_path, overwrite=overwrite, marker=EXPORT_MARKER) as folder:
+    total = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
+    with (
+        contextlib.closing(show("export", total)) as done,
+        new_folder(hf_path, overwrite=overwrite, marker=EXPORT_MARKER) as folder,
+    ):
         for name, text in flat_sources().items():
             (folder / name).write_text(text, encoding="utf-8")
         copy_files(tokenizer, folder / BACKBONE_TOKENIZER)
@@ -78,7 +87,11 @@ def export_student(
         write_json(folder / CONFIG_FILE, fields)
         write_json(folder / GENERATION_FILE, generation_fields())
         write_json(folder / "tokenizer_config.json", tokenizer_fields(config))
-        write_tensors(folder, {name: (shape, dtype) for name, shape in shapes.items()}, tensors)
+        write_tensors(
+            folder,
+            {name: (shape, dtype) for name, shape in shapes.items()},
+            counted(tensors, done, lambda pair: pair[1].numel() * dtype.itemsize),
+        )
 
 
 def _tensors(student: Student) -> tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, Tensor]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megabyte_distill.data.encoding import token_dtype
 from megabyte_distill.data.formats import IndexedReader
 from megabyte_distill.data.loss_mask import checked_spans, marked_count
 from megabyte_distill.data.manifest import Manifest, StoredPaths
+from megabyte_distill.data.progress import Show, silent
 from megabyte_distill.data.token_bytes import TokenBytes
 
 _BLOCK_BYTES = 4 << 20
@@ -33,8 +35,8 @@ def find_stems(output: str | Path) -> list[str]:
     return found
 
 
-def verify_dataset(stem: str, *, report: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
-    """Reads a whole data set and returns its manifest if everything in it agrees; ``report(documents, total)``.
+def verify_dataset(stem: str, *, show: Show = silent) -> Manifest:
+    """Reads a whole data set and returns its manifest if everything in it agrees; ``show`` counts documents.
 
     Checked: index against data without gap or overlap, counts against the manifest, BOS in front of each document and
     nowhere else, UTF-8, the teacher's start id (and end-of-text id), tokens against bytes, the token table's hash, the
@@ -55,17 +57,18 @@ def verify_dataset(stem: str, *, report: Callable[[int, int], None] = lambda don
     if mask_reader is not None:
         _check_count(stem, "documents in the loss mask", len(mask_reader), manifest.documents)
     tokens = marked = 0
-    for first, last in _document_blocks(byte_reader):
-        byte_ids, sizes = _block(byte_reader, first, last)
-        _check_bytes(stem, byte_ids, sizes, first)
-        if token_reader is not None and table is not None:
-            flat, token_sizes = _block(token_reader, first, last)
-            documents = _check_tokens(stem, flat, token_sizes, table, append_eod=manifest.append_eod, first=first)
-            _check_rebuild(stem, byte_ids, sizes, documents, table, first)
-            tokens += sum(ids.size for ids in documents)
-        if mask_reader is not None:
-            marked += sum(_checked_mask(stem, mask_reader, first + i, int(size)) for i, size in enumerate(sizes))
-        report(last, len(byte_reader))
+    with closing(show("verify", len(byte_reader), " documents")) as done:
+        for first, last in _document_blocks(byte_reader):
+            byte_ids, sizes = _block(byte_reader, first, last)
+            _check_bytes(stem, byte_ids, sizes, first)
+            if token_reader is not None and table is not None:
+                flat, token_sizes = _block(token_reader, first, last)
+                documents = _check_tokens(stem, flat, token_sizes, table, append_eod=manifest.append_eod, first=first)
+                _check_rebuild(stem, byte_ids, sizes, documents, table, first)
+                tokens += sum(ids.size for ids in documents)
+            if mask_reader is not None:
+                marked += sum(_checked_mask(stem, mask_reader, first + i, int(size)) for i, size in enumerate(sizes))
+            done.advance(last - first)
     _check_count(stem, "bytes", byte_reader.bin_bytes - len(byte_reader), manifest.bytes)
     _check_count(stem, "tokens", tokens, manifest.tokens)
     _check_count(stem, "marked bytes", marked, manifest.marked)

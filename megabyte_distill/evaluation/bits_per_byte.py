@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.progress import Show, counted, silent
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.bootstrap import Bootstrap, Counts, Interval
 from megabyte_distill.evaluation.document_counts import Bits, Judged, count_rows
@@ -202,6 +205,7 @@ def compare(
     aligned_student: Student | None = None,
     unigram: Tensor | None = None,
     token_bytes: TokenBytes | None = None,
+    show: Show = silent,
 ) -> Comparison:
     """Every figure, of each data set and of all together. ValueError for a set without text.
 
@@ -215,6 +219,7 @@ def compare(
         aligned_student: the student after 1a, for the alignment error. Default: ``stage1_student``.
         unigram: ``anchors.unigram_nll`` [W] of the training text, for the anchor.
         token_bytes: the teacher's vocabulary, for its next-byte accuracy and its other tokenizations.
+        show: displays how far each pass over the text is.
     """
     distilled = stage1_student or student
     judged = Judged(
@@ -229,32 +234,39 @@ def compare(
         official=measures.official,
         threshold=measures.threshold,
     )
-    counts = {name: count_rows(judged, rows) for name, rows in rows_of_set.items()}
+    size = sum(map(_row_bytes, itertools.chain(*rows_of_set.values())))
+    with closing(show("held-out text", size)) as done:
+        counts = {name: count_rows(judged, counted(rows, done, _row_bytes)) for name, rows in rows_of_set.items()}
     tables = list(counts.values())
     together = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     by_path = {}
     if measures.paths and not student.is_official:
         share = replace(measures, path_bytes=-(-measures.path_bytes // len(rows_of_set)))
-        by_path = {name: _path_figures(judged, rows, share, token_bytes) for name, rows in rows_of_set.items()}
+        by_path = {name: _path_figures(judged, rows, share, token_bytes, show) for name, rows in rows_of_set.items()}
     make = partial(_evaluation, judged, measures)
     return Comparison(
         total=make(together, _all_paths(list(by_path.values()))),
         sets={name: make(table, by_path.get(name)) for name, table in counts.items()},
-        thresholds=_thresholds(student, rows_of_set, measures),
+        thresholds=_thresholds(student, rows_of_set, measures, show),
     )
 
 
 def _thresholds(
-    student: Student, rows_of_set: Mapping[str, Sequence[PackedRow]], measures: Measures
+    student: Student, rows_of_set: Mapping[str, Sequence[PackedRow]], measures: Measures, show: Show
 ) -> list[ThresholdFigures]:
     if not measures.thresholds:
         return []
     rows = [row for of_set in rows_of_set.values() for row in of_set]
-    return sweep(student, rows, measures.thresholds, measures.merge_limit)
+    with closing(show("thresholds", sum(map(_row_bytes, rows)))) as done:
+        return sweep(student, counted(rows, done, _row_bytes), measures.thresholds, measures.merge_limit)
+
+
+def _row_bytes(row: PackedRow) -> int:
+    return row.byte_ids.numel()
 
 
 def _path_figures(
-    judged: Judged, rows: Sequence[PackedRow], measures: Measures, token_bytes: TokenBytes | None
+    judged: Judged, rows: Sequence[PackedRow], measures: Measures, token_bytes: TokenBytes | None, show: Show
 ) -> PathFigures:
     """The student along K paths, and gold bits and the teacher on the same text. ValueError where there is none."""
     student, teacher = judged.student, judged.teacher
@@ -270,10 +282,14 @@ def _path_figures(
     size = sum(text.shape[0] for text in texts)
     if not size:
         raise ValueError(NO_TEXT)
-    score = score_paths(student, texts, paths=measures.paths)
+    with closing(show(f"{measures.paths} bit histories", size)) as done:
+        score = score_paths(student, texts, paths=measures.paths, done=done)
     over_tokenizations = None
     if measures.tokenizations and token_bytes is not None:
-        summed = score_tokenizations(teacher, token_bytes, texts, paths=measures.tokenizations, canonical=canonical)
+        with closing(show(f"{measures.tokenizations} tokenizations", size)) as done:
+            summed = score_tokenizations(
+                teacher, token_bytes, texts, paths=measures.tokenizations, canonical=canonical, done=done
+            )
         over_tokenizations = float(summed.prefix_bits.sum()) / size
     return PathFigures(
         paths=measures.paths,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -93,7 +93,7 @@ class DocumentCounts:
 
 
 @torch.no_grad()
-def count_rows(judged: Judged, rows: Sequence[PackedRow]) -> dict[str, NDArray[np.float64]]:
+def count_rows(judged: Judged, rows: Iterable[PackedRow]) -> dict[str, NDArray[np.float64]]:
     """Name → [D] counts of each document in the rows of one data set."""
     judged = judged.on_its_device()
     device = device_of(judged.student)

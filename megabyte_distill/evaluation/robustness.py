@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabyte_distill.data.dataset import ByteTokenDataset
+from megabyte_distill.data.progress import UNCOUNTED, Counter, Show, counted, silent
 from megabyte_distill.evaluation.bootstrap import Bootstrap, Counts, Interval
 from megabyte_distill.evaluation.characters import CHOICES, CharacterTask, find_words, make_questions
 from megabyte_distill.evaluation.noise import LEVELS, Noise, add_noise
@@ -79,17 +81,20 @@ class Section:
 
 def run_suite(
     teacher: TeacherReader, student: StudentReader, datasets: Sequence[ByteTokenDataset], budget: Budget, *,
-    bootstrap: Bootstrap,
+    bootstrap: Bootstrap, show: Show = silent,
 ) -> list[Section]:  # fmt: skip
     """Everything, seeded by ``bootstrap.seed``. ValueError where the data sets hold no text long enough."""
     pieces = take_pieces(datasets, budget)
     words = find_words(_some_text(datasets))
-    return [
-        *noise_sections(teacher, student, pieces, bootstrap),
-        cut_section(teacher, student, pieces, budget, bootstrap),
-        *character_sections(teacher, student, words, budget, bootstrap),
-        *script_sections(teacher, student, budget, bootstrap.seed),
-    ]
+    # noise, each task and scripts ask one model after the other, each cut piece both
+    steps = 2 + len(pieces) + 2 * len(CharacterTask) + 2
+    with closing(show("robustness", steps, " steps")) as done:
+        return [
+            *noise_sections(teacher, student, pieces, bootstrap, done),
+            cut_section(teacher, student, pieces, budget, bootstrap, done),
+            *character_sections(teacher, student, words, budget, bootstrap, done),
+            *script_sections(teacher, student, budget, bootstrap.seed, done),
+        ]
 
 
 def take_pieces(datasets: Sequence[ByteTokenDataset], budget: Budget) -> list[Piece]:
@@ -145,7 +150,11 @@ def _word_end(text: str, place: int) -> int:
 
 
 def noise_sections(
-    teacher: TeacherReader, student: StudentReader, pieces: Sequence[Piece], bootstrap: Bootstrap
+    teacher: TeacherReader,
+    student: StudentReader,
+    pieces: Sequence[Piece],
+    bootstrap: Bootstrap,
+    done: Counter = UNCOUNTED,
 ) -> Iterator[Section]:
     """Bits per byte of the clean continuation behind a noised context, and of the noised context itself."""
     variants: list[tuple[str, list[str]]] = [("clean", [piece.context for piece in pieces])]
@@ -158,7 +167,10 @@ def noise_sections(
         for _, contexts in variants
         for context, piece in zip(contexts, pieces, strict=True)
     ]
-    of_teacher, of_student = teacher.pair_bits(pairs), student.pair_bits(pairs)
+    of_teacher = teacher.pair_bits(pairs)
+    done.advance()
+    of_student = student.pair_bits(pairs)
+    done.advance()
     for place, name, measure in (
         (1, "noise: continuation", "bits per byte of the clean text behind a noised context"),
         (0, "noise: text", "bits per byte of the noised text itself"),
@@ -174,7 +186,12 @@ def noise_sections(
 
 
 def cut_section(
-    teacher: TeacherReader, student: StudentReader, pieces: Sequence[Piece], budget: Budget, bootstrap: Bootstrap
+    teacher: TeacherReader,
+    student: StudentReader,
+    pieces: Sequence[Piece],
+    budget: Budget,
+    bootstrap: Bootstrap,
+    done: Counter = UNCOUNTED,
 ) -> Section:
     """Bits per byte of the true continuation where the prompt is cut at every byte, by where the cut falls.
 
@@ -183,7 +200,7 @@ def cut_section(
     """
     entries: dict[str, list[Entry]] = {label: [] for label in CUTS}
     counts = dict.fromkeys(CUTS, 0)
-    for piece in pieces:
+    for piece in counted(pieces, done, lambda piece: 1):
         text = (piece.context + piece.continuation).encode()
         ends = teacher.token_ends(text)
         if ends is None:  # its normal form is another text
@@ -224,13 +241,19 @@ def where_cut(text: bytes, ends: Sequence[int], start: int) -> str:
 
 
 def character_sections(
-    teacher: Reader, student: Reader, words: Sequence[str], budget: Budget, bootstrap: Bootstrap
+    teacher: Reader,
+    student: Reader,
+    words: Sequence[str],
+    budget: Budget,
+    bootstrap: Bootstrap,
+    done: Counter = UNCOUNTED,
 ) -> Iterator[Section]:
     """Share of questions whose right answer got the highest probability, and whose greedy answer was right."""
     ranked, greedy = [], []
     for task in CharacterTask:
         questions = make_questions(task, words, count=budget.questions, shots=budget.shots, seed=bootstrap.seed)
         if not questions:
+            done.advance(2)
             continue
         pairs = [(question.prompt.encode(), answer.encode()) for question in questions for answer in question.answers]
         prompts = [question.prompt.encode() for question in questions]
@@ -241,6 +264,7 @@ def character_sections(
             ranks.append([_is_first(scores[at : at + CHOICES]) for at in range(0, len(scores), CHOICES)])
             answers = reader.complete(prompts, max_bytes=room)
             said.append([a.startswith(q.answers[0].encode()) for a, q in zip(answers, questions, strict=True)])
+            done.advance()
         ranked.append(_share(task.value, ranks[0], ranks[1], bootstrap))
         greedy.append(_share(task.value, said[0], said[1], bootstrap))
     yield Section(
@@ -251,12 +275,14 @@ def character_sections(
     yield Section(name="characters: greedy", measure="share of greedy answers that are right", lines=tuple(greedy))
 
 
-def script_sections(teacher: Reader, student: Reader, budget: Budget, seed: int) -> Iterator[Section]:
+def script_sections(
+    teacher: Reader, student: Reader, budget: Budget, seed: int, done: Counter = UNCOUNTED
+) -> Iterator[Section]:
     """Share of samples at temperature 1 that are valid UTF-8, and of their bytes, behind prompts in ten scripts."""
     prompts = [text.encode() for text in SCRIPT_PROMPTS.values() for _ in range(budget.samples)]
     said = [
         reader.complete(prompts, max_bytes=budget.sample_bytes, temperature=1.0, seed=seed)
-        for reader in (teacher, student)
+        for reader in counted((teacher, student), done, lambda reader: 1)
     ]
     no_intervals = Bootstrap(resamples=0)
     samples, bytes_ = [], []

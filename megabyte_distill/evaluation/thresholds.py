@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class ThresholdFigures:
 
 @torch.no_grad()
 def sweep(
-    student: Student, rows: Sequence[PackedRow], thresholds: Sequence[float], limit: float | None
+    student: Student, rows: Iterable[PackedRow], thresholds: Sequence[float], limit: float | None
 ) -> list[ThresholdFigures]:
     """Figures under the teacher's bits, the merged ones and the router's at each threshold.
 

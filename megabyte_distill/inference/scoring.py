@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megabyte_distill.alphabet import BYTE_VOCAB, END_OF_DOCUMENT_CLASS, joint_class
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.progress import UNCOUNTED, Counter
 from megabyte_distill.data.text_mask import document_end_positions, text_chunks, text_positions
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.kernels.ops import joint_cross_entropy
@@ -137,8 +138,12 @@ def segment_texts(row: PackedRow) -> list[Tensor]:
 
 
 @torch.no_grad()
-def score_paths(student: Student, texts: Sequence[Tensor], *, paths: int = 4, batch: int = 32) -> PathScore:
+def score_paths(
+    student: Student, texts: Sequence[Tensor], *, paths: int = 4, batch: int = 32, done: Counter = UNCOUNTED
+) -> PathScore:
     """Scores texts, each the bytes [L] int64 behind one BOS, without a tokenizer; ``batch`` texts run side by side.
+
+    ``done`` is told of every byte.
 
     The sum runs over the bits of all bytes, the last one's included. With ``paths`` ≥ 2^L nothing is pruned and the
     figure is exact. ValueError in official mode, which cannot step.
@@ -148,12 +153,12 @@ def score_paths(student: Student, texts: Sequence[Tensor], *, paths: int = 4, ba
     order = sorted(range(len(texts)), key=lambda index: -texts[index].shape[0])
     for first in range(0, len(order), batch):
         members = order[first : first + batch]
-        result[:, members] = _score_batch(student, [texts[index].to(device) for index in members], paths)
+        result[:, members] = _score_batch(student, [texts[index].to(device) for index in members], paths, done)
     bits, filter_bits, end_bits = result / math.log(2)
     return PathScore(bits=bits, filter_bits=filter_bits, end_bits=end_bits)
 
 
-def _score_batch(student: Student, texts: list[Tensor], paths: int) -> Tensor:
+def _score_batch(student: Student, texts: list[Tensor], paths: int, done: Counter) -> Tensor:
     """[3, R] nats of texts in order of falling length, so that those still running stand in front."""
     lengths = [text.shape[0] for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(texts)
@@ -170,6 +175,7 @@ def _score_batch(student: Student, texts: list[Tensor], paths: int) -> Tensor:
         byte_ids = padded[position, :count]
         result[1, :count] -= running.log_probability_of(byte_ids)
         running.advance(byte_ids)
+        done.advance(count)
     return result
 
 

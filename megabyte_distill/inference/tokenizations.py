@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megabyte_distill.data.progress import UNCOUNTED, Counter
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.inference.branching_cache import BranchingCache
 from megabyte_distill.model.backbone import Backbone
@@ -42,6 +43,7 @@ def score_tokenizations(
     paths: int = 4,
     batch: int = 8,
     canonical: Sequence[Sequence[int]] | None = None,
+    done: Counter = UNCOUNTED,
 ) -> TokenizationScore:
     """Scores texts, each the bytes [L] int64 behind the start token; ``batch`` texts run side by side.
 
@@ -53,6 +55,7 @@ def score_tokenizations(
         batch: memory grows with it, K and the length.
         canonical: each text's own tokens, which are kept among the K whatever they weigh; so ``bits`` is at most their
             code length.
+        done: is told of every byte.
 
     Raises:
         ValueError: for no paths, and for canonical tokens that do not spell their text.
@@ -66,7 +69,9 @@ def score_tokenizations(
     ]
     order = sorted(range(len(beams)), key=lambda index: -len(beams[index].text))
     for first in range(0, len(order), batch):
-        _Run(backbone, vocabulary, [beams[index] for index in order[first : first + batch]], paths).go()
+        members = [beams[index] for index in order[first : first + batch]]
+        _Run(backbone, vocabulary, members, paths).go()
+        done.advance(sum(len(beam.text) for beam in members))
     nats = torch.tensor([[-b.exact, -b.prefix, -b.ending] for b in beams], dtype=torch.float64).view(-1, 3)
     bits, prefix_bits, end_bits = nats.to(backbone.device).T / math.log(2)
     return TokenizationScore(bits=bits, prefix_bits=prefix_bits, end_bits=end_bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from megabyte_distill.config import STAGE_ORDER, Settings, read_run_config
@@ -11,6 +12,7 @@ from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENI
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.dataset import ByteTokenDataset, Part, open_blend
 from megabyte_distill.data.manifest import StoredPaths
+from megabyte_distill.data.progress import Show, counted, silent
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page
@@ -21,7 +23,7 @@ ROUTER_IS_TRAINED = STAGE_ORDER[STAGE_ORDER.index("1c") :]
 """Stages behind which the router's boundaries mean something."""
 
 
-def held_out_page(root: Path, *, text_bytes: int, data_path: Sequence[str] = ()) -> HeldOutPage:
+def held_out_page(root: Path, *, text_bytes: int, data_path: Sequence[str] = (), show: Show = silent) -> HeldOutPage:
     """The first ``text_bytes`` of held-out text as the newest student of a run cuts it, or why that cannot be had.
 
     ``data_path``: stems to read instead of the data the run was trained with. Needs process groups.
@@ -40,7 +42,9 @@ def held_out_page(root: Path, *, text_bytes: int, data_path: Sequence[str] = ())
         rows = held_out_rows(
             datasets, row_bytes=config.seq_length, chunk_bucket=config.chunk_bucket, max_bytes=text_bytes
         )
-        texts = mark_page(loaded.student, [merge_row(row, limit) for row in rows], at_most=text_bytes)
+        with closing(show(f"page of {root.name}", len(rows), " rows")) as done:
+            merged = (merge_row(row, limit) for row in counted(rows, done, lambda row: 1))
+            texts = mark_page(loaded.student, merged, at_most=text_bytes)
     except (ValueError, OSError) as error:
         return HeldOutPage(missing=f"no page: {error}")
     return HeldOutPage(texts=texts, source=page_source(progress.stage, progress.iteration, datasets[0].name))

@@ -58,6 +58,14 @@ def test_differences_are_named_as_the_flags_are() -> None:
     assert f"2b.lr: {before.stages['2b'].lr} before, (absent) now" in lines
 
 
+def test_a_setting_that_a_former_version_had_is_left_out(tmp_path: Path) -> None:
+    settings = parse_arguments(LINE)
+    content = json.loads(run_config_text(settings))
+    content["settings"]["parallel"]["context_parallel_size"] = 1
+    (tmp_path / RUN_CONFIG_NAME).write_text(json.dumps(content))
+    assert read_run_config(tmp_path) == settings
+
+
 def test_absent_settings_take_their_default(tmp_path: Path) -> None:
     path = tmp_path / "run_config.yaml"
     path.write_text(json.dumps({"schema": 1, "settings": {"run": {"seed": 7}}}))

@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("world")
 
 
+@pytest.mark.usefixtures("every_line")
 def test_all_commands_one_after_the_other(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, exported = str(tmp_path / "ckpt"), tmp_path / "hf"
     assert main(["import", "--hf-model", str(llama), "--megatron-path", checkpoint]) == 0
-    capsys.readouterr()
+    assert "import: 100 %" in capsys.readouterr().err
     assert (
         main(["compare", "--hf-model", str(llama), "--megatron-path", checkpoint, "--json", "--text", "the dog"]) == 0
     )
@@ -33,7 +34,9 @@ def test_all_commands_one_after_the_other(llama: Path, tmp_path: Path, capsys: p
     assert main([*half, "--torch-dtype", "float16"]) == 0
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
     assert main(["roundtrip", "--hf-model", str(exported)]) == 0
-    assert "39 tensors are bit-identical" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "39 tensors are bit-identical" in output.out and "%" not in output.out
+    assert output.err.count("import: 100 %") == 1 and output.err.count("export: 100 %") == 3
 
 
 def test_an_existing_output_needs_overwrite(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

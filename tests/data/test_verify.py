@@ -13,6 +13,7 @@ from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.data.formats import IndexedReader, IndexedWriter
 from megabyte_distill.data.inspect_document import show_document
 from megabyte_distill.data.manifest import StoredPaths
+from megabyte_distill.data.progress import shown
 from megabyte_distill.data.verify import find_stems, verify_dataset
 
 TEXTS = ["one", "", "日本語 text", "a\0b", "the last one"]
@@ -36,10 +37,10 @@ def rewrite(prefix: Path, change: Callable[[list[list[int]]], None]) -> None:
         writer.close()
 
 
-def test_a_correct_set_passes_and_reports_its_documents(stem: str) -> None:
-    seen: list[tuple[int, int]] = []
-    manifest = verify_dataset(stem, report=lambda done, total: seen.append((done, total)))
-    assert manifest.documents == len(TEXTS) and seen[-1] == (len(TEXTS), len(TEXTS))
+@pytest.mark.usefixtures("every_line")
+def test_a_correct_set_passes_and_shows_its_documents(stem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_dataset(stem, show=shown).documents == len(TEXTS)
+    assert f"verify: 100 %, {len(TEXTS)} documents of {len(TEXTS)} documents" in capsys.readouterr().err
 
 
 def put(item: int, place: int, value: int) -> Callable[[list[list[int]]], None]:

@@ -12,12 +12,15 @@ from tests.pretrain.job import Job, write_data, write_tokenizer
 from tools.evaluate import main
 
 
+@pytest.mark.usefixtures("every_line")
 def test_all_figures_as_json_and_as_a_table(job: Job, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--load", str(finished), "--data-path", job.held_out, "--seq-length", "256"]
     along = ["--path-bytes", "100", "--boundary-thresholds", "0.6,0.4", "--boundary-threshold", "0.4"]
     with world():
         assert main([*command, "--json", "--train-data-path", job.train, "--paths", "2", *along]) == 0
-        figures = json.loads(capsys.readouterr().out)
+        output = capsys.readouterr()
+        figures = json.loads(output.out)
+        assert all(f"{what}: 100 %" in output.err for what in ("held-out text", "2 bit histories", "thresholds"))
         assert main([*command, "--paths", "0", "--max-bytes", "300", "--max-documents", "1"]) == 0
     assert figures["documents"] == 3 and figures["paths"]["paths"] == 2
     assert figures["retention"] == pytest.approx(figures["teacher_bits_per_byte"] / figures["student_bits_per_byte"])
@@ -60,6 +63,7 @@ def test_sets_have_rows_runs_stand_side_by_side_and_pictures_are_drawn(
     assert [line[0] for line in of_runs] == [str(finished), str(other)] and of_runs[0][1:] == of_runs[1][1:]
 
 
+@pytest.mark.usefixtures("every_line")
 def test_the_robustness_suite_of_a_run(
     job: Job, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +73,7 @@ def test_the_robustness_suite_of_a_run(
         assert main([*command, "--json", "--plots", str(tmp_path)]) == 0
     output = capsys.readouterr()
     found = json.loads(output.out)
+    assert "robustness: 100 %" in output.err
     assert found["suite"] == "robustness" and len(found["sections"]) == 7 and found["budget"]["texts"] == 1
     assert (tmp_path / "robustness.png").exists() and f"written: {tmp_path / 'robustness.png'}" in output.err
 

@@ -30,6 +30,7 @@ def copy_of(run: Path, target: Path, *stages: str) -> Path:
     return target
 
 
+@pytest.mark.usefixtures("every_line")
 def test_a_finished_run_has_a_report_with_its_pictures_and_a_page(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,6 +39,7 @@ def test_a_finished_run_has_a_report_with_its_pictures_and_a_page(
     assert output.out == f"written: {tmp_path}/out/report.html and {len(list((tmp_path / 'out').glob('*.png')))} " \
         "pictures beside it\n"  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", *PNG_FILES}
+    assert f"page of {finished.name}: 50 %" in output.err
     reader = assert_self_contained(tmp_path / "out" / "report.html")
     assert "after 4 updates of stage 2b, the beginning of" in reader.text
     marks = [attributes["class"] for tag, attributes in reader.tags if tag == "i"]
