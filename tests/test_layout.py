@@ -44,8 +44,8 @@ MAY_IMPORT = {
     "student_folders": "config run_folder parallel model conversion hf runs",
     "harness": "alphabet inference evaluation student_folders",
     "memory": "alphabet config run_folder tool data parallel model objectives curriculum training conversion runs",
-    "pretrain": "alphabet exit_codes optional files config run_folder data kernels parallel model objectives curriculum "
-    "training conversion inference evaluation runs memory",
+    "pretrain": "alphabet exit_codes optional files config run_folder data kernels parallel model objectives "
+    "curriculum training conversion inference evaluation runs memory",
 }
 """What each part of the package may import beside itself: of the parts listed before it those that it needs."""
 
