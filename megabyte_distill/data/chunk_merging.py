@@ -132,6 +132,24 @@ class ChunkSizes:
         return None if best == STEPS else best / STEPS
 
 
+class ChunkLimits(Protocol):
+    """What rows are merged with at each update of a stage."""
+
+    def limit(self, iteration: int) -> float | None:
+        """What rows of the update behind ``iteration`` others are merged with; None where they stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class SameLimit:
+    """Chunks as long as an earlier stage left them."""
+
+    value: float
+
+    def limit(self, iteration: int) -> float:
+        """The same at every update."""
+        return self.value
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkSchedule:
     """A stage's limit at each of its updates; the same on every rank."""

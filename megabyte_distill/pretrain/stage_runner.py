@@ -13,11 +13,11 @@ from torch import nn
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
-from megabyte_distill.config.stage import MERGES_IN, ByteTargets, TargetsFrom
+from megabyte_distill.config.stage import MERGES_IN, OF_DIALOGUES, ByteTargets, TargetsFrom
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher_stages
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES, resolved_stages
-from megabyte_distill.data.chunk_merging import ChunkSchedule, ChunkSizes
+from megabyte_distill.data.chunk_merging import ChunkLimits, ChunkSchedule, ChunkSizes, SameLimit
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import set_trainable
 from megabyte_distill.objectives.objective import Objective
@@ -30,6 +30,7 @@ from megabyte_distill.runs import (
     StageProgress,
     backbone_overrides,
     build_model,
+    chunk_limit,
     complete_stages,
     stage_progress,
     training_dtype,
@@ -79,7 +80,9 @@ class StageRunner:
         self.position.begin(name, 0, "load")
         keeps_backbone = self._keeps_backbone(stage, config, progress)
         student, teacher = self._models(stage, config, progress, shares_teacher=keeps_backbone)
-        loop = self._loop(stage, config, student, teacher, {**self._identity(name), KEEPS_BACKBONE: keeps_backbone})
+        sizes = self._chunk_sizes(name, config, progress)
+        identity = {**self._identity(name), KEEPS_BACKBONE: keeps_backbone}
+        loop = self._loop(stage, config, student, teacher, sizes, identity)
         if progress is not None:
             checkpoint = self.settings.checkpoint
             loop.resume(
@@ -178,6 +181,7 @@ class StageRunner:
         config: StageConfig,
         student: nn.Module,
         teacher: nn.Module | None,
+        sizes: ChunkLimits | None,
         identity: Mapping[str, Any],
     ) -> Loop:
         settings, world = self.settings, self.world
@@ -185,7 +189,6 @@ class StageRunner:
         has_losses = any(part.post_process for part in virtual_stages(student))
         stored = stored_targets(settings, config, self.prepared, train, has_losses=has_losses)
         evaluates, mask = config.eval_iters > 0, settings.model.document_mask
-        sizes = self._chunk_sizes(stage.name, config)
         objective = stage.objective(config, teacher, self.prepared.token_bytes)
         return Loop(
             stage=stage.name,
@@ -221,8 +224,10 @@ class StageRunner:
             invariants=self._invariants(student, objective) if settings.run.check_invariants else None,
         )
 
-    def _chunk_sizes(self, name: str, config: StageConfig) -> ChunkSchedule | None:
+    def _chunk_sizes(self, name: str, config: StageConfig, own: StageProgress | None) -> ChunkLimits | None:
         """How chunks grow in a stage: the same length is the same limit in all of them, and in a resumed run."""
+        if config.target_bytes_per_chunk is None and name in OF_DIALOGUES:
+            return self._limit_before(name, own)
         if config.target_bytes_per_chunk is None or name not in MERGES_IN:
             return None
         schedule = ChunkSchedule(config, ChunkSizes(self.data.chunk_sample()))
@@ -233,6 +238,18 @@ class StageRunner:
             f"(--target-bytes-per-chunk {config.target_bytes_per_chunk})"
         )
         return schedule
+
+    def _limit_before(self, name: str, own: StageProgress | None) -> SameLimit | None:
+        """What the stage this one builds on merged tokens with at its end, which it goes on with."""
+        if own is not None:
+            limit = chunk_limit(own.checkpoint)
+        else:
+            checkpoint, what = starting_point(self.prepared, name)
+            limit = None if what == "teacher" else chunk_limit(checkpoint)
+        if limit is None:
+            return None
+        self._say(f" stage {name} merges tokens as the stage before it did")
+        return SameLimit(limit)
 
     def _invariants(self, student: nn.Module, objective: Objective) -> Invariants:
         # where the losses are complete on the first stage, the others see no rows

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from megabyte_distill.config.stage import StageConfig
-from megabyte_distill.data.chunk_merging import ChunkSchedule, merge_row
+from megabyte_distill.data.chunk_merging import ChunkLimits, merge_row
 from megabyte_distill.data.micro_batch import concatenate_rows
 from megabyte_distill.data.packing import PackedRow, without_document_mask
 from megabyte_distill.data.sampler import RowPlan
@@ -43,7 +43,7 @@ class MicroBatches:
         *,
         document_mask: bool = True,
         stored_targets: Callable[[RowPlan], StoredTargets] | None = None,
-        chunk_sizes: ChunkSchedule | None = None,
+        chunk_sizes: ChunkLimits | None = None,
     ) -> None:
         """``stored_targets``: gives the exact byte targets of a planned row, which then come with it.
 
@@ -110,7 +110,7 @@ class HeldOutRows:
         world: World,
         *,
         document_mask: bool = True,
-        chunk_sizes: ChunkSchedule | None = None,
+        chunk_sizes: ChunkLimits | None = None,
     ) -> None:
         """``chunk_sizes``: as in training."""
         self._chunk_sizes = chunk_sizes

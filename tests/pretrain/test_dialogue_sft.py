@@ -10,7 +10,7 @@ import pytest
 
 from megabyte_distill.curriculum.dialogue_sft import MEASURE
 from megabyte_distill.pretrain.main import main
-from megabyte_distill.runs import last_stage
+from megabyte_distill.runs import chunk_limit, last_stage
 from tests.pretrain.job import STAGES, Job, assert_same_run, metrics
 from tools.generate import main as generate
 
@@ -54,6 +54,19 @@ def test_the_runs_own_data_may_be_the_dialogues(job: Job, behind: Path) -> None:
     own = ("--train-data-path", job.dialogues, "--valid-data-path", job.dialogues)
     assert job.run(behind, *own, "--stages", "3a", "--train-iters", "1") == 0
     assert metrics(behind)["3a", 1, f"validation {MEASURE}"] > 0
+
+
+def test_chunks_stay_as_long_as_the_stage_before_left_them(job: Job, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert job.run(run, "--stages", "2a", "--target-bytes-per-chunk", "8", "--train-iters", "1") == 0
+    merged = chunk_limit(last_stage(run).checkpoint)
+    assert merged is not None
+    for iterations in ("1", "2"):
+        flags = ("--stages", "3a", "--3a.dialogue-data-path", job.dialogues, "--split", "70,30,0")
+        assert job.run(run, *flags, "--train-iters", iterations) == 0
+        assert last_stage(run).stage == "3a" and chunk_limit(last_stage(run).checkpoint) == merged
+    assert job.run(tmp_path / "own", *flags, "--load", str(run), "--3a.target-bytes-per-chunk", "5") == 0
+    assert chunk_limit(last_stage(tmp_path / "own").checkpoint) not in (merged, None)
 
 
 @pytest.mark.parametrize("flags", [(), ("--dialogue-data-path", "{train}", "--split", "70,30,0")])
