@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,9 @@ from megabyte_distill.student_folders import open_student
 
 DEFAULT_BATCH = 32
 """Rows side by side where ``--batch_size auto`` is asked for."""
+
+_READ = {"do_sample", "max_gen_toks", "min_p", "temperature", "top_k", "top_p", "until"}
+"""Of a task's ``generation_kwargs``."""
 
 
 @register_model("megabyte")
@@ -172,6 +176,13 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
     def _settings(self, wanted: dict[str, Any], *, seed: int) -> GenerationSettings:
         """What a task's ``generation_kwargs`` ask for."""
         known = normalize_gen_kwargs(wanted, self.max_gen_toks)
+        others = [f"{name}={value!r}" for name, value in sorted(known.items()) if name not in _READ]
+        if others:  # no error: tasks name what other models alone know, and hours of other tasks may be behind
+            warnings.warn(
+                f"generation_kwargs: {', '.join(others)} left out, answers are drawn as if not given; the model "
+                f"megabyte knows {', '.join(sorted(_READ))}",
+                stacklevel=2,
+            )
         size = int(known["max_gen_toks"])
         if size >= self.max_length:
             raise ValueError(f"max_gen_toks is {size}, max_length {self.max_length}: there is no room for the prompt")
@@ -181,6 +192,7 @@ class MegabyteLM(TemplateLM):  # type: ignore[misc]
                 temperature=float(known["temperature"]),
                 top_p=float(known.get("top_p", 1.0)),
                 top_k=int(known.get("top_k", 0)),
+                min_p=float(known.get("min_p", 0.0)),
             ),
             paths=self._paths,
             path_window=self.max_length,  # all of it, as transformers reads an export

@@ -13,7 +13,6 @@ character.
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import io
 import itertools
@@ -328,7 +327,7 @@ class Screen:
     def stream(self, prompt: bytes, number: int) -> None:
         """One prompt, as its characters come. With the bits unknown until the end (bytes), whole at the end."""
         from megabyte_distill.inference.chunk_marks import marked_characters
-        from megabyte_distill.inference.generation import GenerationMode, new_bytes, new_pairs
+        from megabyte_distill.inference.generation import GenerationMode, complete_characters, new_bytes, new_pairs
 
         if self.with_boundaries and self.settings.mode is GenerationMode.BYTES:
             self.show([prompt], number, 1)
@@ -340,7 +339,8 @@ class Screen:
                 itertools.chain(known, new_pairs(running, self.settings.stop)), colour=sys.stdout.isatty()
             )
         else:
-            pieces = _characters(prompt, new_bytes(running, self.settings.stop))
+            new = new_bytes(running, self.settings.stop)
+            pieces = complete_characters(itertools.chain(prompt, new), errors=_errors())
         with self._timed(running):
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -406,17 +406,6 @@ def _label(number: int, count: int) -> None:
 def _errors() -> str:
     """What becomes of bytes that are no UTF-8: a terminal shows U+FFFD, a file or a pipe gets the bytes."""
     return "replace" if sys.stdout.isatty() else "surrogateescape"
-
-
-def _characters(prompt: bytes, new: Iterator[int]) -> Iterator[str]:
-    """A prompt, then its continuation as characters become complete; the one that the prompt leaves open too."""
-    decoder = codecs.getincrementaldecoder("utf-8")(_errors())
-    yield decoder.decode(prompt)
-    for byte in new:
-        text = decoder.decode(bytes([byte]))
-        if text:
-            yield text
-    yield decoder.decode(b"", final=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

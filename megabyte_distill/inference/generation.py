@@ -340,12 +340,13 @@ def generate(
     return running.results()
 
 
-def complete_characters(new_bytes: Iterator[int], begun: bytes = b"") -> Iterator[str]:
-    """Text as soon as its characters are complete; bytes that are no UTF-8 become U+FFFD. Never yields "".
+def complete_characters(new_bytes: Iterable[int], begun: bytes = b"", errors: str = "replace") -> Iterator[str]:
+    """Text as soon as its characters are complete. Never yields "".
 
-    ``begun``: what came before; a character it leaves open is finished by the new bytes and shown whole.
+    ``begun``: what came before; a character it leaves open is finished by the new bytes and shown whole. ``errors``:
+    as Python's decoders have it; what becomes of bytes that are no UTF-8 (U+FFFD).
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
     decoder.decode(begun)
     for byte in new_bytes:
         text = decoder.decode(bytes([byte]))

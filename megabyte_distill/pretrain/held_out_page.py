@@ -1,4 +1,4 @@
-"""The page of held-out text in a run's report: which text, and how the run's newest student cuts it."""
+"""A run's held-out text: where it lies now, and a page of it as the run's newest student cuts it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 
 from megabyte_distill.config import STAGE_ORDER, Settings, read_run_config
 from megabyte_distill.config.blend import parse_blend
+from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENIZER_FOLDER
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.dataset import ByteTokenDataset, Part, open_blend
 from megabyte_distill.data.manifest import StoredPaths
+from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.held_out import held_out_rows
 from megabyte_distill.evaluation.marked_text import mark_page
 from megabyte_distill.evaluation.run_report import HeldOutPage
-from megabyte_distill.runs import StageProgress, chunk_limit, load_student, stage_progress
+from megabyte_distill.runs import StageProgress, chunk_limit, last_stage, load_student, stage_progress
 
 ROUTER_IS_TRAINED = STAGE_ORDER[STAGE_ORDER.index("1c") :]
 """Stages behind which the router's boundaries mean something."""
@@ -42,6 +44,21 @@ def held_out_page(root: Path, *, text_bytes: int, data_path: Sequence[str] = ())
     except (ValueError, OSError) as error:
         return HeldOutPage(missing=f"no page: {error}")
     return HeldOutPage(texts=texts, source=page_source(progress.stage, progress.iteration, datasets[0].name))
+
+
+def held_out_text(root: Path, *, at_most: int) -> bytes:
+    """The first bytes of a run's held-out text, a line end behind each document. ValueError where there is none."""
+    settings = read_run_config(last_stage(root).checkpoint)
+    if settings.data.mock_data:
+        raise ValueError(f"{root} was trained on mock data, which is no text")
+    table = TokenBytes.load(root / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
+    text = bytearray()
+    for dataset in _held_out(root, settings, (), table.hash):
+        for index in dataset.documents:
+            if len(text) >= at_most:
+                break
+            text += dataset[index].byte_ids.tobytes() + b"\n"
+    return bytes(text[:at_most])
 
 
 def page_source(stage: str, iteration: int, data: str) -> str:

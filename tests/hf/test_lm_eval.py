@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from megabyte_distill.evaluation.continuations import score_continuations
+from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.inference.scoring import score_paths
 from megabyte_distill.runs import load_student
 from tests.hf.exported import PATHS, Exported, native_greedy
@@ -149,6 +151,20 @@ def test_a_run_needs_no_export(finished: Path, tmp_path: Path) -> None:
         pairs = [(document["question"].encode(), b" " + choice.encode()) for choice in document["choices"]]
         wanted = [-one.nats for one in score_continuations(student, pairs)]
         assert [float(response[0][0]) for response in sample["resps"]] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_tasks_sampling_arguments_arrive_and_those_that_are_unknown_are_told(exported: Exported) -> None:
+    from megabyte_distill.harness import MegabyteLM
+
+    model = MegabyteLM(path=str(exported.folder), device="cpu")
+    wanted = {"do_sample": True, "temperature": 0.3, "top_p": 0.4, "top_k": 5, "min_p": 0.06, "until": ["."]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        settings = model._settings({**wanted, "max_gen_toks": 7}, seed=2)
+    assert settings.sampling == Sampling(temperature=0.3, top_p=0.4, top_k=5, min_p=0.06)
+    assert (settings.max_new_bytes, settings.stop, settings.seed) == (7, (b".",), 2)
+    with pytest.warns(UserWarning, match=r"num_beams=4, repetition_penalty=1\.2 left out"):
+        assert model._settings({**wanted, "repetition_penalty": 1.2, "num_beams": 4}, seed=2).sampling.top_k == 5
 
 
 def rolled(samples: dict[str, list[dict[str, Any]]]) -> list[float]:

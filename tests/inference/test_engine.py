@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.generation import smallest_margin
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class, split_class
 from megabyte_distill.config.model import ByteMixer, ChunkPooling, DechunkMode
 from megabyte_distill.config.training import KernelMode
@@ -33,7 +34,7 @@ PROMPTS: list[str | bytes] = [
     b"\x80\0 no UTF-8",
     "x",
 ]
-MANY = [prompt[:cut] for prompt in PROMPTS for cut in (3, 9, 14, 30, 99)][:32]
+MANY = list(dict.fromkeys(prompt[:cut] for prompt in PROMPTS for cut in (1, 2, 3, 5, 8, 13, 30, 99)))
 FEW = MANY[:12]
 STEPPED = (DechunkMode.HARD, DechunkMode.CAUSAL)
 FUSED, REFERENCE = KernelMode.FUSED, KernelMode.REFERENCE
@@ -138,14 +139,60 @@ def test_greedy_equals_reading_everything_again_for_each_byte(speculate: int) ->
             bits.append(bit)
 
 
+def test_what_is_greedy_among_the_many_is_no_matter_of_rounding() -> None:
+    raw = [prompt.encode() if isinstance(prompt, str) else prompt for prompt in MANY]
+    assert len(set(raw)) == 32
+    assert smallest_margin(shared_student(), raw, plainly("greedy", 40)) > 1e-4
+
+
+def an_order(seed: int) -> list[int]:
+    return torch.randperm(len(MANY), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 @pytest.mark.parametrize("speculate", [0, 5])
-def test_a_rows_bytes_do_not_depend_on_when_it_is_admitted(speculate: int) -> None:
+@pytest.mark.parametrize("order", [an_order(2), an_order(3), list(range(32))[::-1]], ids=["one", "other", "reversed"])
+def test_a_rows_bytes_do_not_depend_on_when_it_is_admitted(order: list[int], speculate: int) -> None:
     settings = GenerationSettings(max_new_bytes=40, sampling=GREEDY)
-    expected = plainly("greedy", 40)
-    order = torch.randperm(len(MANY), generator=torch.Generator().manual_seed(2)).tolist()
+    expected = [plainly("greedy", 40)[i] for i in order]
     engine = Engine(shared_student(), max_batch_size=5, speculate=speculate, kernels=FAST)
-    found = engine.generate([MANY[i] for i in order], settings, prompt_bits=[expected[i].prompt_bits for i in order])
-    assert_same(found, [expected[i] for i in order])
+    found = engine.generate([MANY[i] for i in order], settings, prompt_bits=[row.prompt_bits for row in expected])
+    assert_same(found, expected)
+
+
+@functools.cache
+def plainly_in_another_order() -> list[Generated]:
+    settings = GenerationSettings(max_new_bytes=40, sampling=SAMPLED, seed=3)
+    return generate(shared_student(), [MANY[i] for i in an_order(4)], settings)
+
+
+@pytest.mark.parametrize("speculate", [0, 5])
+@pytest.mark.parametrize("size", [3, 5])
+def test_samples_depend_on_a_prompts_number_and_not_on_when_it_is_admitted(size: int, speculate: int) -> None:
+    settings = GenerationSettings(max_new_bytes=40, sampling=SAMPLED, seed=3)
+    expected = plainly_in_another_order()
+    engine = Engine(shared_student(), max_batch_size=size, speculate=speculate, kernels=FAST)
+    found = engine.generate([MANY[i] for i in an_order(4)], settings, prompt_bits=[row.prompt_bits for row in expected])
+    assert_same(found, expected)
+    assert [row.byte_ids for row in found] != [plainly("sampled", 40)[i].byte_ids for i in an_order(4)]
+
+
+def test_drafts_of_every_length_change_no_byte() -> None:
+    settings = GenerationSettings(max_new_bytes=40, sampling=GREEDY, seed=3)
+    for speculate in range(1, 17):
+        engine = Engine(shared_student(), max_batch_size=5, speculate=speculate, kernels=FAST)
+        found = engine.generate(FEW, settings, prompt_bits=bits_of("greedy", 40)[: len(FEW)])
+        assert_same(found, plainly("greedy", 40)[: len(FEW)])
+        assert engine.counts.drafted > speculate
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()])
+def test_every_byte_but_two_may_stand_in_a_prompt(sampling: Sampling) -> None:
+    broken = [b"\xc3(", b"\xed\xa0\x80", b"\xf8\x88\x80", b"a\xf0\x9f", b"\x80\xbf", b"\xf4\x90\x80\x80"]
+    prompts = [*(bytes([byte]) for byte in range(BOS_BYTE)), *broken]
+    settings = GenerationSettings(max_new_bytes=3, sampling=sampling)
+    found = Engine(shared_student(), max_batch_size=len(prompts), kernels=FAST).generate(prompts, settings)
+    assert_same(found, generate(shared_student(), prompts, settings))
+    assert len({row.byte_ids for row in found}) > 30
 
 
 @pytest.mark.parametrize("speculate", [0, 4])

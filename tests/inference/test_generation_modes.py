@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +12,9 @@ import torch
 
 from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class
 from megabyte_distill.config.model import DechunkMode
+from megabyte_distill.config.training import KernelMode
 from megabyte_distill.inference.bit_paths import BitPaths
+from megabyte_distill.inference.engine import Engine
 from megabyte_distill.inference.generation import (
     Generated,
     Generation,
@@ -74,6 +77,46 @@ def test_settings_act_on_the_sums_over_bits(student: Student) -> None:
         ranks.append(int((chances > chances[byte]).sum()))
         running.advance(torch.tensor([byte]))
     assert ranks and max(ranks) in (1, 2)
+
+
+class Constant(torch.nn.Module):
+    """A head that says the same of everything."""
+
+    def __init__(self, chances: dict[tuple[int, int], float]) -> None:
+        super().__init__()
+        self.logits = torch.full((512,), -1e4)
+        for (byte, bit), chance in chances.items():
+            self.logits[joint_class(byte, bit)] = math.log(chance)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*x.shape[:-1], -1)
+
+
+A, B, C = b"abc"
+A0, A1, B0 = (A, False), (A, True), (B, False)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "pairs", "summed"),
+    [
+        (Sampling(top_k=1), {B0}, {A}),
+        (Sampling(temperature=0), {B0}, {A}),
+        (Sampling(top_k=3), {B0, A0, A1}, {A, B, C}),
+        (Sampling(top_p=0.45), {B0, A0}, {A}),
+        (Sampling(min_p=0.7), {B0, A0, A1}, {A}),
+    ],
+)
+def test_settings_act_on_pairs_in_joint_generation_and_on_sums_in_that_of_bytes(
+    student: Student, sampling: Sampling, pairs: set[tuple[int, bool]], summed: set[int]
+) -> None:
+    """b with bit 0 is the likeliest pair, a the likeliest byte."""
+    student.byte_decoder.head = Constant({(A, 0): 0.26, (A, 1): 0.24, (B, 0): 0.30, (C, 0): 0.20})
+    joint = replace(JOINT, sampling=sampling, max_new_bytes=6)
+    engine = Engine(student, kernels=KernelMode.REFERENCE)
+    for results in (generate(student, [b"x"] * 16, joint), engine.generate([b"x"] * 16, joint)):
+        assert {pair for row in results for pair in zip(row.byte_ids, row.bits, strict=True)} == pairs
+    results = generate(student, [b"x"] * 16, replace(joint, mode=GenerationMode.BYTES))
+    assert {byte for row in results for byte in row.byte_ids} == summed
 
 
 @pytest.mark.parametrize("settings", [BYTES, replace(JOINT, reading=PromptReading.OFFICIAL)])
@@ -196,7 +239,7 @@ def test_a_student_in_official_mode_generates_in_the_papers_way_alone(make_stude
 
 def test_every_byte_but_two_may_stand_in_a_prompt(student: Student) -> None:
     everything = bytes(byte for byte in range(256) if byte not in (BOS_BYTE, PAD_BYTE))
-    for settings in (BYTES, replace(JOINT, reading=PromptReading.OFFICIAL, utf8=Utf8Mode.CONSTRAIN)):
+    for settings in (JOINT, BYTES, replace(JOINT, reading=PromptReading.OFFICIAL, utf8=Utf8Mode.CONSTRAIN)):
         [result] = generate(student, [everything + b"\0"], replace(settings, max_new_bytes=3))
         assert len(result.prompt_bits) == 255 and len(result.byte_ids) <= 3
 

@@ -183,15 +183,32 @@ def test_paths_stay_distinct_and_their_weights_are_their_scores(student: Student
     assert (-running.log_weights[0] / math.log(2)).tolist() == pytest.approx(bits.tolist(), rel=1e-4)
 
 
-def test_scores_do_not_depend_on_later_bytes(student: Student) -> None:
-    row_text = torch.tensor(list(b"the same beginning, then A"))
-    other = row_text.clone()
-    other[-1] = ord("B")
-    running = [BitPaths(student, 1, 4) for _ in range(2)]
-    for position in range(row_text.shape[0] - 1):
-        for paths, text in zip(running, (row_text, other), strict=True):
-            paths.advance(text[position : position + 1])
-    assert torch.equal(running[0].next_byte_log_probabilities(), running[1].next_byte_log_probabilities())
+def test_scores_do_not_depend_on_later_bytes(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each byte costs in a batch of texts that begin alike is what it costs where the text is cut behind it."""
+    start = "the same 日".encode()
+    texts = [torch.tensor(list(start + rest)) for rest in (b"! and more", b"\xff\0B, longer still", b"", b"A")]
+    costs: list[Tensor] = []
+    sums: list[Tensor] = []
+    cost, advance = BitPaths.log_probability_of, BitPaths.advance
+
+    def costing(paths: BitPaths, byte_ids: Tensor) -> Tensor:
+        costs.append(cost(paths, byte_ids))
+        return costs[-1]
+
+    def advancing(paths: BitPaths, byte_ids: Tensor) -> None:
+        advance(paths, byte_ids)
+        sums.append(paths.log_probability())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BitPaths, "log_probability_of", costing)
+        patch.setattr(BitPaths, "advance", advancing)
+        score_paths(student, texts, paths=4)
+    cut = [score_paths(student, [texts[0][: size + 1]], paths=4) for size in range(len(start))]
+    whole = torch.stack(costs[: len(start)]).cumsum(0) / -math.log(2), torch.stack(sums[: len(start)]) / -math.log(2)
+    for found, alone in zip(whole, ([one.filter_bits for one in cut], [one.bits for one in cut]), strict=True):
+        torch.testing.assert_close(found, torch.stack(alone).expand(-1, len(texts)), rtol=0, atol=1e-4)
+    # the bytes that differ do cost differently
+    assert len({round(float(value), 3) for value in costs[len(start)]}) == costs[len(start)].shape[0] == 3
 
 
 def test_given_bits_are_input_and_label_alike(student: Student, rows: list[PackedRow]) -> None:

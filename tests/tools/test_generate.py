@@ -6,19 +6,31 @@ import io
 import json
 import os
 import pty
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megabyte_distill.inference.generation import Generated, GenerationSettings, NewBytes, generate
+from megabyte_distill.config.stage import STAGE_ORDER
+from megabyte_distill.hf.exported_folder import load_exported
+from megabyte_distill.inference.generation import (
+    Generated,
+    GenerationMode,
+    GenerationSettings,
+    NewBytes,
+    PromptReading,
+    generate,
+)
 from megabyte_distill.inference.sampling import Sampling
+from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.runs import load_student
-from tests.pretrain.job import Job
 from tools.convert_checkpoint import main as convert
 from tools.generate import Screen, build_parser, main, settings_of
 
@@ -122,6 +134,51 @@ def test_an_exports_threshold_holds_unless_another_or_none_is_given(
     assert settings_of(arguments).sampling.boundary_threshold == wanted
 
 
+def test_every_flag_reaches_its_place(tmp_path: Path) -> None:
+    """No two values are alike, so that none can stand in another's place."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "megabyte"}))
+    command = ["--load", str(tmp_path), "--prompt", "a"]
+    words = "--temperature 0.3 --top-p 0.4 --top-k 5 --min-p 0.6 --boundary-threshold 0.7 --max-new-bytes 8 --paths 9 "
+    words += "--path-window 10 --seed 11 --stop x --stop é --utf8 constrain"
+    assert settings_of(build_parser().parse_args([*command, *words.split()])) == GenerationSettings(
+        max_new_bytes=8,
+        sampling=Sampling(temperature=0.3, top_p=0.4, top_k=5, min_p=0.6, boundary_threshold=0.7),
+        paths=9,
+        path_window=10,
+        seed=11,
+        stop=(b"x", "é".encode()),
+        utf8=Utf8Mode.CONSTRAIN,
+    )
+    for flags, fields in (
+        ([], {}),
+        (["--scoring", "official"], {"reading": PromptReading.OFFICIAL}),
+        (["--generation", "bytes"], {"mode": GenerationMode.BYTES}),
+    ):
+        assert settings_of(build_parser().parse_args([*command, *flags])) == GenerationSettings(**fields)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--scoring", "official"],
+        ["--generation", "bytes"],
+        ["--temperature", "3", "--top-p", "0.2"],
+        ["--temperature", "3", "--top-k", "2"],
+        ["--temperature", "3", "--min-p", "0.5"],
+        ["--paths", "1", "--path-window", "1"],
+    ],
+)
+def test_what_is_written_is_what_the_settings_give(
+    exported: Path, flags: list[str], capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    command = ["--load", str(exported), "--prompt", "the old house", "--max-new-bytes", "16", *flags]
+    [wanted] = generate(
+        load_exported(exported, "cpu"), ["the old house"], settings_of(build_parser().parse_args(command))
+    )
+    assert main(command) == 0
+    assert capsysbinary.readouterr().out == b"the old house" + wanted.byte_ids + b"\n"
+
+
 def test_a_stop_text_and_a_seed_reach_the_engine(exported: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     command = ["--load", str(exported), "--prompt", "the", "--max-new-bytes", "40", "--utf8", "constrain"]
     for seed in range(20):  # until one has something to stop at
@@ -186,15 +243,16 @@ def test_every_line_typed_into_a_terminal_is_a_prompt_byte_for_byte(locale: str,
     assert noted == [f"{turn} {line!r}" for turn, line in enumerate(lines)]
 
 
+@pytest.mark.parametrize("last", ["1a", "1b", "1c"])
 def test_a_run_that_has_not_reached_2a_cannot_generate(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, last: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert job.run(tmp_path / "run", "--stages", "1a") == 0
-    capsys.readouterr()
+    later = STAGE_ORDER[STAGE_ORDER.index(last) + 1 :]
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns(*later))
     assert main(["--load", str(tmp_path / "run"), "--prompt", "a"]) == 2
-    run = tmp_path / "run"
-    said = f"error: after stage 1a the decoder is untrained and cannot generate; complete in {run}: 1a; train on first"
-    assert said in capsys.readouterr().err
+    output, run = capsys.readouterr(), tmp_path / "run"
+    said = f"error: after stage {last} the decoder is untrained and cannot generate; complete in {run}: 1a"
+    assert said in output.err and "; train on first" in output.err and not output.out
 
 
 def test_a_stage_without_a_decoder_is_refused_with_those_that_have_one(
@@ -243,13 +301,21 @@ class Written:
 
     prompts: list[bytes]
     text: bytes
+    told: Callable[[int], object] = bool
+    """Of each byte, when it is written."""
 
     def __iter__(self) -> Iterator[NewBytes]:
         for byte in self.text:
+            self.told(byte)
             yield NewBytes(rows=[0], byte_ids=[byte], bits=[False], log_probabilities=[0.0])
 
+    @property
+    def prompt_bits(self) -> list[tuple[bool, ...]]:
+        return [row.prompt_bits for row in self.results()]
+
     def results(self) -> list[Generated]:
-        bits = ((False,) * len(self.text), (True,) * len(self.prompts[0]))
+        # chunks of five new bytes
+        bits = tuple(place % 5 == 4 for place in range(len(self.text))), (True,) * len(self.prompts[0])
         return [Generated(byte_ids=self.text, bits=bits[0], prompt_bits=bits[1], log_probability=0.0, ended=True)]
 
 
@@ -259,6 +325,11 @@ class Shown(io.TextIOWrapper):
     def __init__(self, *, is_terminal: bool) -> None:
         super().__init__(io.BytesIO(), encoding="utf-8", errors="surrogateescape")
         self.is_terminal = is_terminal
+        self.shown: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.shown.append(text)
+        return super().write(text)
 
     def isatty(self) -> bool:
         return self.is_terminal
@@ -305,3 +376,34 @@ def test_a_pipe_gets_the_bytes_and_a_terminal_a_sign_for_what_is_no_text(
         assert shown.text() == wanted + b"\n"
         screen.report()
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("with_boundaries", [True, False])
+def test_a_character_is_shown_as_soon_as_its_last_byte_is_there(
+    is_terminal: bool, with_boundaries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, new = b"caf\xc3", b"\xa9 " + "日🙂é!".encode()
+    shown, seen = Shown(is_terminal=is_terminal), []
+    monkeypatch.setattr("sys.stdout", shown)
+    written = Written([prompt], new, told=lambda _: seen.append("".join(shown.shown)))
+    Screen(lambda *_: written, GenerationSettings(), with_boundaries=with_boundaries).stream(prompt, 0)
+    wanted = [(prompt + new[:size]).decode("utf-8", "ignore") for size in range(len(new))]
+    marks = re.compile(r"\x1b\[[\d;]*m|[|¦]")
+    assert [marks.sub("", text) for text in seen] == wanted
+    assert marks.sub("", "".join(shown.shown)) == (prompt + new).decode() + "\n"
+
+
+def test_the_figures_are_those_of_the_clock_and_of_the_boundaries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 102.5, 200.0, 201.5])
+    monkeypatch.setattr("tools.generate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    screen = Screen(lambda prompts, _: Written(list(prompts), b"x" * 20), GenerationSettings(), with_boundaries=False)
+    screen.stream(b"ab", 0)
+    screen.show([b"c"], 1, 2)
+    screen.report()
+    # three chunks of a byte in the prompts, and four in each of the texts
+    assert "40 bytes in 4.0 s (10 bytes/s), 3.91 bytes per chunk, prompts included" in capsys.readouterr().err
+    screen.report()
+    assert "0 bytes in 0.0 s (0 bytes/s), new bytes" in capsys.readouterr().err
