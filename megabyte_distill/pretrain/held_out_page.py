@@ -1,4 +1,4 @@
-"""The page of held-out text in a run's report: which text, and how the run's newest student cuts it."""
+"""A run's held-out text: where it lies now, and a page of it as the run's newest student cuts it."""
 
 from __future__ import annotations
 
