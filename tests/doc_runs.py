@@ -25,7 +25,7 @@ from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.pretrain.main import main as train
 from tests.data.preprocessing import preprocess
 from tests.doc_commands import ROOT, Call
-from tests.pretrain.job import WORDS, Job, environment, run_as_ranks
+from tests.pretrain.job import WORDS, Job, environment, torchrun
 
 ELSEWHERE = {
     r"make (demo|test|test-all|lint)\b": "the suite itself, and a demo that tests/test_packaging.py starts",
@@ -209,7 +209,8 @@ class Place:
             code = train(mine, example_folder=ROOT / "examples" / "tiny", example_run=Path("runs/tiny"))
             assert code == 0, f"{mine} ended with {code}"
             return
-        done = run_as_ranks(str(ROOT / "examples/pretrain_byte_kd.sh"), *mine, processes=2 ** max(1, cuts))
+        command = torchrun(str(ROOT / "examples/pretrain_byte_kd.sh"), *mine, processes=2 ** max(1, cuts))
+        done = subprocess.run(command, cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
 
 
