@@ -203,7 +203,7 @@ run_jobs([Job(name="a", work=work, identity={})], Path(sys.argv[1]), workers=1)
         assert parent.stdout is not None and parent.stdout.read(5) == b"works"
         parent.kill()
         # the worker writes to the same pipe, which has an end when nobody is left
-        parent.communicate(timeout=3)
+        parent.communicate(timeout=10)
 
 
 @pytest.mark.slow
