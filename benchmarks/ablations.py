@@ -15,8 +15,9 @@ own forward    its own bits as input, its own dechunk, gold bits as label, as th
                read alone in every arm, also in the one without their mask. Where the dechunk looks ahead, the figure is
                below what stepping gives: the leak
 
-Each arm is compared with the one that differs from it in one thing: most with the base, the arms on hard labels with
-gold bits and the hard dechunk, the one without 1b with the base whose 2a takes the teacher's own targets, as it must.
+Each arm is compared with the one that differs from it in one thing: most with the base; of those on hard labels the
+ones under the router's bits with gold bits and the same dechunk, other dechunks under gold bits with the hard one; the
+one without 1b with the base whose 2a takes the teacher's own targets, as it must.
 A difference of two runs counts where it is above twice its own spread, the square root of two times that over seeds,
 which is data_efficiency.py's.
 """
@@ -72,13 +73,18 @@ class Arm:
 
 
 def _leaks() -> list[Arm]:
+    def compared_with(boundaries: str, dechunk: str) -> str:
+        if boundaries == "router":
+            return f"gold bits, {dechunk} dechunk"
+        return BASE if dechunk == "hard" else HARD_LABELS
+
     return [
         Arm(
             group="byte SFT on hard labels",
             name=f"{boundaries} bits, {dechunk} dechunk",
             flags=("--byte-targets", "hard", "--boundary-source", boundaries, "--dechunk-mode", dechunk),
             from_stage1=dechunk == "hard",  # --load refuses a run of another dechunk mode
-            against=HARD_LABELS,
+            against=compared_with(boundaries, dechunk),
             boundaries=boundaries,
         )
         for boundaries in ("gold", "router")

@@ -11,8 +11,8 @@ from what a trained model showed (that of RUN where it is given). (b) and (c) ar
 pass; "from_text" is (b) as it reads a prompt by itself, along four bit histories. With RUN, the trained model itself
 also writes what it likes; its drafts are fitted to the embedded training text beforehand, but for "unfitted".
 
-The last line is JSON, everything in ratios to (a) but what is named otherwise; the exit code is 1 where one of FLOORS
-is not kept.
+The last line is JSON, everything in ratios to (a) but what is named otherwise; the exit code is 1 where one of
+FLOORS or CEILINGS is not kept.
 """
 
 from __future__ import annotations
@@ -397,7 +397,7 @@ class OneText:
 
     chunk_bucket = 1
 
-    def __init__(self, text: bytes, bits: Sequence[bool]) -> None:
+    def __init__(self, text: Sequence[int], bits: Sequence[bool]) -> None:
         self.byte_ids = torch.tensor([BOS_BYTE, *text])
         self.bits = torch.tensor([True, *bits])
         self.loss_mask = torch.ones_like(self.bits)

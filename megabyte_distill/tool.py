@@ -7,11 +7,12 @@ together, before anything slow is imported. Ctrl-C and SIGTERM let a tool clean 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -45,19 +46,15 @@ class ToolParser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(epilog=exit_codes.of_tool(failure), allow_abbrev=False, **settings)
         self.add_argument("--version", action="version", version=f"megabyte-distill {__version__}")
+        self._demanded: list[argparse.Action | argparse._MutuallyExclusiveGroup] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; ``missing`` of the namespace says which required flags are, instead of an end of the tool."""
         actions = [action for action in self._actions if action.required]
         groups = [group for group in self._mutually_exclusive_groups if group.required]
-        demanded: list[argparse.Action | argparse._MutuallyExclusiveGroup] = [*actions, *groups]
-        for one in demanded:
-            one.required = False
-        try:
+        self._demanded = [*actions, *groups]
+        with self._demanding(False):
             namespace, unknown = super().parse_known_args(args, namespace)
-        finally:
-            for one in demanded:
-                one.required = True
         alternatives = [*([action] for action in actions), *(group._group_actions for group in groups)]
         missing = [
             " or ".join(map(_shown, group))
@@ -66,6 +63,23 @@ class ToolParser(argparse.ArgumentParser):
         ]
         namespace.missing = [*getattr(namespace, "missing", ()), *missing]  # a command's own are there
         return namespace, unknown
+
+    @contextlib.contextmanager
+    def _demanding(self, is_required: bool) -> Iterator[None]:
+        """What is required, as such or not."""
+        before = [one.required for one in self._demanded]
+        for one in self._demanded:
+            one.required = is_required
+        try:
+            yield
+        finally:
+            for one, own in zip(self._demanded, before, strict=True):
+                one.required = own
+
+    def format_help(self) -> str:
+        """As argparse's, which prints it in the midst of parsing."""
+        with self._demanding(True):
+            return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Ends the tool; for what cannot be told together with the rest, as a flag without its value."""
@@ -161,9 +175,9 @@ def run_tool(
     check: Check | None = None,
     takes_others: bool = False,
 ) -> int:
-    """Parse the command line, run, and return the exit code; ValueError and OSError are the user's to mend.
+    """Parse the command line, run, and return the exit code: 1 after a :class:`Failure`, 2 after mistakes.
 
-    After a :class:`Failure` it is 1.
+    ValueError and OSError are the user's to mend.
 
     ``check`` tells, before ``run``, what is wrong with flags that were read one by one. Where one could not be read, or
     is required and missing, it sees the default. ``arguments.typed`` has the names of those that differ from theirs.

@@ -83,8 +83,12 @@ def check(name: str, table: TokenBytes, distributions: Sequence[tuple[str, Tenso
 
 def flags_problems(options: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the flags together."""
-    if bool(options.load) != bool(options.data_path) or not (options.tokenizer or options.load):
+    if not (options.tokenizer or options.load or options.data_path):
         yield "--tokenizer: missing, and so is --load with --data-path; give one of the two"
+    elif options.load and not options.data_path:
+        yield "--data-path: missing; it names the text of the teacher --load"
+    elif options.data_path and not options.load:
+        yield "--load: missing; --data-path is its text, which --tokenizer does not read"
 
 
 def run(options: argparse.Namespace) -> None:

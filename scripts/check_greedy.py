@@ -3,15 +3,15 @@
     python scripts/check_greedy.py RUN [--export FOLDER]
     python scripts/check_greedy.py --smollm2-shape --longest 24 --max-new-bytes 16
 
-RUN is a trained run or an exported folder; --smollm2-shape takes random weights in SmolLM2-135M's shape. Prompts of
-many lengths are cut anywhere out of the run's held-out text: inside words, inside characters. All in fp32, against
-reading everything again for each byte: plain steps, the engine with one row and with all, in torch's step, with fewer
-places than prompts in three orders, with drafts of 1 to 16 bytes and of auto, and the export's generate_bytes; its
-generate(), which draws bytes, against byte generation here and one pass over what was written. Where the two likeliest
-are nearer than fp32 can tell, the check fails: --seed takes other prompts.
+RUN is a trained run or an exported folder, --export what was exported of it, in the dtype that it is stored in;
+--smollm2-shape takes random weights in SmolLM2-135M's shape. Prompts of many lengths are cut anywhere out of the run's
+held-out text: inside words, inside characters. All in fp32, against reading everything again for each byte: plain
+steps, the engine with one row and with all, in torch's step, with fewer places than prompts in three orders, with
+drafts of 1 to 16 bytes and of auto, and the export's generate_bytes; its generate(), which draws bytes, against byte
+generation here and one pass over what was written. Where the two likeliest are nearer than fp32 can tell, the check
+fails: --seed takes other prompts.
 
-A line a way, and one JSON object as the last line. Exit code 0, 1 where something differs or is too near to tell, or 2
-with one line that begins with "error:".
+A line a way, and one JSON object as the last line; a margin is null where nothing was second.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import random
 import sys
 import time
@@ -33,9 +34,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class, split_class  # noqa: E402 - path is set
+from benchmarks.generation import OneText, documents, make_student  # noqa: E402 - path is set
+from megabyte_distill.alphabet import BOS_BYTE, PAD_BYTE, joint_class, split_class  # noqa: E402
 from megabyte_distill.config import ranges  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
+from megabyte_distill.conversion.hf_config import HfConfig  # noqa: E402
+from megabyte_distill.conversion.student_folder import is_student  # noqa: E402
+from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX  # noqa: E402
 from megabyte_distill.inference.engine import Engine  # noqa: E402
 from megabyte_distill.inference.generation import (  # noqa: E402
     Generated,
@@ -46,7 +51,18 @@ from megabyte_distill.inference.generation import (  # noqa: E402
 from megabyte_distill.inference.prompt_reading import read_prompts  # noqa: E402
 from megabyte_distill.inference.sampling import Sampling  # noqa: E402
 from megabyte_distill.model.student import Student  # noqa: E402
-from megabyte_distill.tool import ToolParser, file_to_read, in_range, judged, run_tool  # noqa: E402
+from megabyte_distill.run_folder import is_run, split_stage  # noqa: E402
+from megabyte_distill.student_folders import open_student, require_student  # noqa: E402
+from megabyte_distill.tool import (  # noqa: E402
+    Failure,
+    ToolParser,
+    file_to_read,
+    folder_to_read,
+    in_range,
+    judged,
+    problems_of,
+    run_tool,
+)
 
 LEAST_MARGIN = 1e-4
 """Of logits: what fp32 sums in another order cannot turn around."""
@@ -57,13 +73,15 @@ Written = tuple[bytes, tuple[bool, ...], bool]
 """(new bytes, their bits, whether the document ended)."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ToolParser:
     """The command line."""
-    parser = ToolParser(description=__doc__)
-    add = parser.add_argument
+    parser = ToolParser(description=__doc__, failure="something differs, or is too near to tell")
+    add = parser.add_argument_group("model").add_argument
     add("load", nargs="?", type=Path, metavar="RUN", help="a run, a stage of it, or an exported folder")
     add("--smollm2-shape", action="store_true", help="random weights in SmolLM2-135M's shape instead of RUN")
-    add("--export", type=Path, metavar="FOLDER", help="the run's exported folder, for transformers")
+    add("--export", type=judged(folder_to_read), metavar="FOLDER",
+        help="the run's exported folder, for transformers (none)")  # fmt: skip
+    add = parser.add_argument_group("text").add_argument
     add("--text", type=judged(file_to_read), metavar="FILE",
         help="text that prompts are cut out of (the run's held-out text, or the embedded one's)")  # fmt: skip
     add("--prompts", type=in_range(ranges.COUNT), default=32, metavar="N", help="how many (32)")
@@ -73,16 +91,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class OneText:
-    """A text and its bits as a packed row."""
+def flags_problems(options: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the flags together, and with the folders."""
+    if bool(options.load) == options.smollm2_shape:
+        yield "RUN or --smollm2-shape: give one of the two"
+    elif options.load:
+        yield from problems_of("RUN", lambda: require_student(options.load))
+    if options.export and options.smollm2_shape:
+        yield "--export: is RUN's, and the weights of --smollm2-shape are random; leave one of the two out"
+    elif options.export:
+        yield from problems_of("--export", lambda: require_export(options.export))
 
-    chunk_bucket = 1
 
-    def __init__(self, text: Sequence[int], bits: Sequence[bool]) -> None:
-        self.byte_ids = torch.tensor([BOS_BYTE, *text])
-        self.bits = torch.tensor([True, *bits])
-        self.loss_mask = torch.ones_like(self.bits)
-        self.cu_seqlens = torch.tensor([0, len(text) + 1], dtype=torch.int32)
+def require_export(folder: Path) -> None:
+    """ValueError where a folder is no exported student."""
+    config = HfConfig.read(folder)
+    if not is_student(config):
+        raise ValueError(f"{folder} holds a model of type {config.fields.get('model_type')!r}, no exported student")
+
+
+def load_export(folder: Path, student: Student) -> Any:
+    """transformers' model of an exported folder, in fp32. ValueError where its byte side is not the student's."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+    ).eval()
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: weight for name, weight in student.named_parameters() if not name.startswith(BACKBONE_PREFIX)}
+    other = [name for name in own if name not in theirs or not torch.equal(theirs[name].cpu(), own[name].cpu())]
+    if other:
+        raise ValueError(
+            f"--export: {folder} has other weights than RUN ({other[0]}; {len(other)} of {len(own)} tensors differ); "
+            "give what convert_checkpoint.py export writes of this run and stage, without --torch-dtype"
+        )
+    return model
 
 
 @torch.no_grad()
@@ -171,11 +214,8 @@ class Check:
         seconds = time.perf_counter() - started
         self._compare(name, seconds, written(results), [self.expected[place] for place in places], **more)
 
-    def exported(self, folder: Path) -> None:
-        """The ways of a folder's model under transformers."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    def exported(self, model: Any) -> None:
+        """The ways of the export's model under transformers."""
         started = time.perf_counter()
         results = model.generate_bytes(
             self.prompts, max_new_bytes=self.settings.max_new_bytes, temperature=0, boundary_threshold=False,
@@ -254,8 +294,6 @@ def cut_prompts(text: bytes, count: int, longest: int, seed: int) -> list[bytes]
 
 def embedded_text() -> bytes:
     """The held-out text of the example."""
-    from benchmarks.generation import documents
-
     return b"\n".join(documents("heldout", 10_000))
 
 
@@ -263,8 +301,6 @@ def embedded_text() -> bytes:
 def opened(options: argparse.Namespace) -> Iterator[tuple[Student, Callable[[], bytes]]]:
     """A student in fp32, and what tells the text that its prompts are cut out of."""
     if options.smollm2_shape:
-        from benchmarks.generation import make_student
-
         torch.manual_seed(0)
         student = make_student("smollm2").requires_grad_(False)
         # logits that say something, and hear the backbone
@@ -273,8 +309,6 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Student, Callable[[], 
         yield student, embedded_text
         return
     from megabyte_distill.pretrain.held_out_page import held_out_text
-    from megabyte_distill.run_folder import is_run, split_stage
-    from megabyte_distill.student_folders import open_student
 
     root, _ = split_stage(options.load)
     enough = 100 * options.longest * options.prompts
@@ -282,31 +316,31 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Student, Callable[[], 
         yield student.float(), (lambda: held_out_text(root, at_most=enough)) if is_run(root) else embedded_text
 
 
+def run(options: argparse.Namespace) -> None:
+    """A line a way; Failure where something differs or is too near to tell."""
+    with opened(options) as (student, held_out):
+        model = load_export(options.export, student) if options.export else None
+        text = options.text.read_bytes() if options.text else held_out()
+        prompts = cut_prompts(text, options.prompts, options.longest, options.seed)
+        settings = GenerationSettings(max_new_bytes=options.max_new_bytes, sampling=Sampling(temperature=0))
+        check = Check(student, prompts, settings)
+        check.engines()
+        if model is not None:
+            check.exported(model)
+    for name, margin in check.margins.items():
+        far = "" if margin > LEAST_MARGIN else ": too near to tell; --seed takes other prompts"
+        print(f"smallest margin between the two likeliest {name}: {margin:.2g}{far}")
+    margins = {name: margin if math.isfinite(margin) else None for name, margin in check.margins.items()}
+    sizes = {"prompts": len(prompts), "new_bytes": sum(len(own) for own, _, _ in check.expected)}
+    sizes["compiled_step"] = Engine(student).is_fused
+    print(json.dumps({**sizes, "margins": margins, "ways": check.ways, "is_same": check.is_same}))
+    if not check.is_same:
+        raise Failure("something differs, or is too near to tell; the lines above say what")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    checked: list[Check] = []
-
-    def run(options: argparse.Namespace) -> None:
-        if bool(options.load) == options.smollm2_shape:
-            raise ValueError("give a RUN or --smollm2-shape, one of the two")
-        with opened(options) as (student, held_out):
-            text = options.text.read_bytes() if options.text else held_out()
-            prompts = cut_prompts(text, options.prompts, options.longest, options.seed)
-            settings = GenerationSettings(max_new_bytes=options.max_new_bytes, sampling=Sampling(temperature=0))
-            check = Check(student, prompts, settings)
-            checked.append(check)
-            check.engines()
-            if options.export is not None:
-                check.exported(options.export)
-        for name, margin in check.margins.items():
-            far = "" if margin > LEAST_MARGIN else ": too near to tell; --seed takes other prompts"
-            print(f"smallest margin between the two likeliest {name}: {margin:.2g}{far}")
-        sizes = {"prompts": len(prompts), "new_bytes": sum(len(own) for own, _, _ in check.expected)}
-        sizes["compiled_step"] = Engine(student).is_fused
-        print(json.dumps({**sizes, "margins": check.margins, "ways": check.ways, "is_same": check.is_same}))
-
-    code = run_tool(build_parser(), run, argv)
-    return code or int(not all(check.is_same for check in checked))
+    return run_tool(build_parser(), run, argv, check=flags_problems)
 
 
 if __name__ == "__main__":

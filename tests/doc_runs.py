@@ -39,7 +39,7 @@ ELSEWHERE = {
     r"torchrun .*--nnodes (?!1 )": "several machines; tests/test_launch_scripts.py lets two of one rank meet",
     r".*--dry-run": "tests/test_launch_scripts.py runs it of two scripts, slow tests of all",
     r".*--transformer-impl transformer_engine": "needs Transformer Engine and a GPU; tests/model/test_engine_gpu.py",
-    r"python -m megabyte_distill\.memory --preset": "tests/memory/test_command.py compares it with the page",
+    r"python scripts/check_greedy\.py": "tests/hf/test_check_greedy.py runs it on a small export",
     r"python3? .*gpu_check": "needs a GPU; tests/test_gpu_check.py tests its parts",
     r"python benchmarks/(data_efficiency|ablations|exact_targets|kernel_traffic)\.py": "tests/test_benchmarks.py",
     r"python benchmarks/mamba_scan\.py": "tests/test_benchmarks.py",
@@ -112,13 +112,9 @@ class Place:
         elif words[0] == "-m":
             name = words[1] if words[1] != "megabyte_distill.memory" else "megabyte_distill.memory.__main__"
             name = "megabyte_distill.kernels.__main__" if name == "megabyte_distill.kernels" else name
-            more = (
-                ["--load", "CKPT", *self.small, "--backbone-width", "32"]
-                if "memory" in name
-                else ["--if-missing"]
-                if "build" in words
-                else []
-            )
+            more = ["--if-missing"] if "build" in words else []
+            if "memory" in name and "--preset" not in words:
+                more = ["--load", "CKPT", *self.small, "--backbone-width", "32"]
             call_main(name, [*words[2:], *more])
         else:
             script = Path(words[0])
@@ -219,7 +215,7 @@ def call_main(module: str, argv: Sequence[str]) -> None:
     main: Callable[..., int | None] = importlib.import_module(module).main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *argv])
-        patch.setattr(sys, "stdin", io.StringIO("It was\n"))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"It was\n")))
         try:
             code = main() if main.__code__.co_argcount == 0 else main(list(argv))
         except SystemExit as end:

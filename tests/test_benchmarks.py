@@ -132,12 +132,32 @@ def test_ablations_spend_the_same_bytes_and_start_where_they_say() -> None:
         assert abs(spent - trained_bytes(curriculum_runs.iteration_flags(ablations.UPDATES))) <= 2048, arm.name
 
 
+OF_THE_BASE = ("--boundary-source", "gold", "--dechunk-mode", "hard")
+FROZEN = "--2b.freeze-backbone"
+
+
+def choices(arm: ablations.Arm) -> dict[str, str]:
+    """Flag → value; and the stage that is left out."""
+    found, flag = {"without": arm.without}, ""
+    for word in (*OF_THE_BASE, *arm.flags):
+        if word.startswith("--"):
+            flag = word
+            found.setdefault(flag, "")
+        else:
+            found[flag] = word
+    if FROZEN in found:  # what is frozen has no rate of its own: one choice
+        found.pop("--2b.backbone-lr")
+    return found
+
+
 def test_an_ablation_is_compared_with_what_differs_in_one_thing() -> None:
+    assert parse_arguments(["--mock-data", *OF_THE_BASE]) == parse_arguments(["--mock-data"])
     arms = {arm.name: arm for arm in ablations.ARMS}
     for arm in arms.values():
-        other = arms[arm.against]
-        shared = [flag for flag in other.flags if flag.startswith("--") and flag not in arm.flags]
-        assert not shared, (arm.name, shared)
+        own, other = choices(arm), choices(arms[arm.against])
+        # a flag that takes no value differs by being there
+        differ = [name for name in own.keys() | other.keys() if own.get(name) != other.get(name)]
+        assert len(differ) == (arm.name != ablations.BASE), (arm.name, differ)
     found = {name: {"step_path": 2.0, "router_bits": 2.1, "own_forward": 1.9, "boundary_f1": 0.9} for name in arms}
     found["without 1b"]["step_path"] = 2.25
     lines = [line for line in ablations.table(found, 0.01).splitlines() if "without 1b" in line]
@@ -167,6 +187,23 @@ def test_a_run_of_another_command_is_kept_beside(tmp_path: Path, monkeypatch: py
     (folder / "1a").mkdir()
     curriculum_runs.begin_folder(folder, flags)
     assert (tmp_path / "run.before-2" / "1a").is_dir() and not (folder / "1a").exists()
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    program = """
+import sys
+from functools import partial
+from pathlib import Path
+from benchmarks.curriculum_runs import Job, run_jobs
+work = partial(exec, "import os, time; os.write(1, b'works'); time.sleep(120)", {})
+run_jobs([Job(name="a", work=work, identity={})], Path(sys.argv[1]), workers=1)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, cwd=BENCHMARKS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.read(5) == b"works"
+        parent.kill()
+        # the worker writes to the same pipe, which has an end when nobody is left
+        parent.communicate(timeout=10)
 
 
 @pytest.mark.slow

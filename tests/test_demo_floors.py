@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,23 @@ def test_a_figure_below_its_floor_fails(name: str, tmp_path: Path, capsys: pytes
     assert main([str(tmp_path)]) == 0 and "BELOW" not in capsys.readouterr().out
     (tmp_path / "summary.json").write_text(json.dumps({**FLOORS, name: FLOORS[name] - 1e-3}))
     assert main([str(tmp_path)]) == 1
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("BELOW")] == [name]
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines() if line.endswith("BELOW")] == [name]
+    assert output.err == f"error: {name} of {tmp_path} below the floor\n"
+
+
+def test_figures_of_before_the_last_checkpoint_are_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(FLOORS))
+    saved = tmp_path / "2b" / "latest_checkpointed_iteration.txt"
+    saved.parent.mkdir()
+    saved.write_text("3")
+    of_summary = (tmp_path / "summary.json").stat().st_mtime
+    for later, code in ((-1, 0), (1, 2)):
+        os.utime(saved, (of_summary + later, of_summary + later))
+        assert main([str(tmp_path)]) == code
+    assert f"summary.json is older than {saved}" in capsys.readouterr().err
 
 
 def test_a_run_without_the_figures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,17 @@ def test_what_is_not_run_is_in_the_pages_and_nothing_long_is_left_out(tmp_path: 
     assert not [pattern for pattern in ELSEWHERE if not any(re.match(pattern, one) for one in shown)]
     long = {call.place.split(":")[0] for call in calls if is_long(call) and reason_not_run(call) is None}
     assert long - {"README.md"} == set(WITH_LONG_ONES)
+
+
+def test_a_failure_that_shows_stray_bytes_is_told(pytestconfig: pytest.Config) -> None:
+    stray = b"text \xff".decode("utf-8", "surrogateescape")
+    report = pytest.TestReport(
+        *("a.py::b", ("a.py", 1, "b"), {stray: 1}, "failed", f"E {stray}", "call"),
+        sections=[("Captured stdout call", stray)],
+    )
+    sent: dict[str, Any] = pytestconfig.hook.pytest_report_to_serializable(config=pytestconfig, report=report)
+    assert sent["sections"] == [("Captured stdout call", r"text \udcff")]
+    assert sent["longrepr"] == r"E text \udcff" and repr(sent).isascii()
 
 
 @pytest.mark.parametrize(

@@ -237,21 +237,31 @@ def test_optional_packages_are_imported_in_one_file() -> None:
     assert not offenders, offenders
 
 
+def parsers_of_half_flags(text: str) -> list[int]:
+    """Lines that make a parser without ``allow_abbrev=False``."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser")
+        if "allow_abbrev=False" not in map(ast.unparse, node.keywords)
+    ]
+
+
 def test_no_program_takes_half_a_flag() -> None:
     offenders = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in [*all_python_files(), *(ROOT / "scripts").glob("*.py")]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser")
-        if not any(keyword.arg == "allow_abbrev" for keyword in node.keywords)
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in all_python_files()
+        for line in parsers_of_half_flags(path.read_text(encoding="utf-8"))
     ]
     assert not offenders, offenders
+    text = "ArgumentParser()\na.ArgumentParser(allow_abbrev=True)\nArgumentParser(b=1, allow_abbrev=False)\nC()\n"
+    assert parsers_of_half_flags(text) == [1, 2]
 
 
 def test_nothing_points_at_notes_that_are_not_in_the_repository() -> None:
     words = re.compile(r"RECIPE sec[t]ion|DESIGN[.]md|STYLE[.]md")
     pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / PACKAGE / "kernels").rglob("*.[ch]*")]
-    files = [*all_python_files(), *(ROOT / "scripts").iterdir(), *pages]
+    files = [*all_python_files(), *(ROOT / "scripts").glob("*.sh"), *pages]
     offenders = [str(path.relative_to(ROOT)) for path in files if words.search(path.read_text(encoding="utf-8"))]
     assert not offenders, offenders
 

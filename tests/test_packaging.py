@@ -45,6 +45,9 @@ def test_make_demo_runs_the_main_job_with_flags() -> None:
     assert ".venv/bin/torchrun examples/pretrain_byte_kd.sh" in plain
     assert "--fresh" not in plain and "PET_NPROC_PER_NODE=3" in dry_run("demo", "RANKS=3")
     assert "--fresh --smoke" in fresh
+    # its floors are those of the demo as it stands
+    assert plain.splitlines()[-1] == ".venv/bin/python scripts/check_demo.py runs/tiny"
+    assert "check_demo" not in fresh
 
 
 def test_ci_runs_the_tests_of_make() -> None:

@@ -106,7 +106,7 @@ def _compare_flags(parser: ToolParser) -> None:
     texts = parser.add_argument_group("text").add_mutually_exclusive_group()
     texts.add_argument("--text", metavar="TEXT", help="text to compare on (default: a short English sentence)")
     texts.add_argument(
-        "--text-file", type=judged(file_to_read), metavar="FILE", help="UTF-8 file with that text (default: --text)"
+        "--text-file", type=judged(file_to_read), metavar="FILE", help="UTF-8 file with that text instead (none)"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--per-position", action="store_true", help="print a line per position")

@@ -183,9 +183,9 @@ def _inspect_parser() -> ToolParser:
     parser = ToolParser(description="Prints a document with a mark behind each byte that ends a token.")
     parser.prog += " inspect"
     parser.add_argument("output", help="the --output-prefix, or a stem PREFIX_KEY_document")
-    shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--document", type=in_range(ranges.SIZE), default=0, metavar="I", help="which one, from 0 (0)")
-    shown.add_argument(
+    extent = parser.add_argument_group("what is shown")
+    extent.add_argument("--document", type=in_range(ranges.SIZE), default=0, metavar="I", help="which one, from 0 (0)")
+    extent.add_argument(
         "--limit", type=in_range(ranges.COUNT), default=4000, metavar="BYTES", help="bytes to show at most (4000)"
     )
     return parser

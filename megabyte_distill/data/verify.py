@@ -57,7 +57,7 @@ def verify_dataset(stem: str, *, show: Show = silent) -> Manifest:
     if mask_reader is not None:
         _check_count(stem, "documents in the loss mask", len(mask_reader), manifest.documents)
     tokens = marked = 0
-    with closing(show("verify", len(byte_reader), " documents")) as done:
+    with closing(show(f"verify {stem}", len(byte_reader), " documents")) as done:
         for first, last in _document_blocks(byte_reader):
             byte_ids, sizes = _block(byte_reader, first, last)
             _check_bytes(stem, byte_ids, sizes, first)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.progress import Show, counted, silent
+from megabyte_distill.data.text_mask import text_positions
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.bootstrap import Bootstrap, Counts, Interval
 from megabyte_distill.evaluation.document_counts import Bits, Judged, count_rows
@@ -262,7 +263,7 @@ def _thresholds(
 
 
 def _row_bytes(row: PackedRow) -> int:
-    return row.byte_ids.numel()
+    return int(text_positions(row).sum())
 
 
 def _path_figures(

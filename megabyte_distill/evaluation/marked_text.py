@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.data.packing import PackedRow
+from megabyte_distill.data.progress import UNCOUNTED, Counter
 from megabyte_distill.inference.bit_paths import device_of
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Parts, Student
@@ -47,11 +48,12 @@ def mark_sentence(
 
 @torch.no_grad()
 def mark_page(
-    student: Student, rows: Iterable[PackedRow], *, at_most: int, threshold: float = 0.5
+    student: Student, rows: Iterable[PackedRow], *, at_most: int, threshold: float = 0.5, done: Counter = UNCOUNTED
 ) -> tuple[MarkedText, ...]:
     """The first ``at_most`` bytes of the rows' text, an entry a segment (a document or a part of one).
 
-    No more rows are read than that takes. Empty where they hold no text.
+    No more rows are read than that takes. Empty where they hold no text. ``done`` counts bytes, :func:`page_bytes` in
+    all.
     """
     page: list[MarkedText] = []
     room = at_most
@@ -64,10 +66,16 @@ def mark_page(
             size = len(text) if len(text) <= room else _character_start(text, room)
             if size:
                 page.append(_marked(row, p, learned, first + 1, first + 1 + size))
+            done.advance(min(len(text), room))
             room -= len(text)
             if room <= 0:
                 break
     return tuple(page)
+
+
+def page_bytes(rows: Iterable[PackedRow], at_most: int) -> int:
+    """How many bytes of the rows' text a page of ``at_most`` takes."""
+    return min(at_most, sum(last - first - 1 for row in rows for first, last in _segments(row)))
 
 
 def _read(student: Student, row: PackedRow, threshold: float) -> tuple[PackedRow, Tensor, Tensor]:

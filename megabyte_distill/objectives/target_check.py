@@ -50,8 +50,9 @@ class TargetErrors:
     @property
     def is_exact(self) -> bool:
         """Whether all of them are as small as promised; not for NaN."""
-        is_summed = self.misplaced == 0 and self.sums < SUMS and self.targets < SUMS
-        return is_summed and max(self.masses, self.products) < FP64_SUMS and self.likely_products < RELATIVE
+        sums, fp64 = (self.sums, self.targets), (self.masses, self.products)
+        is_small = all(error < SUMS for error in sums) and all(error < FP64_SUMS for error in fp64)
+        return self.misplaced == 0 and is_small and self.likely_products < RELATIVE
 
 
 class BruteForce:

@@ -12,10 +12,10 @@ from megabyte_distill.conversion.tokenizer_files import TOKEN_BYTES_FILE, TOKENI
 from megabyte_distill.data.chunk_merging import merge_row
 from megabyte_distill.data.dataset import ByteTokenDataset, Part, open_blend
 from megabyte_distill.data.manifest import StoredPaths
-from megabyte_distill.data.progress import Show, counted, silent
+from megabyte_distill.data.progress import Show, silent
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.evaluation.held_out import held_out_rows
-from megabyte_distill.evaluation.marked_text import mark_page
+from megabyte_distill.evaluation.marked_text import mark_page, page_bytes
 from megabyte_distill.evaluation.run_report import HeldOutPage
 from megabyte_distill.runs import StageProgress, chunk_limit, last_stage, load_student, stage_progress
 
@@ -42,9 +42,9 @@ def held_out_page(root: Path, *, text_bytes: int, data_path: Sequence[str] = (),
         rows = held_out_rows(
             datasets, row_bytes=config.seq_length, chunk_bucket=config.chunk_bucket, max_bytes=text_bytes
         )
-        with closing(show(f"page of {root.name}", len(rows), " rows")) as done:
-            merged = (merge_row(row, limit) for row in counted(rows, done, lambda row: 1))
-            texts = mark_page(loaded.student, merged, at_most=text_bytes)
+        with closing(show(f"page of {root.name}", page_bytes(rows, text_bytes))) as done:
+            merged = (merge_row(row, limit) for row in rows)
+            texts = mark_page(loaded.student, merged, at_most=text_bytes, done=done)
     except (ValueError, OSError) as error:
         return HeldOutPage(missing=f"no page: {error}")
     return HeldOutPage(texts=texts, source=page_source(progress.stage, progress.iteration, datasets[0].name))

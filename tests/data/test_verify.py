@@ -40,7 +40,7 @@ def rewrite(prefix: Path, change: Callable[[list[list[int]]], None]) -> None:
 @pytest.mark.usefixtures("every_line")
 def test_a_correct_set_passes_and_shows_its_documents(stem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_dataset(stem, show=shown).documents == len(TEXTS)
-    assert f"verify: 100 %, {len(TEXTS)} documents of {len(TEXTS)} documents" in capsys.readouterr().err
+    assert f"verify {stem}: 100 %, {len(TEXTS)} documents of {len(TEXTS)} documents" in capsys.readouterr().err
 
 
 def put(item: int, place: int, value: int) -> Callable[[list[list[int]]], None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megabyte_distill.inference.engine import Engine
@@ -57,7 +59,37 @@ def test_prompts_are_ragged_distinct_and_cut_anywhere() -> None:
         cut_prompts(TEXT[:40], 32, 40, seed=0)
 
 
-@pytest.mark.parametrize("words", [[], ["RUN", "--smollm2-shape"]])
-def test_one_student_is_asked_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 2
-    assert "give a RUN or --smollm2-shape, one of the two" in capsys.readouterr().err
+def test_a_prompt_without_a_second_reading_has_no_margin(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_bytes(TEXT)
+    small = ["--prompts", "1", "--longest", "6", "--max-new-bytes", "1"]
+    assert main([str(exported.folder), "--text", str(tmp_path / "text"), *small]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+    assert found["margins"]["segmentations"] is None and found["margins"]["pairs"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "RUN or --smollm2-shape: give one of the two"),
+        (["{export}", "--smollm2-shape"], "RUN or --smollm2-shape: give one of the two"),
+        (["{tmp}"], "RUN: {tmp} is not a run and not an exported student"),
+        (["--smollm2-shape", "--export", "{export}"], "--export: is RUN's, and the weights of --smollm2-shape are"),
+        (["{export}", "--export", "{tmp}/some/model"], "--export: got '{tmp}/some/model', expected a folder; there is"),
+        (["{export}", "--export", "{tmp}"], "--export: {tmp}"),
+        (["{export}", "--export", "{tmp}/other"], "--export: {tmp}/other has other weights than RUN (byte_decoder."),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compared(
+    words: list[str], message: str, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported.folder, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["byte_decoder.head.weight"] += 1e-3
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    places = {"tmp": tmp_path, "export": exported.folder}
+    assert main([word.format(**places) for word in words]) == 2
+    output = capsys.readouterr()
+    [line] = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {message.format(**places)}") and not output.out

@@ -22,7 +22,7 @@ from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.objectives import exact_targets as module
 from megabyte_distill.objectives.byte_tree import ByteTree
 from megabyte_distill.objectives.exact_targets import VANISHING, exact_targets
-from megabyte_distill.objectives.target_check import BruteForce, EveryToken
+from megabyte_distill.objectives.target_check import BruteForce, EveryToken, TargetErrors
 from tests.objectives.test_exact_targets import TABLE, TEXT, row_of, some_logits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,6 +40,14 @@ def drawn_logits(kind: str, vocab_size: int, rows: int = 1) -> Tensor:
         logits[:, 1234] = 18.0  # 0.998 of the mass, beside neighbours of 1e-8
         return logits
     return logits * {"flat": 2.0, "peaked": 8.0}[kind]
+
+
+@pytest.mark.parametrize("name", ["sums", "targets", "masses", "products", "likely_products"])
+@pytest.mark.parametrize("error", [1e-4, math.nan])
+def test_no_error_may_be_large_or_nan(name: str, error: float) -> None:
+    none = TargetErrors(misplaced=0, sums=0.0, targets=0.0, masses=0.0, products=0.0, likely_products=0.0, tokens=5)
+    assert none.is_exact and not replace(none, **{name: error}).is_exact
+    assert not replace(none, misplaced=1).is_exact
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked", "one token"])

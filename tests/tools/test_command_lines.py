@@ -29,6 +29,7 @@ EVALUATE = ["evaluate", "--load", "{run}", "--data-path", "{set}"]
 CACHE = ["cache_teacher", "--load", "{run}", "--data-path", "{set}", "--logits-save-dir", "out"]
 EXPORT = ["convert_checkpoint", "export", "--megatron-path", "{run}", "--hf-path", "out"]
 PREPROCESS = ["preprocess_bytes", "--input", "x", "--output-prefix", "y"]
+EXACT = "scripts.check_exact_targets"
 TRAIN = ["train_teacher", "--input", "x", "--valid-input", "y", "--work-dir", "w", "--hf-path", "h"]
 
 
@@ -51,7 +52,7 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
     """What a tool says of a command line that it refuses, without "error: "."""
     tool, *argv = (word.format(**places) for word in words)
     try:
-        code = importlib.import_module(f"tools.{tool}").main(argv)
+        code = importlib.import_module(tool if "." in tool else f"tools.{tool}").main(argv)
     except SystemExit as end:
         code = end.code
     output = capsys.readouterr()
@@ -181,6 +182,10 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
         ([*CACHE, "--logits-save-top-k", "513"], "--logits-save-top-k: got 513, expected a whole number of at least 1"),
         ([*CACHE, "--load", "{tmp}/no"], "--load: got '{tmp}/no', expected a folder; there is none"),
         ([*CACHE, "--data-path", "0.3", "{tmp}/no_document"], "--data-path: got {tmp}/no_document, expected the stem"),
+        ([EXACT], "--tokenizer: missing, and so is --load with --data-path; give one of the two"),
+        ([EXACT, "--tokenizer", "x", "--load", "y"], "--data-path: missing; it names the text of the teacher --load"),
+        ([EXACT, "--tokenizer", "x", "--data-path", "y"], "--load: missing; --data-path is its text, which"),
+        ([EXACT, "--data-path", "y"], "--load: missing; --data-path is its text, which"),
         ([*TRAIN, "--lr", "0"], "--lr: got 0, expected a number above 0"),
         ([*TRAIN, "--num-layers", "x"], "--num-layers: got 'x', expected a whole number of at least 1"),
     ],
@@ -277,11 +282,31 @@ def test_help_and_version_of_every_tool(tool: str, capsys: pytest.CaptureFixture
         assert end.value.code == 0 and expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "required"),
+    [
+        (["cache_teacher"], "--load CKPT"),
+        (["generate"], "(--prompt TEXT | --prompt-file FILE | --interactive)"),
+        (["convert_checkpoint", "compare"], "--hf-model DIR"),
+        (["preprocess_bytes", "merge"], "--output-prefix PREFIX"),
+    ],
+)
+def test_help_shows_what_is_required_without_brackets(
+    words: list[str], required: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    tool, *argv = words
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"tools.{tool}").main([*argv, "--help"])
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    assert f" {required}" in usage and "--version]" in usage and f"[{required.strip('()')}" not in usage
+
+
 COMMANDS = (
     *((f"tools.{tool}", "") for tool in TOOLS),
     *(("tools.convert_checkpoint", command) for command in ("import", "export", "compare", "roundtrip")),
     *(("tools.preprocess_bytes", command) for command in ("merge", "verify", "inspect")),
-    *((f"scripts.check_{what}", "") for what in ("exact_targets", "mamba_scan", "real_teacher", "real_tokenizers")),
+    *((f"scripts.{path.stem}", "") for path in sorted((ROOT / "scripts").glob("check_*.py"))),
     ("megabyte_distill.memory.__main__", ""),
     ("megabyte_distill.kernels.__main__", "build"),
 )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from megabyte_distill.parallel.process_groups import world
 from tests.pretrain.job import Job, write_data, write_tokenizer
@@ -20,7 +21,9 @@ def test_all_figures_as_json_and_as_a_table(job: Job, finished: Path, capsys: py
         assert main([*command, "--json", "--train-data-path", job.train, "--paths", "2", *along]) == 0
         output = capsys.readouterr()
         figures = json.loads(output.out)
-        assert all(f"{what}: 100 %" in output.err for what in ("held-out text", "2 bit histories", "thresholds"))
+        size = tqdm.format_sizeof(figures["text_bytes"])
+        assert all(f"{what}: 100 %, {size}B of {size}B" in output.err for what in ("held-out text", "thresholds"))
+        assert "2 bit histories: 100 %" in output.err
         assert main([*command, "--paths", "0", "--max-bytes", "300", "--max-documents", "1"]) == 0
     assert figures["documents"] == 3 and figures["paths"]["paths"] == 2
     assert figures["retention"] == pytest.approx(figures["teacher_bits_per_byte"] / figures["student_bits_per_byte"])

@@ -39,7 +39,8 @@ def test_a_finished_run_has_a_report_with_its_pictures_and_a_page(
     assert output.out == f"written: {tmp_path}/out/report.html and {len(list((tmp_path / 'out').glob('*.png')))} " \
         "pictures beside it\n"  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", *PNG_FILES}
-    assert f"page of {finished.name}: 50 %" in output.err
+    shown = [line for line in output.err.splitlines() if line.startswith(f"page of {finished.name}: ")]
+    assert shown[-1].startswith(f"page of {finished.name}: 100 %, 300B of 300B"), shown
     reader = assert_self_contained(tmp_path / "out" / "report.html")
     assert "after 4 updates of stage 2b, the beginning of" in reader.text
     marks = [attributes["class"] for tag, attributes in reader.tags if tag == "i"]
