@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megabyte_distill.config.ranges import BOUNDARY_THRESHOLD
 from megabyte_distill.conversion.hf_config import CONFIG_FILE, HfConfig
 from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
+from megabyte_distill.conversion.student_folder import MODEL_TYPE
 from megabyte_distill.run_folder import is_run, require_stage, split_stage, teacher_path
 
 if TYPE_CHECKING:
@@ -77,7 +78,14 @@ def teacher_of(folder: Path) -> Path:
         raise ValueError(f"{folder} is a stage of a run, and all of them have one teacher; give the run, {root}")
     if (folder / MODEL_CONFIG_FILE).is_file():
         return folder
-    what = "has no teacher" if (folder / CONFIG_FILE).is_file() else "is not a run and not a converted teacher"
+    what = "is not a run and not a converted teacher"
+    if (folder / CONFIG_FILE).is_file():
+        if HfConfig.read(folder).fields.get("model_type") != MODEL_TYPE:
+            raise ValueError(
+                f"{folder} is a Hugging Face folder, which is not converted; convert it with "
+                "tools/convert_checkpoint.py import, and give the folder that this writes"
+            )
+        what = "is an exported student, which has no teacher"
     raise ValueError(
         f"{folder} {what if folder.is_dir() else 'is not a folder'}; expected a folder written by training, or by "
         f"convert_checkpoint.py import ({MODEL_CONFIG_FILE} in it)"

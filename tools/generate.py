@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megabyte_distill.config import ranges
 from megabyte_distill.config.stage import TRAINS_DECODER
@@ -35,10 +35,16 @@ if TYPE_CHECKING:
     from megabyte_distill.inference.generation import Continuations, Generated, GenerationSettings
     from megabyte_distill.model.student import Student
 
-    Begin = Callable[[Sequence[bytes], GenerationSettings], Continuations | Session]
+    Begin = Callable[[Sequence[bytes], GenerationSettings, Sequence[str]], Continuations | Session]
+    """Of prompts, settings and what messages call the prompts."""
 
-_HELP = """Type a prompt and Enter: its continuation follows. An empty line starts a document.
-Ctrl-C stops a continuation, Ctrl-D ends, /help shows this; every other line is a prompt, byte for byte.
+NewT = TypeVar("NewT")
+
+_TERMINAL_LINE = 4095
+"""Bytes of a line that a terminal hands on at most, without the newline; it drops what is behind them."""
+_HELP = f"""Type a prompt and Enter: its continuation follows. An empty line starts a document.
+Ctrl-C stops a continuation, Ctrl-D ends, /help shows this; every other line is a prompt, byte for byte,
+of at most {_TERMINAL_LINE - 1} bytes where a terminal hands it on (--prompt-file takes more).
 Each turn draws with the next seed."""
 
 _OF_STUDENTS = (
@@ -62,7 +68,7 @@ def build_parser() -> ToolParser:
     add(
         "--show-boundaries",
         action="store_true",
-        help="mark where chunks end: the colour changes, or | where there is none",
+        help="mark where chunks end, or tokens beside --teacher: the colour changes, or | where there is none",
     )
     _add_speed(parser.add_argument_group("how fast").add_argument)
     return parser
@@ -261,8 +267,7 @@ def run(arguments: argparse.Namespace) -> None:
             interact(screen, streams=arguments.stream is not False)
         elif arguments.stream or (arguments.stream is None and len(prompts) == 1):
             for number, prompt in enumerate(prompts):
-                _label(number, len(prompts))
-                screen.stream(prompt, number)
+                screen.stream(prompt, number, len(prompts))
             screen.report()
         else:
             # the engine itself runs so many side by side
@@ -286,7 +291,7 @@ def _opened(settings: GenerationSettings, arguments: argparse.Namespace) -> Iter
     from megabyte_distill.inference.teacher_generation import TeacherGeneration
 
     with open_teacher(arguments.load) as (backbone, _, token_bytes):
-        yield lambda prompts, seeded: TeacherGeneration(backbone, token_bytes, prompts, seeded)
+        yield lambda prompts, seeded, names: TeacherGeneration(backbone, token_bytes, prompts, seeded, names)
 
 
 def _has_engine(settings: GenerationSettings) -> bool:
@@ -308,14 +313,15 @@ def _writer(student: Student, settings: GenerationSettings, arguments: argparse.
             raise ValueError(
                 "--speculate and --kernels fused: not of a student in official dechunk mode; leave them out"
             )
-        return lambda prompts, seeded: Generation(student, prompts, seeded)
+        return lambda prompts, seeded, names: Generation(student, prompts, seeded, names)
     engine = Engine(student, max_batch_size=arguments.batch_size, speculate=speculate, kernels=kernels)
-    return engine.begin
+    return lambda prompts, seeded, names: engine.begin(prompts, seeded, names=names)
 
 
 def interact(screen: Screen, *, streams: bool) -> None:
     """Prompts from the terminal until it has no more; help and the sign for a prompt are on stderr."""
-    marker = "> " if sys.stdin.isatty() else ""
+    is_terminal = sys.stdin.isatty()
+    marker = "> " if is_terminal else ""
     print(_HELP, file=sys.stderr)
     turn = 0
     while True:
@@ -328,6 +334,11 @@ def interact(screen: Screen, *, streams: bool) -> None:
             continue
         prompt = line.removesuffix(b"\n")
         try:
+            if is_terminal and len(prompt) >= _TERMINAL_LINE:
+                raise ValueError(
+                    f"the line has {len(prompt)} bytes, and a terminal drops what is behind {_TERMINAL_LINE}; give a "
+                    "longer prompt with --prompt-file"
+                )
             if streams:
                 screen.stream(prompt, turn)
             else:
@@ -336,7 +347,7 @@ def interact(screen: Screen, *, streams: bool) -> None:
             print(f"error: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:
-            print(flush=True)
+            print(file=sys.stderr)  # behind the terminal's ^C
         screen.report()
         turn += 1
 
@@ -354,38 +365,59 @@ class Screen:
     def __post_init__(self) -> None:
         self._done: list[tuple[bytes, Generated]] = []
         self._seconds = 0.0
+        self._started: float | None = None
 
-    def stream(self, prompt: bytes, number: int) -> None:
-        """One prompt, as its characters come. With the bits unknown until the end (bytes), whole at the end."""
+    def stream(self, prompt: bytes, number: int, count: int = 1) -> None:
+        """One prompt of ``count``, as its characters come; whole at the end where bits are unknown until then (bytes).
+
+        Whatever ends it, Ctrl-C too: all that was written by then is shown, held back or not.
+        """
         from megabyte_distill.inference.chunk_marks import marked_characters
-        from megabyte_distill.inference.generation import GenerationMode, complete_characters, new_bytes, new_pairs
+        from megabyte_distill.inference.generation import GenerationMode, complete_characters, new_pairs
 
         if self.with_boundaries and self.settings.mode is GenerationMode.BYTES:
-            self.show([prompt], number, 1)
+            self.show([prompt], number, count)
             return
-        running = self._begin([prompt], number)
-        if self.with_boundaries:
+        running = self._begin([prompt], number, count)
+
+        def characters(new: Iterable[tuple[int, bool]]) -> Iterator[str]:
+            if not self.with_boundaries:
+                return complete_characters(itertools.chain(prompt, (byte for byte, _ in new)), errors=_errors())
             known = zip(prompt, running.prompt_bits[0], strict=True)
-            pieces = marked_characters(
-                itertools.chain(known, new_pairs(running, self.settings.stop)), colour=sys.stdout.isatty()
-            )
-        else:
-            new = new_bytes(running, self.settings.stop)
-            pieces = complete_characters(itertools.chain(prompt, new), errors=_errors())
-        with self._timed(running):
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print(flush=True)
+            return marked_characters(itertools.chain(known, new), colour=sys.stdout.isatty())
+
+        _label(number, count)
+        shown = 0
+        try:
+            for text in characters(self._clocked(new_pairs(running, self.settings.stop))):
+                print(text, end="", flush=self._started is not None)
+                shown += 1
+        finally:
+            self._note(running)
+            row = self._done[-1][1]
+            rest = itertools.islice(characters(zip(row.byte_ids, row.bits, strict=True)), shown, None)
+            print("".join(rest), flush=True)
 
     def show(self, prompts: list[bytes], first: int, count: int) -> None:
-        """Prompts side by side, each whole; the first is number ``first`` of ``count``."""
+        """Prompts side by side, each whole; the first is number ``first`` of ``count``.
+
+        Ctrl-C shows what there is of an only one; of several it could not be told which are whole.
+        """
+        running = self._begin(prompts, first, count)
+        try:
+            for _ in self._clocked(running):
+                pass
+        except KeyboardInterrupt:
+            if count == 1:
+                self._show_written(running, first, count)
+            raise
+        self._show_written(running, first, count)
+
+    def _show_written(self, running: Continuations | Session, first: int, count: int) -> None:
         from megabyte_distill.inference.chunk_marks import mark_chunks
 
-        running = self._begin(prompts, first)
-        with self._timed(running):
-            for _ in running:
-                pass
-        for number, (prompt, row) in enumerate(self._done[-len(prompts) :], start=first):
+        self._note(running)
+        for number, (prompt, row) in enumerate(self._done[-len(running.prompts) :], start=first):
             _label(number, count)
             text = prompt + row.byte_ids
             if self.with_boundaries:
@@ -393,22 +425,29 @@ class Screen:
             else:
                 print(text.decode("utf-8", _errors()), flush=True)
 
-    def _begin(self, prompts: list[bytes], first: int) -> Continuations | Session:
-        return self.begin(prompts, replace(self.settings, seed=self.settings.seed + first))
+    def _begin(self, prompts: list[bytes], first: int, count: int) -> Continuations | Session:
+        names = [prompt_name(number, count) for number in range(first, first + len(prompts))]
+        return self.begin(prompts, replace(self.settings, seed=self.settings.seed + first), names)
 
-    @contextlib.contextmanager
-    def _timed(self, running: Continuations | Session) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds += time.perf_counter() - started
-            self._done += zip(running.prompts, running.results(), strict=True)
+    def _clocked(self, new: Iterable[NewT]) -> Iterator[NewT]:
+        """``new``, the clock running from the first that is asked for; what was printed before is out by then."""
+        sys.stdout.flush()
+        self._started = time.perf_counter()
+        yield from new
+
+    def _note(self, running: Continuations | Session) -> None:
+        """Stops the clock, if it runs, and keeps what was written."""
+        if self._started is not None:
+            self._seconds += time.perf_counter() - self._started
+        self._started = None
+        self._done += zip(running.prompts, running.results(), strict=True)
 
     def report(self) -> None:
-        """Figures of all that was generated since the last one, on stderr."""
+        """Figures of all that was generated since the last one, on stderr; nothing where nothing was."""
         from megabyte_distill.inference.utf8 import count_invalid
 
+        if not self._done:
+            return
         rows = [row for _, row in self._done]
         size = sum(len(row.byte_ids) for row in rows)
         speed = f"{size / max(self._seconds, 1e-9):.0f} bytes/s"

@@ -98,9 +98,13 @@ class Engine:
         settings: GenerationSettings | None = None,
         *,
         prompt_bits: Sequence[Sequence[bool]] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Session:
-        """The same, to be iterated over for the new bytes as they come. Errors come at the call."""
-        return Session(self, prompts, settings or GenerationSettings(), prompt_bits)
+        """The same, to be iterated over for the new bytes as they come. Errors come at the call.
+
+        ``names``: what messages call the prompts (default: by their numbers).
+        """
+        return Session(self, prompts, settings or GenerationSettings(), prompt_bits, names)
 
     def make_slots(self, count: int) -> Slots:
         """Places for so many rows."""

@@ -25,7 +25,7 @@ from megabyte_distill.inference.generation import (
     PromptReading,
 )
 from megabyte_distill.inference.prompt_reading import read_prompts
-from megabyte_distill.inference.prompts import checked_prompts, context_limit, prompt_name, refuse_too_long
+from megabyte_distill.inference.prompts import checked_prompts, context_limit, prompt_names, refuse_too_long
 from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 from megabyte_distill.inference.utf8 import LONGEST_OPEN, Utf8Mode, allowed_after
 
@@ -67,17 +67,19 @@ class Session:
         prompts: Sequence[str | bytes],
         settings: GenerationSettings,
         prompt_bits: Sequence[Sequence[bool]] | None,
+        names: Sequence[str] | None,
     ) -> None:
         """Reads the prompts that run first, and those that may be too long. ValueError as ``Engine.generate``."""
         _check_settings(settings)
         self._engine, self._settings, self._drafting = engine, settings, engine.draft_length
-        self.prompts = checked_prompts(prompts)
+        self.prompts = checked_prompts(prompts, names)
+        self._names = names or prompt_names(len(prompts))
         self._limit = context_limit(engine.student)
         self._results: list[Generated | None] = [None] * len(prompts)
         self.prompt_bits: list[tuple[bool, ...]] = [()] * len(prompts)
         self._is_read = np.zeros(len(prompts), bool)
         if prompt_bits is not None:
-            self.prompt_bits = _checked_bits(prompt_bits, self.prompts, self._limit)
+            self.prompt_bits = _checked_bits(prompt_bits, self.prompts, self._limit, self._names)
             self._is_read[:] = True
         self._device = device_of(engine.student)
         self._on_cpu = self._device.type == "cpu"
@@ -362,7 +364,7 @@ class Session:
         only_temperature = Sampling(temperature=self._settings.sampling.temperature)
         for first in range(0, len(unread), self._prompt.shape[0]):
             numbers = unread[first : first + self._prompt.shape[0]]
-            names = [prompt_name(number, len(self.prompts)) for number in numbers]
+            names = [self._names[number] for number in numbers]
             texts = [self.prompts[number] for number in numbers]
             settings = self._settings
             read = read_prompts(self._engine.student, texts, settings.paths, names, path_window=settings.path_window)
@@ -418,11 +420,11 @@ def _check_settings(settings: GenerationSettings) -> None:
 
 
 def _checked_bits(
-    prompt_bits: Sequence[Sequence[bool]], prompts: Sequence[bytes], limit: int | None
+    prompt_bits: Sequence[Sequence[bool]], prompts: Sequence[bytes], limit: int | None, names: Sequence[str]
 ) -> list[tuple[bool, ...]]:
     found, expected = [len(bits) for bits in prompt_bits], [len(prompt) for prompt in prompts]
     if found != expected:
         raise ValueError(f"prompt_bits has {found} bits for prompts of {expected} bytes; give one a byte")
     if limit is not None:
-        refuse_too_long(prompt_bits, limit)
+        refuse_too_long(prompt_bits, limit, names)
     return [tuple(bool(bit) for bit in bits) for bits in prompt_bits]

@@ -19,7 +19,7 @@ from megabyte_distill.config.ranges import COUNT, SEED, SIZE
 from megabyte_distill.inference.bit_paths import BitPaths, device_of
 from megabyte_distill.inference.official import OfficialReader
 from megabyte_distill.inference.prompt_reading import read_prompts
-from megabyte_distill.inference.prompts import PATH_WINDOW, checked_prompts, context_limit
+from megabyte_distill.inference.prompts import PATH_WINDOW, checked_prompts, context_limit, prompt_names
 from megabyte_distill.inference.sampling import Sampling, choose, mask_bytes, mask_padding, uniform_numbers
 from megabyte_distill.inference.utf8 import Utf8Mode, Utf8Rows
 from megabyte_distill.model.student import Student, StudentState
@@ -139,15 +139,12 @@ class _Pairs:
         """[R, 512]."""
 
     def advance(self, byte_ids: Tensor, bits: Tensor) -> None:
-        """Read one byte [R] and its bit [R] in each row."""
         self.log_probabilities = self._step(byte_ids, bits, self._state).float().log_softmax(-1)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [N] int64 only."""
         self._state, self.log_probabilities = self._state.select(rows), self.log_probabilities[rows]
 
     def positions(self) -> Tensor:
-        """[R] positions of the backbone in use."""
         lengths: Tensor = self._state.cache.lengths
         return lengths
 
@@ -168,11 +165,9 @@ class _Bytes:
         self.log_probabilities = self._read.next_byte_log_probabilities()[self._rows]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [N] int64 only."""
         self._rows, self.log_probabilities = self._rows[rows], self.log_probabilities[rows]
 
     def positions(self) -> Tensor:
-        """[R] positions of the backbone in use."""
         return self._read.positions()[self._rows]
 
 
@@ -189,12 +184,25 @@ class Continuations:
     _cursor: Cursor
 
     def __init__(
-        self, prompts: Sequence[str | bytes], settings: GenerationSettings, device: torch.device, limit: int | None
+        self,
+        prompts: Sequence[str | bytes],
+        settings: GenerationSettings,
+        device: torch.device,
+        limit: int | None,
+        names: Sequence[str] | None,
+        draws: int = 1,
     ) -> None:
-        """``limit``: positions of the backbone. ValueError for no prompts, a bare text, bytes 254 and 255 in one."""
-        self.prompts = checked_prompts(prompts)
+        """What is known before the prompts are read; ValueError for no prompts, a bare text, bytes 254 and 255 in one.
+
+        ``limit``: positions of the backbone. ``names``: what messages call the prompts (default: by their numbers).
+        ``draws``: numbers that each byte takes; the first of them decides the pair.
+        """
+        self.prompts = checked_prompts(prompts, names)
+        self._names = names or prompt_names(len(prompts))
         self._settings, self._device = settings, device
-        self._uniform = uniform_numbers(len(self.prompts), settings.max_new_bytes + 1, settings.seed).to(device)
+        count, size = len(self.prompts), settings.max_new_bytes + 1
+        self._numbers = uniform_numbers(count, size * draws, settings.seed).to(device).view(count, size, draws)
+        self._uniform = self._numbers[:, :, 0]
         longest = max(len(prompt) for prompt in self.prompts)
         self._limit = limit if limit is not None and longest + settings.max_new_bytes >= limit else None
         is_constrained = settings.utf8 is Utf8Mode.CONSTRAIN
@@ -287,10 +295,16 @@ class Generation(Continuations):
     like the rest). In mode BYTES, which continues all, the likeliest.
     """
 
-    def __init__(self, student: Student, prompts: Sequence[str | bytes], settings: GenerationSettings) -> None:
+    def __init__(
+        self,
+        student: Student,
+        prompts: Sequence[str | bytes],
+        settings: GenerationSettings,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """ValueError for no prompts, a bare text, bytes 254 and 255 in one, one that is too long, and a student in
-        official mode that is to be read along paths."""
-        super().__init__(prompts, settings, device_of(student), context_limit(student))
+        official mode that is to be read along paths. ``names``: what it calls the prompts (default: by number)."""
+        super().__init__(prompts, settings, device_of(student), context_limit(student), names)
         if student.is_official and settings.reading is not PromptReading.OFFICIAL:
             raise ValueError(
                 "a student with --dechunk-mode official reads one byte ahead and cannot be stepped along paths; "
@@ -305,13 +319,14 @@ class Generation(Continuations):
 
     def _begin_official(self, student: Student) -> None:
         threshold = self._settings.sampling.boundary_threshold
-        reader = OfficialReader(student, self.prompts, threshold=0.5 if threshold is None else threshold)
+        threshold = 0.5 if threshold is None else threshold
+        reader = OfficialReader(student, self.prompts, threshold=threshold, names=self._names)
         self.prompt_bits = [tuple(bits) for bits in reader.bits]
         self._cursor = _Pairs(reader.step, reader.state, reader.log_probabilities)
 
     def _begin_along_paths(self, student: Student) -> None:
         settings = self._settings
-        read = read_prompts(student, self.prompts, settings.paths, path_window=settings.path_window)
+        read = read_prompts(student, self.prompts, settings.paths, self._names, path_window=settings.path_window)
         if settings.mode is GenerationMode.BYTES:
             self._read, path = read, read.log_weights.argmax(-1)
             self._cursor = _Bytes(read)
@@ -327,7 +342,9 @@ class Generation(Continuations):
             histories = self._read.history(self._read.log_weights.argmax(-1))
             self.prompt_bits = [tuple(h[: len(p)]) for h, p in zip(histories, self.prompts, strict=True)]
             for row, history, prompt in zip(self._rows, histories, self.prompts, strict=True):
-                row.bits = history[len(prompt) :][: len(row.byte_ids)]
+                size = len(row.byte_ids)
+                bits = history[len(prompt) :][:size]
+                row.bits = bits + [False] * (size - len(bits))  # in the middle of a step the last byte is not read yet
         return super().results()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, JOINT_CLASSES
-from megabyte_distill.inference.prompts import context_limit, refuse_too_long
+from megabyte_distill.inference.prompts import context_limit, prompt_names, refuse_too_long
 from megabyte_distill.kernels.ops import P_CLAMP
 from megabyte_distill.model.chunking import pool_step
 from megabyte_distill.model.router import decide
@@ -43,8 +43,10 @@ class OfficialReader:
     """
 
     @torch.no_grad()
-    def __init__(self, student: Student, prompts: Sequence[bytes], *, threshold: float = 0.5) -> None:
-        """``threshold``: above which the router's p ends a chunk."""
+    def __init__(
+        self, student: Student, prompts: Sequence[bytes], *, threshold: float = 0.5, names: Sequence[str] | None = None
+    ) -> None:
+        """``threshold``: above which the router's p ends a chunk. ``names``: of the prompts, for messages."""
         self._student = student
         device = student.byte_encoder.embedding.weight.device
         sizes = torch.tensor([1 + len(prompt) for prompt in prompts])
@@ -60,7 +62,7 @@ class OfficialReader:
         self.bits = [bits[begin + 1 : end].tolist() for begin, end in itertools.pairwise(edges)]
         limit = context_limit(student)
         if limit is not None:
-            refuse_too_long(self.bits, limit)
+            refuse_too_long(self.bits, limit, names or prompt_names(len(prompts)))
         self.state = student.init_state(len(prompts))
         self.log_probabilities = torch.zeros(len(prompts), JOINT_CLASSES, device=device)
         for position in range(int(sizes.max())):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megabyte_distill.alphabet import BOS_BYTE, JOINT_CLASSES
 from megabyte_distill.inference.bit_paths import BitPaths, RowsSoFar, device_of
-from megabyte_distill.inference.prompts import PATH_WINDOW, context_limit, fitting_bytes, prompt_name, too_long
+from megabyte_distill.inference.prompts import PATH_WINDOW, context_limit, fitting_bytes, prompt_names, too_long
 from megabyte_distill.model.router import decide
 from megabyte_distill.model.student import Student
 
@@ -35,7 +35,7 @@ def read_prompts(
     The bytes in front of a prompt's last ``path_window`` are cut where the router cuts. ValueError where a prompt needs
     more chunks than the backbone has positions, and names it as ``names`` does (default: by its number).
     """
-    names = names or [prompt_name(number, len(prompts)) for number in range(len(prompts))]
+    names = names or prompt_names(len(prompts))
     fronts = [max(len(prompt) - path_window, 0) for prompt in prompts]
     # no name for what the fronts left behind: its cache would stay beside the one that is made of it
     read = BitPaths(

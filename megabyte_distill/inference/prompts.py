@@ -37,13 +37,17 @@ def prompt_bytes(prompt: str | bytes, name: str = "prompt") -> bytes:
     return encoded
 
 
-def checked_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
-    """The bytes of each prompt (:func:`prompt_bytes`); ValueError names the one that is none, or says that none is."""
+def checked_prompts(prompts: Sequence[str | bytes], names: Sequence[str] | None = None) -> list[bytes]:
+    """The bytes of each prompt (:func:`prompt_bytes`); ValueError names the one that is none, or says that none is.
+
+    ``names``: what messages call them (default: :func:`prompt_names`).
+    """
     if isinstance(prompts, str | bytes):
         raise ValueError("prompts is one text, whose letters would be read as prompts; put it into a list")
     if not prompts:
         raise ValueError("no prompts; expected at least one, which may be empty")
-    return [prompt_bytes(prompt, prompt_name(number, len(prompts))) for number, prompt in enumerate(prompts)]
+    names = names or prompt_names(len(prompts))
+    return [prompt_bytes(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
 
 
 def context_limit(student: nn.Module) -> int | None:
@@ -52,12 +56,12 @@ def context_limit(student: nn.Module) -> int | None:
     return None if config is None else int(config.max_position_embeddings)
 
 
-def refuse_too_long(prompt_bits: Sequence[Sequence[bool]], limit: int) -> None:
+def refuse_too_long(prompt_bits: Sequence[Sequence[bool]], limit: int, names: Sequence[str]) -> None:
     """ValueError where the bits of a prompt's bytes end more chunks than ``limit``, BOS's counted."""
-    for number, bits in enumerate(prompt_bits):
+    for name, bits in zip(names, prompt_bits, strict=True):
         fitting = fitting_bytes(bits, limit)
         if fitting < len(bits):
-            raise too_long(prompt_name(number, len(prompt_bits)), len(bits), fitting, limit)
+            raise too_long(name, len(bits), fitting, limit)
 
 
 def fitting_bytes(bits: Iterable[bool], limit: int) -> int:
@@ -65,15 +69,23 @@ def fitting_bytes(bits: Iterable[bool], limit: int) -> int:
     return sum(chunks <= limit for chunks in accumulate(bits, initial=1)) - 1
 
 
-def too_long(name: str, size: int, fitting: int, limit: int) -> ValueError:
-    """The error for a prompt of ``size`` bytes, of which the first ``fitting`` take all ``limit`` positions."""
+def too_long(name: str, size: int, fitting: int, limit: int, unit: str = "chunk") -> ValueError:
+    """The error for a prompt of ``size`` bytes, of which the first ``fitting`` take all ``limit`` positions.
+
+    ``unit``: what takes one.
+    """
     return ValueError(
         f"the {name} is too long: it has {size} bytes, and the first {fitting} of them fill the {limit} positions of "
-        "the backbone (max_position_embeddings; each chunk takes one, and BOS does); give it fewer than these, new "
-        "chunks need positions too"
+        f"the backbone (max_position_embeddings; each {unit} takes one, and BOS does); give it fewer than these, new "
+        f"{unit}s need positions too"
     )
 
 
 def prompt_name(number: int, count: int) -> str:
     """What messages and labels call one of so many prompts, ``number`` from 0: they count from 1."""
     return "prompt" if count == 1 else f"prompt {number + 1} of {count}"
+
+
+def prompt_names(count: int) -> list[str]:
+    """:func:`prompt_name` of so many prompts, all of them."""
+    return [prompt_name(number, count) for number in range(count)]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megabyte_distill.data.token_bytes import TokenBytes
 from megabyte_distill.inference.generation import Continuations, GenerationMode, GenerationSettings, PromptReading
-from megabyte_distill.inference.prompts import prompt_name, refuse_too_long
-from megabyte_distill.inference.sampling import Sampling, choose, uniform_numbers
+from megabyte_distill.inference.prompts import too_long
+from megabyte_distill.inference.sampling import Sampling, choose
 from megabyte_distill.inference.teacher_bytes import TeacherBytes
 from megabyte_distill.inference.utf8 import Utf8Mode
 from megabyte_distill.model.backbone import Backbone
@@ -22,20 +22,27 @@ class TeacherGeneration(Continuations):
     """Continuations drawn from the teacher's exact (byte, bit) pairs; a bit ends a token.
 
     Without temperature, top_k, top_p and min_p the tokens are samples of the teacher's, but for ids that cannot be
-    text. ``prompt_bits``: where the tokens end along which a prompt is read, the likeliest of its ``paths`` when
-    greedy, else one drawn by their posterior. Nothing is forced: a prompt may end inside a token.
+    text. ``prompt_bits``: where the tokens end along which a prompt is read, the likeliest of its bit histories when
+    greedy, else one drawn by their posterior. Nothing is forced: a prompt may end inside a token. Of the histories
+    that end a token with the same byte the ``paths`` heaviest are followed, so that whatever tokens spell is read.
     """
 
     def __init__(
-        self, teacher: Backbone, table: TokenBytes, prompts: Sequence[str | bytes], settings: GenerationSettings
+        self,
+        teacher: Backbone,
+        table: TokenBytes,
+        prompts: Sequence[str | bytes],
+        settings: GenerationSettings,
+        names: Sequence[str] | None = None,
     ) -> None:
-        """``table``: of the teacher's vocabulary.
+        """``table``: of the teacher's vocabulary. ``names``: what messages call the prompts (default: by number).
 
         ValueError as :class:`TeacherBytes` and :class:`Continuations`, for a prompt that is too long or that no tokens
         spell, and for settings that are a student's.
         """
         limit = int(teacher.backbone_config.max_position_embeddings)
-        super().__init__(prompts, settings, teacher.device, limit)
+        # two numbers a byte: the pair, and which of the ids that are spelled alike
+        super().__init__(prompts, settings, teacher.device, limit, names, draws=2)
         if settings.mode is not GenerationMode.JOINT or settings.reading is not PromptReading.PATHS:
             raise ValueError("the teacher writes (byte, bit) pairs and reads prompts along paths; leave the mode out")
         if settings.utf8 is not Utf8Mode.RAW or settings.sampling.boundary_threshold is not None:
@@ -43,25 +50,25 @@ class TeacherGeneration(Continuations):
                 "the teacher's tokens may end inside a character and decide where bits are; leave utf8 and the "
                 "boundary threshold out"
             )
-        # two numbers a byte: the pair, and which of the ids that are spelled alike
-        count, size = len(self.prompts), settings.max_new_bytes + 1
-        numbers = uniform_numbers(count, 2 * size, settings.seed).to(teacher.device).view(count, size, 2)
-        self._uniform = numbers[:, :, 0]
-        running = TeacherBytes(teacher, table, count)
-        paths = _read_prompts(running, self.prompts, settings.paths)
-        weights = torch.full((count, settings.paths), -torch.inf, dtype=torch.float64)
+        running = TeacherBytes(teacher, table, len(self.prompts))
+        histories = _read_prompts(running, self.prompts, self._names, settings.paths, limit)
         rows: list[list[int]] = [[] for _ in self.prompts]
-        for row, path in enumerate(paths):
-            weights[path.prompt, len(rows[path.prompt])] = path.weight
-            rows[path.prompt].append(row)
+        for row, history in enumerate(histories):
+            rows[history.prompt].append(row)
+        weights = torch.full((len(rows), max(map(len, rows))), -torch.inf, dtype=torch.float64)
+        for number, own in enumerate(rows):
+            weights[number, : len(own)] = torch.tensor([histories[row].weight for row in own], dtype=torch.float64)
         only_temperature = Sampling(temperature=settings.sampling.temperature)
         chosen = choose(weights.to(teacher.device), only_temperature, self._uniform[:, 0]).tolist()
-        taken = [rows[number][place] for number, place in enumerate(chosen)]
-        self.prompt_bits = [paths[row].bits for row in taken]
+        taken = [own[place] for own, place in zip(rows, chosen, strict=True)]
+        self.prompt_bits = []
+        for row, prompt in zip(taken, self.prompts, strict=True):
+            ends = set(histories[row].ends)
+            self.prompt_bits.append(tuple(place in ends for place in range(len(prompt))))
         running.keep(torch.tensor(taken, device=teacher.device))
         running.settle()
-        refuse_too_long(self.prompt_bits, limit)
-        self._cursor = _TeacherPairs(running, None if settings.sampling.temperature == 0 else numbers[:, 1:, 1])
+        alike = None if settings.sampling.temperature == 0 else self._numbers[:, 1:, 1]
+        self._cursor = _TeacherPairs(running, alike)
 
 
 class _TeacherPairs:
@@ -87,40 +94,68 @@ class _TeacherPairs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Path:
+class _History:
     """One way in which tokens spell a prompt's beginning."""
 
     prompt: int
     weight: float
-    bits: tuple[bool, ...]
+    ends: tuple[int, ...]
+    """Places of the bytes that end a token."""
 
 
-def _read_prompts(running: TeacherBytes, prompts: Sequence[bytes], paths: int) -> list[_Path]:
-    """The ``paths`` heaviest bit histories of each prompt; path i is text i of ``running`` then."""
-    found = [_Path(number, 0.0, ()) for number in range(len(prompts))]
+def _read_prompts(
+    running: TeacherBytes, prompts: Sequence[bytes], names: Sequence[str], paths: int, limit: int
+) -> list[_History]:
+    """All bit histories of the prompts that are left at their ends; history i is text i of ``running`` then."""
+    found = [_History(number, 0.0, ()) for number in range(len(prompts))]
+    are_full: set[int] = set()
     running.branch()
     for place in range(max(len(prompt) for prompt in prompts)):
-        here = [prompts[path.prompt][place : place + 1] for path in found]
+        here = [prompts[history.prompt][place : place + 1] for history in found]
         byte_ids = torch.tensor([byte[0] if byte else 0 for byte in here], device=running.positions.device)
-        chances = running.log_chances(byte_ids).tolist()
-        goes_on: dict[int, list[tuple[float, int, bool]]] = {number: [] for number in range(len(prompts))}
-        for row, (path, byte) in enumerate(zip(found, here, strict=True)):
-            steps = [(path.weight + chances[row][bit], row, bit == 1) for bit in (0, 1)]
-            goes_on[path.prompt] += (
-                [step for step in steps if step[0] > -math.inf] if byte else [(path.weight, row, False)]
-            )
-        for number, steps in goes_on.items():
-            if not steps:
-                name = prompt_name(number, len(prompts))
-                raise ValueError(f"the {name}: the teacher has no tokens that spell its first {place + 1} bytes")
-            steps.sort(key=lambda step: -step[0])
-        kept = [(number, *step) for number, steps in goes_on.items() for step in steps[:paths]]
-        running.keep(torch.tensor([row for _, _, row, _ in kept], device=byte_ids.device))
-        moved = torch.tensor([new for new, (_, _, row, _) in enumerate(kept) if here[row]], device=byte_ids.device)
-        bits = torch.tensor([bit for _, _, row, bit in kept if here[row]], device=byte_ids.device)
-        running.advance(byte_ids[[row for _, _, row, _ in kept if here[row]]], bits, rows=moved)
-        found = [
-            _Path(number, weight, (*found[row].bits, bit) if here[row] else found[row].bits)
-            for number, weight, row, bit in kept
-        ]
+        chances, positions = running.log_chances(byte_ids).tolist(), running.positions.tolist()
+        kept: list[tuple[int, _History]] = []
+        ended: dict[int, list[tuple[int, _History]]] = {number: [] for number in range(len(prompts))}
+        for row, (history, byte) in enumerate(zip(found, here, strict=True)):
+            goes_on, ends = chances[row] if byte else (0.0, -math.inf)
+            if goes_on > -math.inf:
+                kept.append((row, replace(history, weight=history.weight + goes_on)))
+            if ends > -math.inf and positions[row] < limit:
+                ended[history.prompt].append((row, replace(history, weight=history.weight + ends)))
+            elif ends > -math.inf:
+                are_full.add(history.prompt)
+        # open histories are not compared with ended ones: they weigh what all tokens do that begin so, and the prompt
+        # may go on with none of these
+        for steps in ended.values():
+            steps.sort(key=lambda step: -step[1].weight)
+            kept += [(row, replace(history, ends=(*history.ends, place))) for row, history in steps[:paths]]
+        _refuse_unread(prompts, names, place, limit, kept, are_full)
+        moved = [new for new, (row, _) in enumerate(kept) if here[row]]
+        rows = torch.tensor([row for row, _ in kept], device=byte_ids.device)
+        bits = torch.tensor([kept[new][1].ends[-1:] == (place,) for new in moved], device=byte_ids.device)
+        running.keep(rows)
+        where = torch.tensor(moved, device=byte_ids.device)
+        running.advance(byte_ids[rows[where]], bits, rows=where)
+        found = [history for _, history in kept]
     return found
+
+
+def _refuse_unread(
+    prompts: Sequence[bytes],
+    names: Sequence[str],
+    place: int,
+    limit: int,
+    kept: Sequence[tuple[int, _History]],
+    are_full: Collection[int],
+) -> None:
+    """ValueError where no history of a prompt has read the byte at ``place``."""
+    read = {history.prompt for _, history in kept}
+    for number, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        if number in read:
+            continue
+        if number in are_full:
+            raise too_long(name, len(prompt), place, limit, "token")
+        raise ValueError(
+            f"the {name}: the teacher has no tokens that spell its first {place + 1} bytes, or gives them no "
+            "probability at all; end the prompt there, or write it otherwise"
+        )

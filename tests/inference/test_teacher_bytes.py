@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +113,25 @@ def test_samples_are_the_teachers_tokens(teacher: Backbone) -> None:
     _assert_drawn(second, masses_behind(teacher, [TOKENS.index(common)]))
 
 
+def test_ids_that_are_spelled_alike_are_drawn_as_often_as_the_teacher_says(
+    teacher: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[TeacherBytes] = []
+
+    def noted(*arguments: Any) -> TeacherBytes:
+        made.append(TeacherBytes(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("megabyte_distill.inference.teacher_generation.TeacherBytes", noted)
+    teacher.output_layer.weight[2] = 0.8 * teacher.output_layer.weight[6]  # both often enough
+    written(teacher, [b""] * 3000, max_new_bytes=2, seed=9)
+    drawn = [tokens[0] for tokens in made[0].tokens if tokens and TOKENS[tokens[0]] == b"ab"]
+    p = teacher.logits(teacher(teacher.embed(torch.tensor([TABLE.start_id])), torch.tensor([0, 1], dtype=torch.int32)))
+    share = float(p[0, [2, 6]].double().softmax(-1)[0])
+    deviation = math.sqrt(share * (1 - share) * len(drawn))
+    assert len(drawn) > 60 and 0.2 < share < 0.8 and abs(drawn.count(2) - share * len(drawn)) < 3.3 * deviation
+
+
 def _assert_drawn(drawn: list[bytes], p: dict[bytes, float]) -> None:
     assert set(drawn) <= set(p)
     chances = torch.tensor([*p.values()], dtype=torch.float64)
@@ -187,6 +209,46 @@ def test_a_prompt_is_read_along_all_its_spellings(teacher: Backbone) -> None:
     }
     assert len(wanted) > 3
     _assert_drawn(drawn, wanted)
+
+
+def test_whatever_tokens_spell_is_read_along_one_path(teacher: Backbone) -> None:
+    drawn = random.Random(3)
+    prompts = [b"abaabcab\0"]
+    for size in range(1, 9):
+        prompts += [b"".join(TOKENS[token] or b"" for token in drawn.choices(ALLOWED, k=size)) for _ in range(8)]
+    for prompt, text in zip(prompts, written(teacher, prompts, max_new_bytes=0, paths=1), strict=True):
+        pieces = pieces_of(replace(text, byte_ids=prompt, bits=text.prompt_bits))
+        assert set(pieces) <= set(TOKENS)
+        rest = prompt[len(b"".join(pieces)) :]
+        assert any(token.startswith(rest) for token in TOKENS if token)
+
+
+def limited(teacher: Backbone, positions: int) -> Backbone:
+    teacher.backbone_config = replace(teacher.backbone_config, max_position_embeddings=positions)
+    return teacher
+
+
+def test_a_prompt_of_too_many_tokens_is_refused_before_it_is_read(
+    teacher: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [b"a", b"abc" * 2, b"\x97\xa5" * 5000]
+    with monkeypatch.context() as patched:
+        calls: list[int] = []
+        chances = TeacherBytes.log_chances
+        patched.setattr(TeacherBytes, "log_chances", lambda *arguments: calls.append(0) or chances(*arguments))
+        says = "the prompt 3 of 3 is too long: it has 10000 bytes, and the first 5 of them fill the 6 positions"
+        with pytest.raises(ValueError, match=f"{says}.* each token takes one"):
+            written(limited(teacher, 6), prompts)
+    assert len(calls) == 6
+    fitting = written(teacher, [b"\x97\xa5" * 2 + b"\x97", b"abcabc"], max_new_bytes=8)
+    assert fitting[0].is_full and not fitting[0].byte_ids  # five tokens and the start
+
+
+def test_a_text_ends_where_the_teachers_positions_do(teacher: Backbone) -> None:
+    texts = written(limited(teacher, 6), [b"", b"abcab", b"b"] * 10, max_new_bytes=60)
+    tokens = [1 + sum(text.prompt_bits) + sum(text.bits) for text in texts]
+    assert all(text.ended or text.is_full for text in texts) and sum(text.is_full for text in texts) > 5
+    assert all(count == 6 if text.is_full else count <= 6 for text, count in zip(texts, tokens, strict=True))
 
 
 def test_texts_do_not_depend_on_who_is_written_beside_them(teacher: Backbone) -> None:

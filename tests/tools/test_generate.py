@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from megabyte_distill.config.stage import STAGE_ORDER
 from megabyte_distill.hf.exported_folder import load_exported
-from megabyte_distill.inference.generation import (
-    Generated,
-    GenerationMode,
-    GenerationSettings,
-    NewBytes,
-    PromptReading,
-    generate,
-)
+from megabyte_distill.inference.generation import GenerationMode, GenerationSettings, PromptReading, generate
 from megabyte_distill.inference.sampling import Sampling
 from megabyte_distill.inference.teacher_generation import TeacherGeneration
 from megabyte_distill.inference.utf8 import Utf8Mode
@@ -34,7 +19,7 @@ from megabyte_distill.parallel.process_groups import world
 from megabyte_distill.run_folder import teacher_path
 from megabyte_distill.runs import load_run_teacher, load_student
 from tools.convert_checkpoint import main as convert
-from tools.generate import Screen, build_parser, main, settings_of
+from tools.generate import build_parser, main, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -210,41 +195,6 @@ def test_prompts_are_read_from_the_terminal_until_it_ends(
     assert output.err.count(b"bytes/s") == 2
 
 
-_NOTE_PROMPTS = """
-import sys
-from tools.generate import interact
-class Noting:
-    def stream(self, prompt, turn):
-        with open(sys.argv[1], "a") as file:
-            print(turn, prompt, file=file)
-    def report(self):
-        pass
-interact(Noting(), streams=True)
-"""
-
-
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_every_line_typed_into_a_terminal_is_a_prompt_byte_for_byte(locale: str, tmp_path: Path) -> None:
-    lines = [b"half \xe6\x97", b"\xc3", b"", "日本 né".encode(), b"a\xffb", b" /foo", b"\xe2\x80"]
-    keyboard, terminal = pty.openpty()
-    try:
-        os.write(keyboard, b"".join(line + b"\n" for line in lines) + b"\x04")
-        subprocess.run(
-            [sys.executable, "-c", _NOTE_PROMPTS, str(tmp_path / "prompts")],
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            env={**os.environ, "LC_ALL": locale, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-            timeout=60,
-            check=True,
-        )
-    finally:
-        os.close(keyboard)
-        os.close(terminal)
-    noted = (tmp_path / "prompts").read_text().splitlines()
-    assert noted == [f"{turn} {line!r}" for turn, line in enumerate(lines)]
-
-
 @pytest.mark.parametrize("last", ["1a", "1b", "1c"])
 def test_a_run_that_has_not_reached_2a_cannot_generate(
     finished: Path, last: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -282,6 +232,36 @@ def test_a_folder_that_is_no_student_or_a_damaged_one_is_refused(
         assert message in capsys.readouterr().err
     assert main(["--load", str(exported), "--stage", "2a", "--prompt", "a"]) == 2
     assert "--stage: " in (error := capsys.readouterr().err) and "is an export, which holds the weights of" in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch-size", "1"],
+        ["--stream"],
+        ["--scoring", "official", "--batch-size", "1"],
+        ["--generation", "bytes", "--batch-size", "1"],
+        ["--teacher", "--batch-size", "1"],
+        ["--teacher", "--stream"],
+    ],
+)
+def test_a_prompt_that_is_too_long_is_named_by_its_number_among_all(
+    finished: Path, exported: Path, flags: list[str], tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    is_teacher = "--teacher" in flags
+    shutil.copytree(teacher_path(finished) if is_teacher else exported, tmp_path / "folder")
+    path = tmp_path / "folder" / ("model_config.json" if is_teacher else "config.json")
+    fields = json.loads(path.read_text())
+    fields["backbone"]["max_position_embeddings"] = 5
+    path.write_text(json.dumps(fields))
+    command = ["--load", str(tmp_path / "folder"), "--max-new-bytes", "2", *flags]
+    for prompt in ("a", "b", "the old house " * 8, "c"):
+        command += ["--prompt", prompt]
+    with world():
+        assert main(command) == 2
+    error = capsysbinary.readouterr().err.decode()
+    assert "the prompt 3 of 4 is too long" in error and "fill the 5 positions" in error
+    assert f"each {'token' if is_teacher else 'chunk'} takes one" in error
 
 
 @pytest.mark.parametrize("more", [["--speculate", "4"], ["--speculate", "auto"], ["--kernels", "reference"]])
@@ -330,122 +310,9 @@ def test_flags_of_students_are_refused_beside_the_teacher(
     assert all(line.endswith(f"beside --teacher leave {flag} out") for line, flag in zip(told, flags[::2], strict=True))
     for folder, says in (
         (finished / "2a", "is a stage of a run, and all of them have one teacher"),
-        (exported, "has no teacher"),
+        (exported, "is an exported student, which has no teacher"),
+        (Path("examples/tiny/teacher"), "not converted; convert it with tools/convert_checkpoint.py import"),
         (finished / "nowhere", "is not a folder"),
     ):
         assert main(["--load", str(folder), "--teacher", "--prompt", "a"]) == 2
         assert says in capsys.readouterr().err
-
-
-@dataclass
-class Written:
-    """A continuation of one prompt that is known beforehand."""
-
-    prompts: list[bytes]
-    text: bytes
-    told: Callable[[int], object] = bool
-    """Of each byte, when it is written."""
-
-    def __iter__(self) -> Iterator[NewBytes]:
-        for byte in self.text:
-            self.told(byte)
-            yield NewBytes(rows=[0], byte_ids=[byte], bits=[False], log_probabilities=[0.0])
-
-    @property
-    def prompt_bits(self) -> list[tuple[bool, ...]]:
-        return [row.prompt_bits for row in self.results()]
-
-    def results(self) -> list[Generated]:
-        # chunks of five new bytes
-        bits = tuple(place % 5 == 4 for place in range(len(self.text))), (True,) * len(self.prompts[0])
-        return [Generated(byte_ids=self.text, bits=bits[0], prompt_bits=bits[1], log_probability=0.0, ended=True)]
-
-
-class Shown(io.TextIOWrapper):
-    """A terminal, or a pipe."""
-
-    def __init__(self, *, is_terminal: bool) -> None:
-        super().__init__(io.BytesIO(), encoding="utf-8", errors="surrogateescape")
-        self.is_terminal = is_terminal
-        self.shown: list[str] = []
-
-    def write(self, text: str) -> int:
-        self.shown.append(text)
-        return super().write(text)
-
-    def isatty(self) -> bool:
-        return self.is_terminal
-
-    def text(self) -> bytes:
-        self.flush()
-        buffer = self.buffer
-        assert isinstance(buffer, io.BytesIO)
-        return buffer.getvalue()
-
-
-@pytest.mark.parametrize("streams", [True, False])
-@pytest.mark.parametrize(
-    ("prompt", "new", "on_terminal", "told"),
-    [
-        (b"caf\xc3", b"\xa9 \xe6\x97\xa5", "café 日", "5 bytes in 0.0 s"),
-        (b"a\xff\x80b", b"c", "a��bc", "1 byte in 0.0 s"),
-        (b"half \xe6\x97", b"", "half �", "new bytes: valid UTF-8, 1 of 1 ended by the model"),
-        (b"half \xe6\x97", b"x\x80\xe6", "half �x��", "new bytes: 2 of 3 (66.7 %) belong to no character"),
-        ("\0né👩🏽".encode(), "\u200d🚀 مر".encode(), "\0né👩🏽\u200d🚀 مر", "new bytes: valid UTF-8"),
-    ],
-)
-def test_a_pipe_gets_the_bytes_and_a_terminal_a_sign_for_what_is_no_text(
-    streams: bool,
-    prompt: bytes,
-    new: bytes,
-    on_terminal: str,
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def begin(prompts: object, settings: object) -> Written:
-        return Written([prompt], new)
-
-    screen = Screen(begin, GenerationSettings(), with_boundaries=False)  # type: ignore[arg-type]
-    for is_terminal, wanted in ((False, prompt + new), (True, on_terminal.encode())):
-        shown = Shown(is_terminal=is_terminal)
-        with monkeypatch.context() as patched:
-            patched.setattr("sys.stdout", shown)
-            if streams:
-                screen.stream(prompt, 0)
-            else:
-                screen.show([prompt], 0, 1)
-        assert shown.text() == wanted + b"\n"
-        screen.report()
-        assert told in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-@pytest.mark.parametrize("with_boundaries", [True, False])
-def test_a_character_is_shown_as_soon_as_its_last_byte_is_there(
-    is_terminal: bool, with_boundaries: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompt, new = b"caf\xc3", b"\xa9 " + "日🙂é!".encode()
-    shown, seen = Shown(is_terminal=is_terminal), []
-    monkeypatch.setattr("sys.stdout", shown)
-    written = Written([prompt], new, told=lambda _: seen.append("".join(shown.shown)))
-    Screen(lambda *_: written, GenerationSettings(), with_boundaries=with_boundaries).stream(prompt, 0)
-    wanted = [(prompt + new[:size]).decode("utf-8", "ignore") for size in range(len(new))]
-    marks = re.compile(r"\x1b\[[\d;]*m|[|¦]")
-    assert [marks.sub("", text) for text in seen] == wanted
-    assert marks.sub("", "".join(shown.shown)) == (prompt + new).decode() + "\n"
-
-
-def test_the_figures_are_those_of_the_clock_and_of_the_boundaries(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([100.0, 102.5, 200.0, 201.5])
-    monkeypatch.setattr("tools.generate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    screen = Screen(lambda prompts, _: Written(list(prompts), b"x" * 20), GenerationSettings(), with_boundaries=False)
-    screen.stream(b"ab", 0)
-    screen.show([b"c"], 1, 2)
-    screen.report()
-    # three chunks of a byte in the prompts, and four in each of the texts
-    assert "40 bytes in 4.0 s (10 bytes/s), 3.91 bytes per chunk, prompts included" in capsys.readouterr().err
-    screen.report()
-    assert "0 bytes in 0.0 s (0 bytes/s), new bytes" in capsys.readouterr().err
