@@ -28,7 +28,7 @@ class PlannedStage(NamedTuple):
 
 
 def planned_stages(settings: Settings, backbone: BackboneConfig) -> Iterator[PlannedStage]:
-    """The selected stages in order, as they would run one after the other behind what ``--load`` and ``--save`` have."""
+    """The selected stages in order, as they would run in turn behind what ``--load`` and ``--save`` hold."""
     source = complete_stages(load) if (load := _run(settings.checkpoint.load)) else []
     root = None if settings.run.fresh else _run(settings.checkpoint.save)
     behind = [progress.stage for progress in source]

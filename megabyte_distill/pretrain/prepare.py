@@ -224,8 +224,8 @@ def _check_same_teacher(folder: Path, flag: str, teacher: Path, identity: str | 
         return
     start_over = ", or --fresh to start over" if flag == "--save" else ""
     raise ValueError(
-        f"{flag} {folder} holds a run of another teacher (weights {before[:16]}…) than {teacher} is ({identity[:16]}…); "
-        f"give the teacher it was made from, wherever that lies now, or another {flag}{start_over}"
+        f"{flag} {folder} holds a run of another teacher (weights {before[:16]}…) than {teacher} is "
+        f"({identity[:16]}…); give the teacher it was made from, wherever that lies now, or another {flag}{start_over}"
     )
 
 
