@@ -10,7 +10,7 @@ import pytest
 
 from megabyte_distill.pretrain import stage_runner
 from megabyte_distill.runs import kept_backbone, stage_progress
-from tests.pretrain.job import SCRIPT, Job, metrics, run_as_ranks, write_teacher
+from tests.pretrain.job import Job, metrics, write_teacher
 
 EXACT = ("--byte-targets", "exact", "--2a.exact-targets-from", "teacher", "--train-iters", "2")
 FROZEN = (*EXACT, "--freeze-backbone")
@@ -97,16 +97,3 @@ def test_another_teacher_is_refused_and_its_copy_is_not_taken_for_it(
 def test_what_an_earlier_version_said_of_a_backbone_names_no_teacher(tmp_path: Path) -> None:
     (tmp_path / "loop_state.json").write_text('{"keeps_backbone": true}')
     assert kept_backbone(tmp_path) is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cut", ["tensor", "pipeline"])
-def test_ranks_share_their_parts(job: Job, tmp_path: Path, cut: str) -> None:
-    assert job.run(tmp_path / "one", *FROZEN) == 0
-    flags = job.flags(tmp_path / "two", *FROZEN, f"--{cut}-model-parallel-size", "2")
-    done = run_as_ranks(str(SCRIPT), *flags)
-    assert done.returncode == 0, done.stderr
-    assert "is loaded beside the student" not in done.stdout and "serves as it" in done.stdout
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert all(two[key] == pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in one.items())
