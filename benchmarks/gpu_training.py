@@ -33,12 +33,13 @@ from megabyte_distill.config.published import PUBLISHED_BACKBONES  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 from megabyte_distill.conversion.model_config import ModelConfig  # noqa: E402
 from megabyte_distill.curriculum.stage import TeacherNeed  # noqa: E402
-from megabyte_distill.curriculum.stages import STAGES, keep_backbone  # noqa: E402
+from megabyte_distill.curriculum.stages import STAGES  # noqa: E402
 from megabyte_distill.data.micro_batch import concatenate_rows  # noqa: E402
 from megabyte_distill.data.mock import MockRowStream, mock_table  # noqa: E402
 from megabyte_distill.data.sampler import RowStream  # noqa: E402
 from megabyte_distill.data.token_bytes import TokenBytes  # noqa: E402
 from megabyte_distill.kernels.selection import choose  # noqa: E402
+from megabyte_distill.memory.planned_stages import planned_stages  # noqa: E402
 from megabyte_distill.model.backbone import Backbone, transformer_config  # noqa: E402
 from megabyte_distill.model.student import set_trainable  # noqa: E402
 from megabyte_distill.parallel.process_groups import World, world  # noqa: E402
@@ -111,7 +112,8 @@ class Trial:
         teacher = None
         if stage.teacher(config) is not TeacherNeed.NONE:
             teacher = student.backbone
-            if not keep_backbone(settings.stages, name, backbone):
+            shares_teacher = {one.name: one.shares_teacher for one in planned_stages(settings, backbone)}
+            if not shares_teacher[name]:
                 teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(here.device, dtype)
                 _draw(teacher)
                 teacher.requires_grad_(False).eval()

@@ -62,14 +62,21 @@ def split_stage(folder: Path) -> tuple[Path, str | None]:
     return (resolved.parent, resolved.name) if is_stage else (folder, None)
 
 
-def write_teacher_path(root: Path, teacher: Path) -> None:
-    """Makes an existing folder a run that was distilled from the teacher."""
-    write_whole(root / TEACHER_FILE, (json.dumps({"teacher": str(teacher.resolve())}) + "\n").encode())
+def write_teacher_path(root: Path, teacher: Path, identity: str | None) -> None:
+    """Makes an existing folder a run that was distilled from the teacher; ``identity``: which weights that has."""
+    content = {"teacher": str(teacher.resolve()), "identity": identity}
+    write_whole(root / TEACHER_FILE, (json.dumps(content) + "\n").encode())
 
 
 def teacher_path(root: Path) -> Path:
     """Where the run's teacher lies, as recorded at its start."""
     return Path(json.loads((root / TEACHER_FILE).read_text(encoding="utf-8"))["teacher"])
+
+
+def recorded_teacher(root: Path) -> str | None:
+    """Which weights the run's teacher had at its start; None where nothing was recorded, as in earlier versions."""
+    identity: str | None = json.loads((root / TEACHER_FILE).read_text(encoding="utf-8")).get("identity")
+    return identity
 
 
 def find_run_teacher(root: Path, override: Path | None = None) -> Path:

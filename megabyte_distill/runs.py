@@ -10,6 +10,7 @@ Layout::
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,11 @@ from megabyte_distill.parallel.pipeline import built_in_stages
 from megabyte_distill.parallel.process_groups import current_world
 from megabyte_distill.run_folder import find_run_teacher, require_run
 from megabyte_distill.training.checkpoint import find_checkpoint, latest_iteration, load_checkpoint, read_loop_state
+from megabyte_distill.training.manifest import manifest_text, read_manifest
 from megabyte_distill.training.rows import CHUNK_LIMIT
+
+KEEPS_BACKBONE = "keeps_backbone"
+"""In a checkpoint's loop state: the fields of :class:`KeptBackbone`, None where the backbone has been trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,36 @@ def chunk_limit(checkpoint: Path) -> float | None:
     """What a stage merged tokens with at a checkpoint (``chunk_merging.merge_row``); None where it did not."""
     limit = read_loop_state(checkpoint)["rows"].get(CHUNK_LIMIT)
     return None if limit is None else float(limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptBackbone:
+    """What a backbone is that nothing has trained."""
+
+    teacher: str
+    """Whose weights it has: :func:`teacher_identity`."""
+    bf16: bool
+    """Whether they were rounded to it."""
+
+
+def kept_backbone(checkpoint: Path) -> KeptBackbone | None:
+    """None where a checkpoint's backbone has been trained, or the checkpoint does not say which teacher's it is."""
+    kept = read_loop_state(checkpoint).get(KEEPS_BACKBONE)
+    return KeptBackbone(**kept) if isinstance(kept, dict) else None
+
+
+def teacher_identity(teacher: Path) -> str | None:
+    """Says which weights a converted teacher has, wherever its folder lies; None where it does not list its files.
+
+    Reads the list alone, of which the tensors' files count: the others differ from one conversion to the next. What is
+    wrong with a list is said when the teacher is loaded.
+    """
+    try:
+        listed = read_manifest(find_checkpoint(teacher)) or {}
+    except ValueError:
+        return None
+    tensors = {name: record for name, record in listed.items() if name.endswith(".distcp")}
+    return hashlib.sha256(manifest_text(tensors).encode()).hexdigest() if tensors else None
 
 
 def last_stage(root: Path) -> StageProgress:

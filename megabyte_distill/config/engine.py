@@ -66,6 +66,11 @@ class EngineConfig:
         return 32 if self.fp8_recipe is Fp8Recipe.MXFP8 else 16
 
     @property
+    def serves_twice(self) -> bool:
+        """Whether one backbone can be student and teacher: FP8's delayed factors come from all passes before."""
+        return self.fp8_format is None
+
+    @property
     def transformer_fields(self) -> dict[str, object]:
         """Fields of megatron's TransformerConfig."""
         if self.fp8_format is None:

@@ -22,8 +22,8 @@ from megabyte_distill.optional import library_versions
 RUN_CONFIG_NAME = "run_config.yaml"
 SCHEMA = 1
 
-DROPPED = (("parallel", "context_parallel_size"),)
-"""Settings of former versions that had one value only."""
+DROPPED = (("parallel", "context_parallel_size", 1),)
+"""Settings of former versions, and the one value that says what is the case now: with another one they are refused."""
 
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def read_run_config(path: Path) -> Settings:
     ):
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: got schema {found!r}, expected {SCHEMA}; it was written by another version")
-    for section, name in DROPPED:
-        if isinstance(found := content["settings"].get(section), dict):
-            found.pop(name, None)
+    for section, name, value in DROPPED:
+        if isinstance(found := content["settings"].get(section), dict) and found.get(name) == value:
+            del found[name]
     try:
         return settings_from_dict(content["settings"])
     except ValueError as error:

@@ -145,7 +145,8 @@ class StageConfig:
     )
     target_bytes_per_chunk: float | None = option(
         None,
-        "mean length of chunks, reached by merging adjacent teacher tokens; none means the tokens themselves",
+        "mean length of chunks, reached by merging adjacent teacher tokens; none means the tokens themselves, in 3a "
+        "what the stage before left; a length that the tokens have anyway, as 1.01, means them in 3a too",
         unit="bytes",
         above=1,
         high=64,

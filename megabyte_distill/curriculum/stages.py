@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from megabyte_distill.config.model import BackboneConfig
 from megabyte_distill.config.stage import TRAINS_ALL, BoundarySource, StageConfig, TargetsFrom
 from megabyte_distill.curriculum import (
     boundary_learning,
@@ -43,9 +42,3 @@ def resolved_stages(stages: Mapping[str, StageConfig], behind: Sequence[str] = (
         found[name] = config
         passed.append(name)
     return found
-
-
-def keep_backbone(stages: Mapping[str, StageConfig], last: str, backbone: BackboneConfig) -> bool:
-    """Whether the backbone is the teacher's until ``last`` ends, where these stages run in order from the teacher."""
-    names = list(stages)[: list(stages).index(last) + 1]
-    return all(STAGES[name].keeps_backbone(stages[name], backbone) for name in names)

@@ -48,7 +48,7 @@ def kind_of(name: str) -> Kind:
 
 @dataclass
 class Series:
-    """One curve. Where a resumed run says an update again, that is the value."""
+    """One curve, of one point at least. Where a resumed run says an update again, that is the value."""
 
     points: dict[int, float] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class Series:
 
     @property
     def last(self) -> float:
-        """The value of the last update, of which there must be one."""
+        """The value of the last update."""
         return self.points[max(self.points)]
 
 
@@ -106,5 +106,7 @@ def _records(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _forget(stage: dict[str, Series], iteration: int) -> None:
-    for series in stage.values():
+    for figure, series in [*stage.items()]:
         series.points = {x: value for x, value in series.points.items() if x < iteration}
+        if not series.points:
+            del stage[figure]

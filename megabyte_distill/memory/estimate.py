@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +20,19 @@ from megabyte_distill.config.stage import ByteTargets
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.conversion.parallel_sizes import check_parallel_sizes
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
-from megabyte_distill.curriculum.stages import STAGES, keep_backbone, resolved_stages
+from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.memory.even_rows import even_row, even_tokens
 from megabyte_distill.memory.in_flight import worst_moment
 from megabyte_distill.memory.live_bytes import LiveBytes
+from megabyte_distill.memory.planned_stages import PlannedStage, planned_stages
 from megabyte_distill.memory.pretended import WithoutValues, fused_attention, pretended_world, weightless
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import Student, set_trainable
 from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import built_in_stages, joined, virtual_size, virtual_stages
-from megabyte_distill.run_folder import is_run
-from megabyte_distill.runs import backbone_overrides, build_model, complete_stages, training_dtype
+from megabyte_distill.runs import backbone_overrides, build_model, training_dtype
 from megabyte_distill.training.optimizer import TrainerModel, wrap_for_training
 from megabyte_distill.training.step import stage_link, stage_output
 
@@ -92,6 +91,7 @@ def estimate(
     Layers of Transformer Engine are counted as megatron-core's own, which have the same weights. ValueError where sizes
     do not fit together, as training would say. Needs a process without process groups.
     """
+    planned = planned_stages(settings, backbone)
     settings = replace(settings, engine=EngineConfig())
     check_parallel_sizes(
         backbone,
@@ -101,21 +101,15 @@ def estimate(
         layers_per_virtual_stage=settings.parallel.num_layers_per_virtual_pipeline_stage,
         align_layers=settings.align_layers,
     )
-    behind = complete_stages(Path(settings.checkpoint.load or "")) if _starts_from_a_run(settings) else []
-    for name, config in resolved_stages(settings.stages, [progress.stage for progress in behind]).items():
-        yield from _stage_memory(settings, backbone, STAGES[name], config, world_size, bytes_per_chunk)
+    for one in planned:
+        yield from _stage_memory(settings, backbone, one, world_size, bytes_per_chunk)
 
 
 def _stage_memory(
-    settings: Settings,
-    backbone: BackboneConfig,
-    stage: Stage,
-    config: StageConfig,
-    world_size: int,
-    bytes_per_chunk: float,
+    settings: Settings, backbone: BackboneConfig, planned: PlannedStage, world_size: int, bytes_per_chunk: float
 ) -> Iterator[RankMemory]:
     """Pipeline rank after pipeline rank; what the first stage sends is as large as what any other receives."""
-    parallel = settings.parallel
+    stage, config, parallel = STAGES[planned.name], planned.config, settings.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     data = parallel.data_parallel_size(world_size)
     virtual = parallel.virtual_stages(backbone.num_layers)
@@ -126,7 +120,7 @@ def _stage_memory(
             rank=place * tensor * data, tensor_parallel=tensor, pipeline_parallel=pipeline, virtual_stages=virtual,
             data_parallel=data,
         ):  # fmt: skip
-            built = _build(settings, backbone, stage, config)
+            built = _build(settings, backbone, stage, config, shares_teacher=planned.shares_teacher)
             parts = virtual_stages(built.student)
             # every stage has layers, and what is no layer and trains before another stage is on the first
             first_trains = first_trains or (place == 0 and any(p.requires_grad for p in parts[0].parameters()))
@@ -176,7 +170,9 @@ class _Built:
     """None where nothing of this rank trains."""
 
 
-def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: StageConfig) -> _Built:
+def _build(
+    settings: Settings, backbone: BackboneConfig, stage: Stage, config: StageConfig, *, shares_teacher: bool
+) -> _Built:
     overrides = {**backbone_overrides(settings, config), "perform_initialization": False}
     byte_side = settings.model.byte_side_for(backbone.hidden_size)
     dtype = training_dtype(settings)
@@ -189,8 +185,7 @@ def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: S
         for part in parts:
             set_trainable(part, stage.trains(config, backbone))
         need = stage.teacher(config)
-        keeps_backbone = keep_backbone(settings.stages, stage.name, backbone)
-        if need is not TeacherNeed.NONE and (_starts_from_a_run(settings) or not keeps_backbone):
+        if need is not TeacherNeed.NONE and not shares_teacher:
             fields = transformer_config(backbone, **overrides)
             own_teacher = built_in_stages(lambda number: Backbone(backbone, fields, vp_stage=number)).to(dtype)
             is_beginning = need is TeacherNeed.BEGINNING
@@ -214,11 +209,6 @@ def _build(settings: Settings, backbone: BackboneConfig, stage: Stage, config: S
     if own_teacher is None and need is not TeacherNeed.NONE:
         teacher = joined([part.backbone for part in parts])
     return _Built(student=student, teacher=teacher, own_teacher=own_teacher, trained=trained)
-
-
-def _starts_from_a_run(settings: Settings) -> bool:
-    """Whether ``--load`` names a run, whose backbone need not be the teacher's."""
-    return settings.checkpoint.load is not None and is_run(Path(settings.checkpoint.load))
 
 
 def training_bytes(trained: TrainerModel) -> tuple[int, int]:

@@ -161,7 +161,7 @@ def _measure(
         paths=settings.run.summary_paths,
         merge_limit=limit,
     )
-    stages = _stage_rows(root)
+    stages = _stage_rows(root, speaks=world.is_main)
     marked, samples = mark_sentence(loaded.student, merge_row(rows[0], limit)), _samples(loaded.student)
     texts = mark_page(loaded.student, (merge_row(row, limit) for row in rows), at_most=PAGE_BYTES)
     if world.is_main:
@@ -183,15 +183,18 @@ def _samples(student: Student) -> list[str]:
     ]
 
 
-def _curves(root: Path) -> Curves:
+def _curves(root: Path, *, speaks: bool) -> Curves:
     try:
         return read_metrics(root / METRICS_FILE)
-    except ValueError:  # a log interval beyond the last update records nothing
+    except ValueError as error:  # a finished run does not fail for its log
+        if speaks:
+            say(f" the closing table has no measures of the stages: {error}")
         return {}
 
 
-def _stage_rows(root: Path) -> list[StageRow]:
-    curves = _curves(root)
+def _stage_rows(root: Path, *, speaks: bool) -> list[StageRow]:
+    """A line for each stage that is there; ``speaks``: this rank says why figures are missing."""
+    curves = _curves(root, speaks=speaks)
     rows = []
     for name, stage in STAGES.items():
         progress = stage_progress(root, name)

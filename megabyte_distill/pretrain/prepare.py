@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.config.fields import to_fields
@@ -24,9 +25,9 @@ from megabyte_distill.parallel.pipeline import set_virtual_size
 from megabyte_distill.parallel.process_groups import World, on_main_rank
 from megabyte_distill.pretrain.engine_limits import check_engine_limits
 from megabyte_distill.pretrain.run_records import SUMMARY_FILE
-from megabyte_distill.run_folder import TEACHER_FILE, is_run, teacher_path, write_teacher_path
-from megabyte_distill.runs import StageProgress, complete_stages, stage_progress
-from megabyte_distill.training.checkpoint import find_checkpoint
+from megabyte_distill.run_folder import TEACHER_FILE, is_run, recorded_teacher, teacher_path, write_teacher_path
+from megabyte_distill.runs import StageProgress, complete_stages, stage_progress, teacher_identity
+from megabyte_distill.training.checkpoint import find_checkpoint, read_loop_state
 from megabyte_distill.training.logging import METRICS_FILE
 
 WRITTEN_BY_RUNS = (
@@ -41,6 +42,9 @@ WRITTEN_BY_RUNS = (
 )
 """What ``--fresh`` removes from a run's folder, beside its plots; nothing else is touched."""
 
+STARTED_FROM = "started_from"
+"""In a checkpoint's loop state: [folder, --ckpt-step] of the run that the stage's weights came from, else None."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -49,6 +53,8 @@ class Prepared:
     root: Path
     teacher: Path
     """Folder of the converted teacher."""
+    teacher_identity: str | None
+    """Which weights it has (runs.teacher_identity)."""
     source: Path | None
     """A run whose weights this one starts from (``--load RUN``); None where it starts from the teacher."""
     source_checkpoint: Path | None
@@ -97,15 +103,20 @@ def prepare_run(settings: Settings, world: World) -> Prepared:
     if settings.run.fresh:
         on_main_rank(world, lambda: start_fresh(root))
     config = ModelConfig(backbone=backbone, byte_side=settings.model.byte_side_for(backbone.hidden_size))
+    identity = teacher_identity(teacher)
     for other, flag in ((root, "--save"), (source, "--load")):
         if other is not None and (other / MODEL_CONFIG_FILE).exists():
             _check_same_model(read_model_config(other), config, other, flag)
     _check_same_tokenizer(root, table, teacher)
-    on_main_rank(world, lambda: _write_root(root, config, teacher))
+    for other, flag in ((root, "--save"), (source, "--load")):
+        if other is not None and is_run(other):
+            _check_same_teacher(other, flag, teacher, identity)
+    on_main_rank(world, lambda: _write_root(root, config, teacher, identity))
     set_virtual_size(parallel.virtual_stages(backbone.num_layers))
     return Prepared(
         root=root,
         teacher=teacher,
+        teacher_identity=identity,
         source=source,
         source_checkpoint=source_checkpoint,
         model_config=config,
@@ -145,13 +156,27 @@ def _source_checkpoint(settings: Settings, root: Path, source: Path | None) -> P
     held = next((progress for stage in until if (progress := stage_progress(root, stage)) is not None), None)
     if held is None:
         return find_checkpoint(source / _last_complete(source).stage, wanted.ckpt_step)
-    before = read_run_config(held.checkpoint).checkpoint
-    if (before.load, before.ckpt_step) != (wanted.load, wanted.ckpt_step):
+    if started_from(held.checkpoint) != asked_start(source, wanted.ckpt_step):
         raise ValueError(
             f"{flag}: --save {root} holds stage {held.stage} already, on which the next ones build and which was not "
             "made with this --load and --ckpt-step; leave --ckpt-step out to go on from there, or give another --save"
         )
     return None
+
+
+def asked_start(source: Path, ckpt_step: int | None) -> list[Any]:
+    """What STARTED_FROM is of a stage that ``--load`` and ``--ckpt-step`` gave its weights."""
+    return [str(source.resolve()), ckpt_step]
+
+
+def started_from(checkpoint: Path) -> list[Any] | None:
+    """STARTED_FROM of a checkpoint; of an earlier version's what its settings say."""
+    state = read_loop_state(checkpoint)
+    if STARTED_FROM in state:
+        found: list[Any] | None = state[STARTED_FROM]
+        return found
+    before = read_run_config(checkpoint).checkpoint
+    return None if before.load is None else asked_start(Path(before.load), before.ckpt_step)
 
 
 def _last_complete(source: Path) -> StageProgress:
@@ -192,7 +217,21 @@ def _check_same_tokenizer(root: Path, table: TokenBytes, teacher: Path) -> None:
         )
 
 
-def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
+def _check_same_teacher(folder: Path, flag: str, teacher: Path, identity: str | None) -> None:
+    """A run that does not say which teacher it has been made from is let through, as is a teacher that does not."""
+    before = recorded_teacher(folder)
+    if before is None or identity is None or before == identity:
+        return
+    start_over = ", or --fresh to start over" if flag == "--save" else ""
+    raise ValueError(
+        f"{flag} {folder} holds a run of another teacher (weights {before[:16]}…) than {teacher} is "
+        f"({identity[:16]}…); give the teacher it was made from, wherever that lies now, or another {flag}{start_over}"
+    )
+
+
+def _write_root(root: Path, config: ModelConfig, teacher: Path, identity: str | None) -> None:
+    # what an earlier version trained here may be of any teacher
+    known = recorded_teacher(root) if is_run(root) else identity
     root.mkdir(parents=True, exist_ok=True)
     if not (root / TOKENIZER_FOLDER).exists():
         partial = root / f"{TOKENIZER_FOLDER}.incomplete"
@@ -200,7 +239,7 @@ def _write_root(root: Path, config: ModelConfig, teacher: Path) -> None:
         shutil.copytree(teacher / TOKENIZER_FOLDER, partial)
         partial.rename(root / TOKENIZER_FOLDER)
     write_model_config(root, config)
-    write_teacher_path(root, teacher)
+    write_teacher_path(root, teacher, known)
 
 
 def starting_point(prepared: Prepared, stage: str) -> tuple[Path, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
-from megabyte_distill.config.stage import MERGES_IN, OF_DIALOGUES, ByteTargets, TargetsFrom
+from megabyte_distill.config.stage import MERGES_IN, OF_DIALOGUES, ByteTargets
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher_stages
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES, resolved_stages
@@ -24,14 +24,17 @@ from megabyte_distill.objectives.objective import Objective
 from megabyte_distill.parallel.pipeline import joined, virtual_stages
 from megabyte_distill.parallel.positions import Position
 from megabyte_distill.parallel.process_groups import World
-from megabyte_distill.pretrain.prepare import Prepared, starting_point
+from megabyte_distill.pretrain.prepare import STARTED_FROM, Prepared, asked_start, started_from, starting_point
 from megabyte_distill.pretrain.run_data import RunData, stored_targets
 from megabyte_distill.runs import (
+    KEEPS_BACKBONE,
+    KeptBackbone,
     StageProgress,
     backbone_overrides,
     build_model,
     chunk_limit,
     complete_stages,
+    kept_backbone,
     stage_progress,
     training_dtype,
 )
@@ -44,9 +47,6 @@ from megabyte_distill.training.rows import HeldOutRows, MicroBatches
 from megabyte_distill.training.saving import Saver
 from megabyte_distill.training.signals import StopRequest
 from megabyte_distill.training.stages_agree import StagesAgree
-
-KEEPS_BACKBONE = "keeps_backbone"
-"""In a checkpoint's loop state: whether its backbone is the teacher's still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +79,11 @@ class StageRunner:
             )
         self.position.begin(name, 0, "load")
         keeps_backbone = self._keeps_backbone(stage, config, progress)
-        student, teacher = self._models(stage, config, progress, shares_teacher=keeps_backbone)
+        shares_teacher = keeps_backbone and self.settings.engine.serves_twice
+        self._say_targets(stage, config, shares_teacher=shares_teacher)
+        student, teacher = self._models(stage, config, progress, shares_teacher=shares_teacher)
         sizes = self._chunk_sizes(name, config, progress)
-        identity = {**self._identity(name), KEEPS_BACKBONE: keeps_backbone}
+        identity = self._identity(name, progress, keeps_backbone=keeps_backbone)
         loop = self._loop(stage, config, student, teacher, sizes, identity)
         if progress is not None:
             checkpoint = self.settings.checkpoint
@@ -100,20 +102,33 @@ class StageRunner:
         given = self.settings.stages[name]
         behind = complete_stages(self.prepared.source) if self.prepared.source is not None else []
         behind += complete_stages(self.prepared.root, before=name)
-        config = resolved_stages({name: given}, [progress.stage for progress in behind])[name]
-        if config != given and config.byte_targets is not ByteTargets.HARD and config.logits_load_dir is None:
-            whose = "the student's own backbone" if config.exact_targets_from is TargetsFrom.STUDENT else "the teacher"
-            self._say(f" stage {name}: {whose} makes the exact targets")
-        return config
+        return resolved_stages({name: given}, [progress.stage for progress in behind])[name]
+
+    def _say_targets(self, stage: Stage, config: StageConfig, *, shares_teacher: bool) -> None:
+        if config.byte_targets is ByteTargets.HARD or config.logits_load_dir is not None:
+            return
+        if stage.teacher(config) is TeacherNeed.NONE:
+            whose = "the student's own backbone makes the exact targets"
+        elif shares_teacher:
+            whose = "the teacher makes the exact targets; the student's backbone is still the same and serves as it"
+        else:
+            whose = "the teacher makes the exact targets; a copy of it is loaded beside the student"
+        self._say(f" stage {stage.name}: {whose}")
 
     def _keeps_backbone(self, stage: Stage, config: StageConfig, own: StageProgress | None) -> bool:
         """Whether the student's backbone is the teacher's until the stage ends: one copy of the weights serves both."""
         if not stage.keeps_backbone(config, self.prepared.model_config.backbone):
             return False
-        if own is not None:
-            return bool(read_loop_state(own.checkpoint).get(KEEPS_BACKBONE))
-        checkpoint, what = starting_point(self.prepared, stage.name)
-        return what == "teacher" or bool(read_loop_state(checkpoint).get(KEEPS_BACKBONE))
+        checkpoint, what = (own.checkpoint, "") if own is not None else starting_point(self.prepared, stage.name)
+        if what == "teacher":
+            return True
+        kept = kept_backbone(checkpoint)
+        return kept is not None and kept == self._teachers_backbone()
+
+    def _teachers_backbone(self) -> KeptBackbone | None:
+        """What a checkpoint of this run says whose backbone is the teacher's; None where nobody knows which that is."""
+        teacher = self.prepared.teacher_identity
+        return None if teacher is None else KeptBackbone(teacher=teacher, bf16=self.settings.run.bf16)
 
     def _check_parent(self, progress: StageProgress) -> None:
         """ValueError where the stage this one was built on has been trained further since."""
@@ -256,9 +271,20 @@ class StageRunner:
         further = [] if objective.on_first_stage else [StagesAgree(student)]
         return Invariants(student, self.world, further)
 
-    def _identity(self, name: str) -> dict[str, Any]:
-        """What each checkpoint says of its origin: the tokenizer, and the stage it was built on."""
+    def _identity(self, name: str, own: StageProgress | None, *, keeps_backbone: bool) -> dict[str, Any]:
+        """What each checkpoint says of its origin: tokenizer, backbone, and the stage and the run it was built on."""
         before = [stage_progress(self.prepared.root, stage) for stage in STAGE_ORDER[: STAGE_ORDER.index(name)]]
         parents = [progress for progress in before if progress is not None]
         parent = {"stage": parents[-1].stage, "iteration": parents[-1].iteration} if parents else None
-        return {"tokenizer_hash": self.prepared.token_bytes.hash, "parent": parent}
+        source: list[Any] | None = None
+        if own is not None:
+            source = started_from(own.checkpoint)
+        elif parent is None and self.prepared.source is not None:
+            source = asked_start(self.prepared.source, self.settings.checkpoint.ckpt_step)
+        kept = self._teachers_backbone() if keeps_backbone else None
+        return {
+            "tokenizer_hash": self.prepared.token_bytes.hash,
+            "parent": parent,
+            STARTED_FROM: source,
+            KEEPS_BACKBONE: None if kept is None else asdict(kept),
+        }

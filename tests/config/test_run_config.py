@@ -64,6 +64,10 @@ def test_a_setting_that_a_former_version_had_is_left_out(tmp_path: Path) -> None
     content["settings"]["parallel"]["context_parallel_size"] = 1
     (tmp_path / RUN_CONFIG_NAME).write_text(json.dumps(content))
     assert read_run_config(tmp_path) == settings
+    content["settings"]["parallel"]["context_parallel_size"] = 2
+    (tmp_path / RUN_CONFIG_NAME).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"unknown settings parallel\.context_parallel_size"):
+        read_run_config(tmp_path)
 
 
 def test_absent_settings_take_their_default(tmp_path: Path) -> None:

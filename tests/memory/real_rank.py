@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from megabyte_distill.config import Settings, parse_arguments
 from megabyte_distill.conversion.model_config import ModelConfig
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
-from megabyte_distill.curriculum.stages import STAGES, keep_backbone, resolved_stages
+from megabyte_distill.curriculum.stages import STAGES, resolved_stages
 from megabyte_distill.memory.even_rows import even_row, even_tokens
+from megabyte_distill.memory.planned_stages import planned_stages
 from megabyte_distill.model.backbone import Backbone, transformer_config
 from megabyte_distill.model.byte_stack import recompute_byte_mixers
 from megabyte_distill.model.student import set_trainable
@@ -98,7 +99,7 @@ def real_models(settings: Settings, stage: Stage) -> tuple[nn.Module, nn.Module 
         set_trainable(part, stage.trains(config, BACKBONE))
     if stage.teacher(config) is TeacherNeed.NONE:
         return student, None, None
-    if keep_backbone(settings.stages, stage.name, BACKBONE):
+    if next(one.shares_teacher for one in planned_stages(settings, BACKBONE) if one.name == stage.name):
         return student, joined([part.backbone for part in parts]), None
     fields = transformer_config(BACKBONE, **overrides)
     teacher = built_in_stages(lambda number: Backbone(BACKBONE, fields, vp_stage=number)).to(dtype)

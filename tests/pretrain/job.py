@@ -105,7 +105,9 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, size: int = 300)
     return folder
 
 
-def write_teacher(folder: Path, tokenizer: Path, *, width: int = 32, vocab_size: int = 300, layers: int = 2) -> Path:
+def write_teacher(
+    folder: Path, tokenizer: Path, *, width: int = 32, vocab_size: int = 300, layers: int = 2, seed: int = 3
+) -> Path:
     """A random converted teacher."""
     config = BackboneConfig(
         family="llama",
@@ -120,7 +122,7 @@ def write_teacher(folder: Path, tokenizer: Path, *, width: int = 32, vocab_size:
         rope_theta=10000.0,
     )
     with world():
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         backbone = Backbone(config, transformer_config(config))
         with torch.no_grad():  # far from uniform, so that there is something to distil
             for parameter in backbone.parameters():

@@ -47,7 +47,24 @@ def test_the_table_takes_the_last_held_out_figure_that_is_whole(closed: Path, tm
     run = Path(shutil.copytree(closed, tmp_path / "run"))
     resumed = "\n".join([*map(json.dumps, lines), '{"stage": "2b", "iteration": 4, "vali'])
     (run / "metrics.jsonl").write_text(resumed)
-    assert [(row.stage, row.value) for row in closing._stage_rows(run)][-2:] == [("2a", None), ("2b", 1.25)]
+    rows = closing._stage_rows(run, speaks=True)
+    assert [(row.stage, row.value) for row in rows][-2:] == [("2a", None), ("2b", 1.25)]
+
+
+def test_a_stage_whose_measure_was_lost_has_none_in_the_table(
+    closed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed from before its only evaluation, which is not made again; and a log that is not there, which is said."""
+    run = Path(shutil.copytree(closed, tmp_path / "run"))
+    lines = ({"validation joint bits per byte": 2.0, "iteration": 10}, {"byte ce": 1.0, "iteration": 6})
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps({"stage": "2b", **line}) for line in lines))
+    assert closing._stage_rows(run, speaks=True)[-1].cells()[-2:] == ("–", "–")
+    assert not capsys.readouterr().out
+    (run / "metrics.jsonl").unlink()
+    for speaks in (True, False):
+        assert {row.value for row in closing._stage_rows(run, speaks=speaks)} == {None}
+        said = capsys.readouterr().out
+        assert ("the closing table has no measures of the stages" in said and "cannot be read" in said) == speaks
 
 
 def test_plots_are_images(closed: Path) -> None:

@@ -15,9 +15,7 @@ from megabyte_distill.pretrain.prepare import Prepared
 from tests.pretrain.job import Job
 
 
-def test_each_blend_is_opened_once_for_all_stages_and_the_closing(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_blend_is_opened_once_for_all_stages(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ("--3a.dialogue-data-path", job.dialogues, "--split", "70,30,0")
     settings = parse_arguments(job.flags(tmp_path / "run", "--stages", "2a,2b,3a", *own))
     open_blend, opened = run_data.open_blend, []
