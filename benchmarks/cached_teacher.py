@@ -84,12 +84,12 @@ def divergence(root: Path, dataset: ByteTokenDataset, cache: Path, rows: int) ->
                 byte_ids=row.byte_ids,
                 bits=row.bits,
                 labels=row.labels,
-                wanted=row.loss_mask,
+                wanted=row.is_real,
             ).distribution.double()
         found = restored(tree, row).double()
         # a pair that vanishes in fp16 has less than 3e-8
         total += float(torch.special.xlogy(exact, exact / found.clamp(min=1e-9)).sum())
-        size += int(row.loss_mask.sum())
+        size += int(row.is_real.sum())
     return total / size
 
 

@@ -207,7 +207,7 @@ def at_published_shape(
             objective = STAGES[stage].objective(config, teacher, table)
             with parts.watching(teacher), Roofline(parts, *rates) as counted:
                 measured(student, objective, row)
-    size = int(row.loss_mask.sum())
+    size = int(row.is_real.sum())
     total, products = sum(counted.seconds.values()), sum(counted.flops.values()) / rates[0]
     own = counted.seconds[TARGETS]
     return {
@@ -266,7 +266,7 @@ def on_this_cpu(vocab_size: int, seq_length: int, updates: int) -> dict[str, Any
                 torch.stack([*objective.losses(student, row).values()]).sum().backward()
             clock.switch()
             for name, seconds in clock.seconds.items():
-                found[name].append(1e6 * seconds / int(row.loss_mask.sum()))
+                found[name].append(1e6 * seconds / int(row.is_real.sum()))
     middle = {name: statistics.median(values[1:]) for name, values in found.items()}
     return {
         "vocab_size": vocab_size,

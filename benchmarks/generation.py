@@ -400,7 +400,7 @@ class OneText:
     def __init__(self, text: Sequence[int], bits: Sequence[bool]) -> None:
         self.byte_ids = torch.tensor([BOS_BYTE, *text])
         self.bits = torch.tensor([True, *bits])
-        self.loss_mask = torch.ones_like(self.bits)
+        self.is_real = torch.ones_like(self.bits)
         self.cu_seqlens = torch.tensor([0, len(text) + 1], dtype=torch.int32)
 
 

@@ -157,7 +157,7 @@ def random_rows(
 def padded_row(seed: int = 0) -> PackedRow:
     """A row with at least three documents, unused bytes and padding chunks."""
     for row in random_rows(100, seed=seed):
-        if len(row.documents) > 2 and int((~row.loss_mask).sum()) > 2 and int((~row.token_mask).sum()) > 1:
+        if len(row.documents) > 2 and int((~row.is_real).sum()) > 2 and int((~row.token_mask).sum()) > 1:
             return row
     raise AssertionError("no such row among a hundred")
 
@@ -166,7 +166,7 @@ def segment_alone(row: PackedRow, index: int) -> PackedRow:
     """One real segment as a row of its own, nothing padded."""
     start, stop = row.cu_seqlens[index : index + 2].tolist()
     first, last = row.cu_chunks[index : index + 2].tolist()
-    of_bytes = {name: getattr(row, name)[start:stop] for name in ("byte_ids", "bits", "labels", "loss_mask")}
+    of_bytes = {name: getattr(row, name)[start:stop] for name in ("byte_ids", "bits", "labels", "is_real")}
     names = ("tokens", "token_labels", "token_mask", "token_ends_document")
     return PackedRow(
         **of_bytes,
@@ -186,8 +186,8 @@ def with_other_padding(row: PackedRow) -> PackedRow:
     """The same text; what stands on unused bytes, in their labels and on padding chunks is something else."""
     tokens = torch.where(row.token_mask, row.tokens, VOCAB_SIZE - 1)
     token_labels = torch.where(row.token_mask, row.token_labels, VOCAB_SIZE - 2)
-    byte_ids = torch.where(row.loss_mask, row.byte_ids, torch.arange(row.byte_ids.shape[0]) % 97)
-    labels = torch.where(row.loss_mask, row.labels, 511)
+    byte_ids = torch.where(row.is_real, row.byte_ids, torch.arange(row.byte_ids.shape[0]) % 97)
+    labels = torch.where(row.is_real, row.labels, 511)
     assert (row.byte_ids == PAD_BYTE).any() and not (byte_ids == PAD_BYTE).any()
     return replace(row, byte_ids=byte_ids, labels=labels, tokens=tokens, token_labels=token_labels)
 

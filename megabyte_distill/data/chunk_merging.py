@@ -96,7 +96,7 @@ def merge_row(row: PackedRow, limit: float | None) -> PackedRow:
 
 def bytes_and_chunks(row: PackedRow, bits: Tensor) -> tuple[Tensor, Tensor]:
     """(bytes of a row's text, chunks that ``bits`` [P] bool cut them into), BOS and PAD left out."""
-    is_text = row.loss_mask & (row.byte_ids != BOS_BYTE)
+    is_text = row.is_real & (row.byte_ids != BOS_BYTE)
     return is_text.sum().double(), (bits & is_text).sum()
 
 

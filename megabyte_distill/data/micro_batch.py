@@ -51,7 +51,7 @@ def concatenate_rows(rows: Sequence[PackedRow]) -> PackedRow:
         byte_ids=join_bytes("byte_ids"),
         bits=join_bytes("bits"),
         labels=join_bytes("labels"),
-        loss_mask=join_bytes("loss_mask"),
+        is_real=join_bytes("is_real"),
         tokens=join_chunks("tokens"),
         token_labels=join_chunks("token_labels"),
         token_mask=join_chunks("token_mask"),

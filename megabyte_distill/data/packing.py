@@ -29,7 +29,7 @@ class PackedRow:
     """[P] bool, gold: the byte ends a chunk, a teacher token or several. True on BOS and on the first PAD byte."""
     labels: Tensor
     """[P] int64 joint class of the next byte and its bit, also across a cut; 0 on PAD."""
-    loss_mask: Tensor
+    is_real: Tensor
     """[P] bool, False on PAD: positions that predict something."""
     tokens: Tensor
     """[M] int64 teacher token that ends with the chunk, the teacher's start id on BOS chunks; 0 on padding."""
@@ -65,7 +65,7 @@ class PackedRow:
     @property
     def trained(self) -> Tensor:
         """[P] bool: positions whose prediction is trained and measured."""
-        return self.loss_mask if self.marked is None else self.marked
+        return self.is_real if self.marked is None else self.marked
 
     def to(self, device: torch.device | str) -> PackedRow:
         """The same row with every tensor on ``device``."""
@@ -79,7 +79,7 @@ def without_document_mask(row: PackedRow) -> PackedRow:
 
     PAD and the padding of the bucket stay apart. Do it row by row, before rows are joined to a micro-batch.
     """
-    used, chunks = int(row.loss_mask.sum()), int(row.token_mask.sum())
+    used, chunks = int(row.is_real.sum()), int(row.token_mask.sum())
     size, capacity = row.byte_ids.shape[0], row.tokens.shape[0]
     nothing = np.zeros(1, dtype=np.int64)
     return replace(
@@ -150,7 +150,7 @@ def pack_row(
         byte_ids=torch.from_numpy(byte_ids),
         bits=torch.from_numpy(bits),
         labels=labels,
-        loss_mask=torch.from_numpy(np.arange(row_bytes) < used),
+        is_real=torch.from_numpy(np.arange(row_bytes) < used),
         tokens=torch.from_numpy(tokens),
         token_labels=torch.from_numpy(token_labels),
         token_mask=torch.from_numpy(np.arange(capacity) < real_chunks),

@@ -37,4 +37,4 @@ def text_chunks(row: PackedRow) -> Tensor:
 
 def document_end_positions(row: PackedRow) -> Tensor:
     """[P] bool: positions whose label is the event "the document ends"."""
-    return row.loss_mask & (row.labels == END_OF_DOCUMENT_CLASS)
+    return row.is_real & (row.labels == END_OF_DOCUMENT_CLASS)

@@ -133,8 +133,8 @@ def _of_student(judged: Judged, row: PackedRow) -> dict[str, Tensor]:
         "predicted": _by_segment(predicted & mask, row),
         "marked": _by_segment(marked & mask, row),
         # BOS, a chunk of its own, is no text
-        "chunks": _by_segment(marked & row.loss_mask, row) - 1,
-        "router_chunks": _by_segment(predicted & row.loss_mask, row) - 1,
+        "chunks": _by_segment(marked & row.is_real, row) - 1,
+        "router_chunks": _by_segment(predicted & row.is_real, row) - 1,
         "byte_hits": _byte_hits(torch.logaddexp(bytes_told[:, :BYTE_VOCAB], bytes_told[:, BYTE_VOCAB:]), row),
     }
 

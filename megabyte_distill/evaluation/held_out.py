@@ -61,7 +61,7 @@ def opening(row: PackedRow, length: int) -> PackedRow:
     ends = row.bits[:segment].nonzero()[:, 0]
     chunks = min(ends.shape[0], max(2, int((ends <= length).sum())))
     size = int(ends[chunks - 1]) + 1
-    of_bytes = {name: getattr(row, name)[:size] for name in ("byte_ids", "bits", "labels", "loss_mask")}
+    of_bytes = {name: getattr(row, name)[:size] for name in ("byte_ids", "bits", "labels", "is_real")}
     of_chunks = ("tokens", "token_labels", "token_mask", "token_ends_document")
     return PackedRow(
         **of_bytes,

@@ -88,7 +88,7 @@ def _read(student: Student, row: PackedRow, threshold: float) -> tuple[PackedRow
 
 def _segments(row: PackedRow) -> list[tuple[int, int]]:
     """(BOS, one past the last byte) of each segment that is no padding."""
-    return [pair for pair in pairwise(row.cu_seqlens.tolist()) if bool(row.loss_mask[pair[0]])]
+    return [pair for pair in pairwise(row.cu_seqlens.tolist()) if bool(row.is_real[pair[0]])]
 
 
 def _marked(row: PackedRow, p: Tensor, learned: Tensor, start: int, stop: int) -> MarkedText:

@@ -55,7 +55,7 @@ def sweep(
         merged = merge_row(row, limit)
         choices = [row.bits] + ([merged.bits] if limit is not None else [])
         choices += [
-            decide(p, row.byte_ids, threshold, official=student.is_official, is_text=row.loss_mask)
+            decide(p, row.byte_ids, threshold, official=student.is_official, is_text=row.is_real)
             for threshold in thresholds
         ]
         sums += torch.stack([_counts(student, row, merged, bits).cpu() for bits in choices])
@@ -73,7 +73,7 @@ def _counts(student: Student, row: PackedRow, merged: PackedRow, bits: Tensor) -
         nll[text_positions(row)].double().sum(),
         size,
         chunks,
-        (bits & row.loss_mask).sum(),
+        (bits & row.is_real).sum(),
         *f1_pair(bits, row),
         *f1_pair(bits, merged),
     )

@@ -157,7 +157,7 @@ class _TextRow:
     def __init__(self, text: bytes, device: torch.device) -> None:
         self.byte_ids = torch.tensor([BOS_BYTE, *text], device=device)
         self.bits = self.byte_ids == BOS_BYTE
-        self.loss_mask = torch.ones_like(self.bits)
+        self.is_real = torch.ones_like(self.bits)
         self.cu_seqlens = torch.tensor([0, len(text) + 1], dtype=torch.int32, device=device)
 
 

@@ -28,7 +28,7 @@ class _Texts:
 
     byte_ids: Tensor
     bits: Tensor
-    loss_mask: Tensor
+    is_real: Tensor
     cu_seqlens: Tensor
     chunk_bucket: int = 1
 

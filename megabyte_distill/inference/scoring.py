@@ -70,7 +70,7 @@ def joint_row_score(nll: Tensor, row: PackedRow) -> RowScore:
     """Accounts for :func:`joint_nll` by segment."""
     ends = document_end_positions(row)
     return RowScore(
-        bits=_by_segment(nll, text_positions(row), row.loss_mask, row.cu_seqlens),
+        bits=_by_segment(nll, text_positions(row), row.is_real, row.cu_seqlens),
         bytes=_text_bytes(row),
         end_bits=float(nll[ends].double().sum()) / math.log(2),
         ends=int(ends.sum()),
@@ -131,7 +131,7 @@ def score_tokens(backbone: Backbone, row: PackedRow, vectors: Tensor | None = No
 def segment_texts(row: PackedRow) -> list[Tensor]:
     """The bytes [L] int64 of each real segment, without BOS."""
     edges = row.cu_seqlens.tolist()
-    real = row.loss_mask[row.cu_seqlens[:-1].to(torch.int64)].tolist()
+    real = row.is_real[row.cu_seqlens[:-1].to(torch.int64)].tolist()
     return [
         row.byte_ids[first + 1 : last] for first, last, is_real in zip(edges, edges[1:], real, strict=False) if is_real
     ]
@@ -181,7 +181,7 @@ def _score_batch(student: Student, texts: list[Tensor], paths: int, done: Counte
 
 def _text_bytes(row: PackedRow) -> Tensor:
     lengths = (row.cu_seqlens[1:] - row.cu_seqlens[:-1] - 1).to(torch.int64)
-    return lengths[row.loss_mask[row.cu_seqlens[:-1].to(torch.int64)]]
+    return lengths[row.is_real[row.cu_seqlens[:-1].to(torch.int64)]]
 
 
 def _by_segment(nll: Tensor, text: Tensor, real: Tensor, cu_seqlens: Tensor) -> Tensor:

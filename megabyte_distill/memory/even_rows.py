@@ -41,7 +41,7 @@ def even_row(config: StageConfig, bytes_per_chunk: float) -> PackedRow:
         byte_ids=byte_ids,
         bits=bits.repeat(rows),
         labels=torch.full((size * rows,), LETTER),
-        loss_mask=torch.ones(size * rows, dtype=torch.bool),
+        is_real=torch.ones(size * rows, dtype=torch.bool),
         tokens=nothing,
         token_labels=nothing,
         token_mask=torch.arange(capacity) < chunks,

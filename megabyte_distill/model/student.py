@@ -44,7 +44,7 @@ class ByteRow(Protocol):
 
     byte_ids: Tensor
     bits: Tensor
-    loss_mask: Tensor
+    is_real: Tensor
     cu_seqlens: Tensor
     chunk_bucket: int
 
@@ -315,7 +315,7 @@ class Student(nn.Module):
         if isinstance(boundaries, Given):
             return self._checked(boundaries.bits, row)
         assert p is not None
-        return decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official, is_text=row.loss_mask)
+        return decide(p.detach(), row.byte_ids, boundaries.threshold, official=self.is_official, is_text=row.is_real)
 
     def _checked(self, bits: Tensor, row: ByteRow) -> Tensor:
         """ValueError where a segment's first byte is no end: there is no chunk that its bytes could read."""

@@ -30,7 +30,7 @@ def boundary_positions(row: PackedRow) -> Tensor:
 
     A loss mask does not matter here: a prompt is cut into chunks as an answer is.
     """
-    return row.loss_mask & not_last(row.cu_seqlens, row.byte_ids.shape[0])
+    return row.is_real & not_last(row.cu_seqlens, row.byte_ids.shape[0])
 
 
 def judged_positions(row: PackedRow) -> Tensor:

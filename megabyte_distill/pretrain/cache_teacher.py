@@ -172,7 +172,7 @@ class Maker:
             start_id=self._table.start_id,
             end_of_text_id=self._table.end_of_text_id,
         )
-        wanted = row.loss_mask.clone()
+        wanted = row.is_real.clone()
         first = 0
         for size, skipped in zip(sizes, batch.skipped, strict=True):
             wanted[first : first + skipped] = False

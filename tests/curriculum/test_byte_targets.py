@@ -44,7 +44,7 @@ def targets_of(states: Tensor, model: Backbone, row: PackedRow) -> ExactTargets:
         byte_ids=row.byte_ids,
         bits=row.token_ends,
         labels=row.labels,
-        wanted=row.loss_mask,
+        wanted=row.is_real,
     )
 
 
@@ -77,8 +77,8 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
     with torch.no_grad():
         log_p = (student(row).logits / temperature).log_softmax(-1)
         # by way of logits, as Hinton writes it
-        wanted = (target.distribution[row.loss_mask].double().log() / temperature).softmax(-1)
-    expected = -(temperature**2) * (wanted * log_p[row.loss_mask]).sum().float()
+        wanted = (target.distribution[row.is_real].double().log() / temperature).softmax(-1)
+    expected = -(temperature**2) * (wanted * log_p[row.is_real]).sum().float()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
     assert exact.measures()[REPLACED][0] == target.replaced
     assert exact.measures()[EXCLUDED] == (target.excluded, int(row.token_mask.sum()))
@@ -127,7 +127,7 @@ def test_the_students_own_targets_are_of_its_backbone_on_its_chunks_and_get_no_g
     student.zero_grad()
     outputs = student(row, Gold(), Parts.ENCODER | Parts.BACKBONE | Parts.DECODER)
     target = targets_of(outputs.hidden, student.backbone, row).distribution
-    (-target * outputs.logits.log_softmax(-1))[row.loss_mask].sum().backward()
+    (-target * outputs.logits.log_softmax(-1))[row.is_real].sum().backward()
     assert not any(name.startswith("backbone.embedding") for name in found), "the tied head only says what is wanted"
     for name, grad in found.items():
         torch.testing.assert_close(
@@ -170,6 +170,6 @@ def test_the_gradient_of_the_exact_loss_is_softmax_minus_target(student: Student
     student.byte_decoder.head.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
     exact.losses(student, row)[BYTE_LOSS].backward()
     gradient = seen[0].reshape(-1, 512)
-    assert torch.allclose(gradient[row.loss_mask].sum(-1), torch.zeros(int(row.loss_mask.sum())), atol=1e-5)
-    assert not gradient[~row.loss_mask].any() and gradient[row.loss_mask].abs().sum() > 1
+    assert torch.allclose(gradient[row.is_real].sum(-1), torch.zeros(int(row.is_real.sum())), atol=1e-5)
+    assert not gradient[~row.is_real].any() and gradient[row.is_real].abs().sum() > 1
     assert all(parameter.grad is None for parameter in exact._exact.teacher.parameters())

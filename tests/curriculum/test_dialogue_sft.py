@@ -43,7 +43,7 @@ def by_hand(student: Student, row: PackedRow, bits: torch.Tensor) -> dict[str, f
         sums["byte ce"] += nll
         if place not in segment_ends and label != END_OF_DOCUMENT_CLASS:
             sums["bits"], sums["bytes"] = sums["bits"] + nll / math.log(2), sums["bytes"] + 1
-    for place in row.loss_mask.nonzero()[:, 0].tolist():
+    for place in row.is_real.nonzero()[:, 0].tolist():
         if place not in segment_ends:
             sums["router bce"] -= math.log(float(p[place] if row.bits[place] else 1 - p[place]))
     return sums
@@ -56,7 +56,7 @@ def test_losses_and_measure_are_the_sums_over_marked_bytes(world: World, source:
     for row in [*marked_rows(), concatenate_rows(marked_rows(3)), merge_row(marked_rows(1)[0], 2.5)]:
         with torch.no_grad():
             decided = decide(student(row).p, row.byte_ids)
-            decided = torch.where(row.loss_mask, decided, row.bits)
+            decided = torch.where(row.is_real, decided, row.bits)
             expected = by_hand(student, row, row.bits if source is BoundarySource.GOLD else decided)
             losses = objective.losses(student, row)
         assert {name: float(loss) for name, loss in losses.items()} == {
@@ -65,7 +65,7 @@ def test_losses_and_measure_are_the_sums_over_marked_bytes(world: World, source:
         bits, size = objective.measures()[MEASURE]
         assert float(bits) == pytest.approx(expected["bits"], rel=1e-5) and size == expected["bytes"]
         counts = objective.counts(row)
-        assert 0 < counts["byte ce"] == int(row.trained.sum()) < int(row.loss_mask.sum())
+        assert 0 < counts["byte ce"] == int(row.trained.sum()) < int(row.is_real.sum())
 
 
 def test_what_is_not_marked_has_no_part_in_loss_and_gradient(world: World) -> None:
@@ -82,7 +82,7 @@ def test_what_is_not_marked_has_no_part_in_loss_and_gradient(world: World) -> No
     others = torch.where(row.marked, row.labels, (row.labels + 7) % 256)
     found = of(row)
     assert_same(of(replace(row, labels=others)), found)
-    whole = of(replace(row, marked=row.loss_mask))
+    whole = of(replace(row, marked=row.is_real))
     assert_same(whole, of(replace(row, marked=None), "2b"))
     assert any(not torch.equal(whole[name], found[name]) for name in found)
 

@@ -74,8 +74,8 @@ def test_counts_are_the_number_of_summed_terms(name: str, monkeypatch: pytest.Mo
 
 def test_counts_by_hand() -> None:
     row = padded_row()
-    used, documents = int(row.loss_mask.sum()), len(row.documents)
-    ends = int((row.bits & row.loss_mask).sum())
+    used, documents = int(row.is_real.sum()), len(row.documents)
+    ends = int((row.bits & row.is_real).sum())
     expected = {
         "1a": {"alignment mse": ends, "layers mse": ends},
         "1b": {"reverse kl": ends},
@@ -124,7 +124,7 @@ class Oracle(nn.Module):
 
     def mix(self, byte_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         r = torch.randn(byte_ids.shape[0], self.teacher.backbone_config.hidden_size)
-        ends = (self.row.bits & self.row.loss_mask).nonzero()[:, 0]
+        ends = (self.row.bits & self.row.is_real).nonzero()[:, 0]
         return r.index_copy(0, ends, self.teacher.embed(self.row.tokens[self.row.token_mask]))
 
     def project(self, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def test_1b_gives_the_teacher_no_gradient_and_uses_gold_bits() -> None:
 def test_alignment_scale_and_measure() -> None:
     student, teacher, row = tiny_student(), tiny_backbone(), padded_row()
     with torch.no_grad():
-        r = student.byte_encoder(row.byte_ids, row.cu_seqlens)[row.bits & row.loss_mask]
+        r = student.byte_encoder(row.byte_ids, row.cu_seqlens)[row.bits & row.is_real]
         target = teacher.embed(row.tokens[row.token_mask])
         mse = float((r - target).square().mean(-1).sum())
         variance = float(teacher.embedding.weight[:90].var(0, unbiased=False).mean())
@@ -234,11 +234,11 @@ def test_the_boundary_source_feeds_bits_and_labels_stay_gold(name: str) -> None:
     with torch.no_grad():
         p = student(row).p
         decided = (p > 0.5) | (row.byte_ids == 254)
-        decided = torch.where(row.loss_mask, decided, row.bits)
+        decided = torch.where(row.is_real, decided, row.bits)
         for source, bits in ((BoundarySource.GOLD, row.bits), (BoundarySource.ROUTER, decided)):
             objective = objective_of(name, replace(CONFIG, boundary_source=source))
             logits = student(row, Given(bits)).logits
-            expected = -logits.log_softmax(-1).gather(1, row.labels[:, None])[row.loss_mask].sum()
+            expected = -logits.log_softmax(-1).gather(1, row.labels[:, None])[row.is_real].sum()
             torch.testing.assert_close(objective.losses(student, row)["byte ce"], expected)
     assert not torch.equal(decided, row.bits)
 

@@ -68,10 +68,10 @@ def test_the_student_has_fewer_chunks_and_the_teacher_all_its_tokens(
 def test_hard_labels_are_the_merged_bits(student: Student, row: PackedRow) -> None:
     hard = objective(ByteTargets.HARD)
     loss = hard.losses(student, row)[BYTE_LOSS]
-    expected = -log_pairs(student, row).flatten(1).gather(1, row.labels[:, None])[row.loss_mask].sum()
+    expected = -log_pairs(student, row).flatten(1).gather(1, row.labels[:, None])[row.is_real].sum()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-4)
     size, chunks = hard.measures()[BYTES_PER_CHUNK]
-    text = row.loss_mask & (row.byte_ids < 254)
+    text = row.is_real & (row.byte_ids < 254)
     assert (int(size), int(chunks)) == (int(text.sum()), int((row.bits & text).sum()))
 
 
@@ -88,7 +88,7 @@ def test_exact_targets_are_the_teachers_bytes_and_the_merged_bit(student: Studen
     bytes_ce = -(target * of_byte).sum(-1)
     byte = row.labels[:, None] % 256
     bit_nll = (of_byte.gather(1, byte) - log_p.flatten(1).gather(1, row.labels[:, None]))[:, 0]
-    torch.testing.assert_close(loss.detach(), (bytes_ce + bit_nll)[row.loss_mask].sum(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.detach(), (bytes_ce + bit_nll)[row.is_real].sum(), rtol=1e-5, atol=1e-4)
     with torch.no_grad():
         measured = joint_bits_pair(joint_nll(student(row).logits, row), row)
     torch.testing.assert_close(exact.measures()[MEASURE][0], measured[0])
@@ -133,8 +133,6 @@ def test_the_router_learns_the_merged_ends(student: Student, row: PackedRow) -> 
 def test_rows_as_they_are_have_the_loss_and_measures_they_had(student: Student, tokens: PackedRow) -> None:
     exact = objective(ByteTargets.EXACT)
     loss = exact.losses(student, merge_row(tokens, None))[BYTE_LOSS].detach()
-    expected = -(targets_of_teacher(tokens).distribution * log_pairs(student, tokens).flatten(1))[
-        tokens.loss_mask
-    ].sum()
+    expected = -(targets_of_teacher(tokens).distribution * log_pairs(student, tokens).flatten(1))[tokens.is_real].sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     assert BYTES_PER_CHUNK not in exact.measures()

@@ -99,12 +99,12 @@ def test_ends_that_stay_are_token_ends_and_labels_are_the_same_bits(
         assert merged.bits[edges[1:][: len(row.documents)] - 1].all()
         assert all(len(chunk) <= LONGEST * limit + longest for chunk in chunks_of(merged))
         assert torch.equal(merged.labels % BYTE_VOCAB, row.labels % BYTE_VOCAB)
-        inside = row.loss_mask & (row.byte_ids.roll(-1) < BOS_BYTE)
+        inside = row.is_real & (row.byte_ids.roll(-1) < BOS_BYTE)
         inside[-1] = False
         assert torch.equal((merged.labels >= BYTE_VOCAB)[inside], merged.bits.roll(-1)[inside])
         is_end = row.labels == END_OF_DOCUMENT_CLASS
         assert torch.equal(merged.labels[is_end], row.labels[is_end])
-        for name in ("byte_ids", "tokens", "token_labels", "token_mask", "cu_chunks", "cu_seqlens", "loss_mask"):
+        for name in ("byte_ids", "tokens", "token_labels", "token_mask", "cu_chunks", "cu_seqlens", "is_real"):
             assert getattr(merged, name) is getattr(row, name)
         merges += int((row.bits & ~merged.bits).sum())
     assert merges

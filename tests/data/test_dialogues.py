@@ -135,7 +135,7 @@ def test_a_position_is_marked_where_the_byte_behind_it_is(stem: str, row_bytes: 
     ends = 0
     for plan in stream.next_rows(2 + 6000 // row_bytes):
         row, place = stream.materialize(plan), 0
-        assert row.marked is not None and not row.marked[~row.loss_mask].any()
+        assert row.marked is not None and not row.marked[~row.is_real].any()
         for part in plan.segments:
             text, marked = expected(RECORDS[part.document])
             for byte in range(part.byte_start, part.byte_end + 1):

@@ -14,7 +14,7 @@ from megabyte_distill.data.sampler import RowStream
 from megabyte_distill.model.chunking import chunk_layout
 
 BUCKET = 8
-OF_BYTES = ("byte_ids", "bits", "labels", "loss_mask")
+OF_BYTES = ("byte_ids", "bits", "labels", "is_real")
 OF_CHUNKS = ("tokens", "token_labels", "token_mask", "token_ends_document")
 
 
@@ -59,7 +59,7 @@ def test_segments_stay_apart(count: int, bucket: int) -> None:
         layout = chunk_layout(batch.bits, batch.cu_seqlens, bucket)
         assert torch.equal(layout.cu_chunks, batch.cu_chunks)
         assert layout.ends.shape == batch.tokens.shape
-        assert torch.equal(batch.token_mask[: layout.num_chunks], batch.loss_mask[layout.ends[: layout.num_chunks]])
+        assert torch.equal(batch.token_mask[: layout.num_chunks], batch.is_real[layout.ends[: layout.num_chunks]])
 
 
 def test_batches_may_be_batched_again() -> None:

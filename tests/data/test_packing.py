@@ -39,7 +39,7 @@ def test_one_small_row_by_hand() -> None:
     assert row.byte_ids.tolist() == [BOS_BYTE, 97, 98, 99, BOS_BYTE, 100, PAD_BYTE, PAD_BYTE]
     assert row.bits.tolist() == [True, False, True, True, True, True, True, False]
     assert row.labels.tolist() == [97, 98 + 256, 99 + 256, END_OF_DOCUMENT_CLASS, 100 + 256, 101 + 256, 0, 0]
-    assert row.loss_mask.tolist() == [True] * 6 + [False] * 2
+    assert row.is_real.tolist() == [True] * 6 + [False] * 2
     assert row.tokens.tolist() == [1, 10, 11, 1, 10, 0, 0, 0]
     assert row.token_labels.tolist() == [10, 11, 2, 10, 20, 0, 0, 0]
     assert row.token_mask.tolist() == [True] * 5 + [False] * 3
@@ -62,7 +62,7 @@ def test_an_empty_document_is_one_label() -> None:
 def test_a_full_row_has_no_dummy_segments() -> None:
     row = _pack([_segment(b"abc", [1, 1, 1])], row_bytes=4)
     assert row.cu_seqlens.tolist() == [0, 4] and row.cu_chunks.tolist() == [0, 4]
-    assert row.loss_mask.all() and row.token_mask.all()
+    assert row.is_real.all() and row.token_mask.all()
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
@@ -81,7 +81,7 @@ def _check(row: PackedRow, dataset: ByteTokenDataset) -> None:
     """The relations of a row's fields, each by its slow definition."""
     table = dataset.table
     byte_ids, bits = row.byte_ids.tolist(), row.bits.tolist()
-    assert row.byte_ids.shape == row.bits.shape == row.labels.shape == row.loss_mask.shape == (ROW,)
+    assert row.byte_ids.shape == row.bits.shape == row.labels.shape == row.is_real.shape == (ROW,)
     capacity = row.tokens.shape[0]
     assert capacity % BUCKET == 0 and sum(bits) <= capacity < sum(bits) + BUCKET
     assert row.cu_seqlens[0] == 0 and row.cu_seqlens[-1] == ROW
@@ -98,9 +98,9 @@ def _check(row: PackedRow, dataset: ByteTokenDataset) -> None:
         if byte_ids[start] == PAD_BYTE:
             assert set(byte_ids[start:stop]) == {PAD_BYTE} and stop == ROW and last == first + 1
             assert bits[start:stop] == [True] + [False] * (stop - start - 1)
-            assert not row.loss_mask[start:].any() and not row.labels[start:].any()
+            assert not row.is_real[start:].any() and not row.labels[start:].any()
             continue
-        assert byte_ids[start] == BOS_BYTE and bits[start] and bits[stop - 1] and row.loss_mask[start:stop].all()
+        assert byte_ids[start] == BOS_BYTE and bits[start] and bits[stop - 1] and row.is_real[start:stop].all()
         assert row.tokens[first] == table.start_id and row.token_mask[first:last].all()
         previous = start
         for chunk in range(first + 1, last):
@@ -160,7 +160,7 @@ def test_rows_are_filled_as_far_as_tokens_go(dataset: ByteTokenDataset) -> None:
     longest = int(dataset.table.lengths.max())
     for plan in stream.next_rows(150):
         row = stream.materialize(plan)
-        room = ROW - int(row.loss_mask.sum())
+        room = ROW - int(row.is_real.sum())
         assert room < max(16, longest + 1)
         if not plan.segments[-1].ends_document:
             assert room < len(dataset.table[int(row.token_labels[row.token_mask][-1])])
@@ -171,7 +171,7 @@ def test_a_cut_document_goes_on_with_bos(store: Callable[..., str]) -> None:
     rows = list(evaluation_rows(dataset, row_bytes=ROW, chunk_bucket=BUCKET))
     assert len(rows) > 4 and all(row.byte_ids[0] == BOS_BYTE and row.documents == (0,) for row in rows)
     for row, following in itertools.pairwise(rows):
-        last = int(row.loss_mask.sum()) - 1
+        last = int(row.is_real.sum()) - 1
         assert row.labels[last] == following.labels[0] != END_OF_DOCUMENT_CLASS
         assert row.token_labels[row.token_mask][-1] == following.tokens[1]
 
@@ -181,7 +181,7 @@ def test_without_document_mask_text_is_one_segment_and_padding_stays_apart() -> 
         MockDataset(2000, seed=5, num_documents=40, max_tokens=30), row_bytes=64, chunk_bucket=8
     ):
         merged = without_document_mask(row)
-        used, chunks = int(row.loss_mask.sum()), int(row.token_mask.sum())
+        used, chunks = int(row.is_real.sum()), int(row.token_mask.sum())
         dummy = int(used < 64)
         assert merged.cu_seqlens.tolist() == sorted({0, used, 64})
         assert merged.cu_chunks.tolist() == sorted({0, chunks, chunks + dummy, row.tokens.shape[0]})

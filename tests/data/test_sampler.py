@@ -247,7 +247,7 @@ def test_little_room_is_padded(store: Store) -> None:
 def test_empty_documents_are_rows_too(store: Store) -> None:
     dataset = ByteTokenDataset(store([""] * 100))
     rows = list(evaluation_rows(dataset, row_bytes=32, chunk_bucket=4))
-    assert sum(int(row.loss_mask.sum()) for row in rows) == 100
+    assert sum(int(row.is_real.sum()) for row in rows) == 100
     assert sum(int(row.token_ends_document.sum()) for row in rows) == 100
 
 

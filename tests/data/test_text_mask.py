@@ -36,7 +36,7 @@ def test_the_tokens_that_count_spell_the_bytes_that_count(max_tokens: int) -> No
     rows = [stream.materialize(plan) for plan in stream.next_rows(120)]
     for row in [*rows, *(concatenate_rows(rows[i : i + 3]) for i in range(0, 120, 3))]:
         assert labelled(row) == spelled(row, dataset)
-        assert int(text_positions(row).sum()) == int(row.loss_mask.sum()) - len(row.documents)
+        assert int(text_positions(row).sum()) == int(row.is_real.sum()) - len(row.documents)
     if max_tokens > 3:
         assert any(not bool(row.token_ends_document.any()) for row in rows), "no document was cut"
 

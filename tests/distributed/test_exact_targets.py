@@ -46,7 +46,7 @@ def compare(ranks: World) -> dict[str, Any]:
 
         return exact_targets(
             ByteTree.of(table, columns), logits, head=head,
-            byte_ids=row.byte_ids, bits=row.bits, labels=row.labels, wanted=row.loss_mask,
+            byte_ids=row.byte_ids, bits=row.bits, labels=row.labels, wanted=row.is_real,
         )  # fmt: skip
 
     module._CPU_BLOCK_ENTRIES = 4 * VOCAB_SIZE  # several blocks: every rank must make the same number of them
@@ -64,7 +64,7 @@ def compare(ranks: World) -> dict[str, Any]:
 
     dist.all_reduce = counted
     dist.all_gather = dist.all_gather_into_tensor = dist._all_gather_base = refused
-    answer: dict[str, Any] = {"bytes": int(row.loss_mask.sum()), "chunks": int(whole.chunks)}
+    answer: dict[str, Any] = {"bytes": int(row.is_real.sum()), "chunks": int(whole.chunks)}
     for name, edges in SHARES.items():
         sent = 0
         first, last = edges[ranks.rank], edges[ranks.rank + 1]

@@ -75,7 +75,7 @@ def test_boundaries_are_counted_where_they_are_predictions(
         guess = decide(p, row.byte_ids)
         edges = set(row.cu_seqlens.tolist())
         for t in range(row.byte_ids.shape[0]):
-            if bool(row.loss_mask[t]) and int(row.byte_ids[t]) != BOS_BYTE and t + 1 not in edges:
+            if bool(row.is_real[t]) and int(row.byte_ids[t]) != BOS_BYTE and t + 1 not in edges:
                 hits += bool(guess[t] & row.bits[t])
                 predicted += bool(guess[t])
                 gold += bool(row.bits[t])
@@ -96,7 +96,7 @@ def test_a_student_that_writes_the_teachers_embeddings_retains_everything(
         def mix(self, byte_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
             row = next(row for row in rows if torch.equal(row.byte_ids, byte_ids))
             r = torch.zeros(byte_ids.shape[0], host.backbone_config.hidden_size)
-            ends = (row.bits & row.loss_mask).nonzero()[:, 0]
+            ends = (row.bits & row.is_real).nonzero()[:, 0]
             r[ends] = host.embed(row.tokens[row.token_mask]).detach()
             return r
 

@@ -58,9 +58,9 @@ def test_a_marked_sentence_has_the_rows_own_bits() -> None:
 def test_a_page_is_the_beginning_of_the_rows_text_segment_by_segment(at_most: int) -> None:
     rows = random_rows(3)
     page = mark_page(tiny_student().eval(), rows, at_most=at_most)
-    whole = bytes(byte for row in rows for byte in row.byte_ids[row.loss_mask].tolist() if byte < BOS_BYTE)
+    whole = bytes(byte for row in rows for byte in row.byte_ids[row.is_real].tolist() if byte < BOS_BYTE)
     got = b"".join(marked.text for marked in page)
     assert whole.startswith(got) and min(at_most, len(whole)) - 3 <= len(got) <= at_most
-    gold = [bit for row in rows for bit in row.bits[row.loss_mask & (row.byte_ids < BOS_BYTE)].tolist()]
+    gold = [bit for row in rows for bit in row.bits[row.is_real & (row.byte_ids < BOS_BYTE)].tolist()]
     assert [bit for marked in page for bit in marked.gold] == gold[: len(got)]
     assert all([p > 0.5 for p in marked.p] == list(marked.learned) for marked in page)

@@ -51,7 +51,7 @@ def test_every_line_is_its_definition(student: Student, rows: list[PackedRow]) -
         decided = [
             decide(student(row, parts=Parts.ENCODER | Parts.ROUTER).p, row.byte_ids, line.threshold) for row in rows
         ]
-        steps = sum(int((bits & row.loss_mask).sum()) for bits, row in zip(decided, rows, strict=True))
+        steps = sum(int((bits & row.is_real).sum()) for bits, row in zip(decided, rows, strict=True))
         segments = sum(len(row.documents) for row in rows)
         assert line.backbone_steps_per_byte == pytest.approx(steps / size)
         assert line.bytes_per_chunk == pytest.approx(size / (steps - segments))

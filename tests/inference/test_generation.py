@@ -26,7 +26,7 @@ class Row:
     def __init__(self, byte_ids: list[int], bits: list[bool]) -> None:
         self.byte_ids = torch.tensor([BOS_BYTE, *byte_ids])
         self.bits = torch.tensor([True, *bits])
-        self.loss_mask = torch.ones_like(self.bits)
+        self.is_real = torch.ones_like(self.bits)
         self.cu_seqlens = torch.tensor([0, len(byte_ids) + 1], dtype=torch.int32)
         self.chunk_bucket = 1
 

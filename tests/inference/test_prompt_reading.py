@@ -33,7 +33,7 @@ class Row:
     def __init__(self, text: bytes) -> None:
         self.byte_ids = torch.tensor([BOS_BYTE, *text])
         self.bits = self.byte_ids == BOS_BYTE
-        self.loss_mask = torch.ones_like(self.bits)
+        self.is_real = torch.ones_like(self.bits)
         self.cu_seqlens = torch.tensor([0, len(text) + 1], dtype=torch.int32)
 
 

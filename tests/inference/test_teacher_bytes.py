@@ -48,14 +48,14 @@ def targets_of(teacher: Backbone, row: PackedRow) -> Tensor:
         byte_ids=row.byte_ids,
         bits=row.bits,
         labels=row.labels,
-        wanted=row.loss_mask,
+        wanted=row.is_real,
     ).distribution
 
 
 def test_stepping_through_texts_gives_the_targets_of_their_rows(teacher: Backbone) -> None:
     text = [token for token in TEXT if token != 6]  # spelled as 2 is: which of them is read is a choice
     rows = [row_of(text), row_of([16, *text[:-1]])]
-    size = min(int(row.loss_mask.sum()) for row in rows)
+    size = min(int(row.is_real.sum()) for row in rows)
     running = TeacherBytes(teacher, TABLE, rows=2)
     for place in range(size):
         for index, row in enumerate(rows):
@@ -306,6 +306,6 @@ def test_the_exact_score_is_the_token_nll_less_the_disallowed_mass(teacher: Back
     # and it is what the bytes' own targets say
     picked = targets_of(teacher, row).gather(1, row.labels[:, None])[:, 0].double().log2()
     assert float(exact.bits.sum()) == pytest.approx(-float(picked[text_positions(row)].sum()), rel=1e-5)
-    last = int(row.loss_mask.sum()) - 1
+    last = int(row.is_real.sum()) - 1
     assert int(row.labels[last]) == END_OF_DOCUMENT_CLASS
     assert exact.end_bits == pytest.approx(-float(picked[last]), rel=1e-5)

@@ -69,7 +69,7 @@ def loss_and_kept(student: Student) -> tuple[dict[str, Tensor], Tensor, int]:
     def loss() -> Tensor:
         with bytes_kept(student) as total:
             logits = student(row).logits
-            losses.append(joint_nll(logits, row)[row.loss_mask].sum())
+            losses.append(joint_nll(logits, row)[row.is_real].sum())
         kept.extend(total)
         return losses[0]
 

@@ -39,7 +39,7 @@ def test_bce_reaches_router_and_encoder_as_plain_autograd_says(router: RouterKin
     student, row = tiny_student(router=router).double(), padded_row()
     outputs = student(row)
     parameters = [*student.router.parameters(), *student.byte_encoder.parameters()]
-    mask = row.loss_mask
+    mask = row.is_real
     p = plain_p(student, outputs.r, row.cu_seqlens)
     torch.testing.assert_close(outputs.p, p)
     inside = mask & (p < 1)
@@ -61,7 +61,7 @@ def test_in_hard_mode_the_factor_is_the_only_way_and_favours_the_side_taken(
     student.router.register_forward_hook(lambda module, args, p: (seen.update(p=p), p.retain_grad())[0])
     student.byte_decoder.input.register_full_backward_hook(lambda module, grads, out: seen.update(ds=grads[0]))
     outputs = student(row, boundaries)
-    (outputs.logits.sin() * row.loss_mask[:, None]).sum().backward()
+    (outputs.logits.sin() * row.is_real[:, None]).sum().backward()
     s = outputs.hidden[outputs.layout.chunk_of_byte]
     side = torch.where(outputs.bits, 1.0, -1.0)
     torch.testing.assert_close(seen["p"].grad, (seen["ds"] * s).sum(-1) * side)
@@ -89,7 +89,7 @@ def test_in_official_mode_p_also_weighs_the_states() -> None:
     student.router.register_forward_hook(lambda module, args, p: (seen.update(p=p), p.retain_grad())[0])
     student.byte_decoder.input.register_full_backward_hook(lambda module, grads, out: seen.update(ds=grads[0]))
     outputs = student(row, Gold())
-    (outputs.logits.sin() * row.loss_mask[:, None]).sum().backward()
+    (outputs.logits.sin() * row.is_real[:, None]).sum().backward()
     p = seen["p"].detach().requires_grad_()
     layout = outputs.layout
     s = official_state(outputs.hidden.detach(), p, layout.ends, layout.chunk_of_byte, layout.starts)

@@ -42,10 +42,10 @@ def fixed_function(outputs: StudentOutputs, row: PackedRow) -> Tensor:
     """A scalar that depends unevenly on every real logit, state and probability."""
     assert outputs.logits is not None and outputs.p is not None
     assert outputs.hidden is not None and outputs.layout is not None
-    real_chunks = row.loss_mask[outputs.layout.ends[: outputs.layout.num_chunks]]
+    real_chunks = row.is_real[outputs.layout.ends[: outputs.layout.num_chunks]]
     hidden = outputs.hidden[: outputs.layout.num_chunks][real_chunks]
     total = torch.zeros((), dtype=outputs.logits.dtype)
-    for values in (outputs.logits[row.loss_mask], hidden, outputs.p[row.loss_mask][:, None]):
+    for values in (outputs.logits[row.is_real], hidden, outputs.p[row.is_real][:, None]):
         total = total + (values * torch.linspace(-1, 1, values.shape[1] + 1, dtype=values.dtype)[1:]).tanh().sum()
     return total
 
@@ -82,7 +82,7 @@ def test_pooling_stays_inside_documents_and_text(
 ) -> None:
     student = tiny_student(mode=mode, pooling=pooling).double()
     row = padded_row()
-    used, alone = int(row.loss_mask.sum()), segments_alone(row)
+    used, alone = int(row.is_real.sum()), segments_alone(row)
     with torch.no_grad():
         packed = student(row, boundaries).logits[:used]
         single = torch.cat([student(document, boundaries).logits for document in alone])
@@ -99,7 +99,7 @@ def test_pooling_stays_inside_documents_and_text(
 
 def test_ngrams_stay_inside_documents_and_learn() -> None:
     student, row = tiny_student(ngrams=(3, 8)).double(), padded_row()
-    used, alone = int(row.loss_mask.sum()), segments_alone(row)
+    used, alone = int(row.is_real.sum()), segments_alone(row)
     with torch.no_grad():
         packed = student(row).logits[:used]
         single = torch.cat([student(document).logits for document in alone])
@@ -149,7 +149,7 @@ def test_a_micro_batch_equals_its_rows_one_by_one(
 def test_padding_influences_nothing(document_mask: bool, mode: DechunkMode, boundaries: Boundaries) -> None:
     student = tiny_student(mode=mode).double()
     row = padded_row() if document_mask else without_document_mask(padded_row())
-    used = int(row.loss_mask.sum())
+    used = int(row.is_real.sum())
     for other in (with_other_padding(row), replace(row, chunk_bucket=50)):
         with torch.no_grad():
             before, after = student(row, boundaries), student(other, boundaries)
@@ -163,7 +163,7 @@ def test_padding_influences_nothing(document_mask: bool, mode: DechunkMode, boun
 def test_no_logit_up_to_t_moves_with_the_next_byte_when_bits_are_fixed(mixer: ByteMixer, mode: DechunkMode) -> None:
     student = tiny_student(mixer, mode)
     row = random_rows(1, row_bytes=40, max_tokens=60, seed=3)[0]
-    used = int(row.loss_mask.sum())
+    used = int(row.is_real.sum())
     leaks = 0
     with torch.no_grad():
         logits = student(row, Given(row.bits)).logits
@@ -184,7 +184,7 @@ def test_no_logit_up_to_t_moves_with_the_next_byte_when_bits_are_fixed(mixer: By
 @pytest.mark.parametrize("mode", MODES)
 def test_the_routers_boundaries_hold_bos_segment_ends_and_one_chunk_of_pad(mode: DechunkMode) -> None:
     student, row = tiny_student(mode=mode), padded_row()
-    used = int(row.loss_mask.sum())
+    used = int(row.is_real.sum())
     with torch.no_grad():
         # with a threshold of 1 the router alone ends nothing
         reluctant, eager = student(row, RouterDecides(1.0)), student(row, RouterDecides(-1.0))
@@ -282,7 +282,7 @@ def test_a_part_that_is_frozen_needs_no_gradient() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_without_document_mask_documents_of_a_row_see_each_other(mixer: ByteMixer, mode: DechunkMode) -> None:
     student, row = tiny_student(mixer, mode), padded_row()
-    used, first = int(row.loss_mask.sum()), int(row.cu_seqlens[1])
+    used, first = int(row.is_real.sum()), int(row.cu_seqlens[1])
     with torch.no_grad():
         merged, apart = student(without_document_mask(row)), student(row)
     assert (merged.p[row.cu_seqlens[1:-2].long() - 1] < 1).all() and merged.p[used - 1] == 1
@@ -303,7 +303,7 @@ def test_bf16_stays_near_the_same_weights_in_fp32(mixer: ByteMixer, mode: Dechun
     assert got.logits.dtype is torch.bfloat16 and got.p.dtype is torch.float32
     # roundings of 2^-9 at about 50 places on the longest path (4 mixers, 2 layers of 8 each, heads) add up as a random
     # walk: 50^½ · 2^-9 ≈ 1.4 %; attention and the gates may double it
-    used = row.loss_mask
+    used = row.is_real
     error = (got.logits.float() - expected.logits)[used].square().mean().sqrt()
     assert float(error) < 0.03 * float(expected.logits[used].std())
     assert float((got.p - expected.p)[used].abs().max()) < 0.05

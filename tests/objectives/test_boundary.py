@@ -25,7 +25,7 @@ def row_of(text: list[int], bits: list[int], cu_seqlens: list[int]) -> PackedRow
         byte_ids=byte_ids,
         bits=torch.tensor(bits, dtype=torch.bool),
         labels=torch.zeros_like(byte_ids),
-        loss_mask=byte_ids != PAD_BYTE,
+        is_real=byte_ids != PAD_BYTE,
         tokens=empty,
         token_labels=empty,
         token_mask=empty.bool(),

@@ -29,11 +29,11 @@ def test_joint_nll_equals_log_softmax_of_the_label(row: PackedRow) -> None:
 
 def test_joint_bits_leave_out_pad_and_document_ends(row: PackedRow) -> None:
     nll = torch.full((row.labels.shape[0],), math.log(2))
-    nll[~row.loss_mask] = math.nan
+    nll[~row.is_real] = math.nan
     nll[row.labels == END_OF_DOCUMENT_CLASS] = 1e9
     nll[row.cu_seqlens[1:].long() - 1] = 1e9
     bits, count = joint_bits_pair(nll, row)
-    assert count == int(row.loss_mask.sum()) - len(row.documents)
+    assert count == int(row.is_real.sum()) - len(row.documents)
     assert float(bits) == pytest.approx(count)
 
 
@@ -74,7 +74,7 @@ def test_the_token_objective_sums_every_real_label_and_reports_text_alone(row: P
     last[row.cu_chunks[1 : len(row.documents) + 1].long() - 1] = True
     bits, size = objective.measures()["bits per byte"]
     torch.testing.assert_close(bits, nll[row.token_mask & ~last].sum().detach() / math.log(2))
-    assert size == int(row.loss_mask.sum()) - len(row.documents)
+    assert size == int(row.is_real.sum()) - len(row.documents)
 
 
 def test_the_token_objective_sees_through_a_wrapper(row: PackedRow) -> None:

@@ -90,7 +90,7 @@ def targets_of(row: PackedRow, logits: Tensor, bits: Tensor | None = None) -> Ex
         byte_ids=row.byte_ids,
         bits=row.bits if bits is None else bits,
         labels=row.labels,
-        wanted=row.loss_mask,
+        wanted=row.is_real,
     )
 
 
@@ -102,7 +102,7 @@ def test_targets_equal_the_definition_on_every_byte(scale: float) -> None:
     assert int(found.replaced) == 0 and found.chunks == 1 + len(TEXT)
     chunk, prefix = -1, b""
     for place, (byte, bit, real) in enumerate(
-        zip(row.byte_ids.tolist(), row.bits.tolist(), row.loss_mask.tolist(), strict=True)
+        zip(row.byte_ids.tolist(), row.bits.tolist(), row.is_real.tolist(), strict=True)
     ):
         if not real:
             assert not found.distribution[place].any()
@@ -120,7 +120,7 @@ def test_the_product_over_a_tokens_bytes_is_the_teachers_probability() -> None:
     allowed = torch.tensor([*ALLOWED, 0])
     chunks = row.bits.to(torch.int64).cumsum(0) - 1
     for chunk, token in enumerate(row.token_labels.tolist()[: len(TEXT)]):  # behind the last the row is cut
-        here = (chunks == chunk) & row.loss_mask
+        here = (chunks == chunk) & row.is_real
         same = [i for i in ALLOWED if TOKENS[i] == TOKENS[token]]
         expected = p[chunk, same].logsumexp(0) - p[chunk, allowed].logsumexp(0)
         assert float(picked[here].sum()) == pytest.approx(float(expected), abs=1e-5)
@@ -152,7 +152,7 @@ def test_where_the_teacher_has_no_opinion_the_hard_label_stands() -> None:
     found = targets_of(row, logits)
     assert int(found.replaced) == 2  # behind "a" and "ab", that is before "b" and "c"
     assert all(found.distribution[place, int(row.labels[place])] == 1.0 for place in (1, 2))
-    assert torch.allclose(found.distribution[row.loss_mask].sum(-1), torch.ones(int(row.loss_mask.sum())))
+    assert torch.allclose(found.distribution[row.is_real].sum(-1), torch.ones(int(row.is_real.sum())))
 
 
 def test_a_segmentation_that_no_token_spells_gets_the_hard_label() -> None:

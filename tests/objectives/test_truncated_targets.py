@@ -22,10 +22,10 @@ def test_all_pairs_are_kept_to_fp16(scale: float) -> None:
     row = row_of(TEXT)
     exact = targets_of(row, some_logits(row, scale)).distribution
     stored = truncated(exact, JOINT_CLASSES)
-    assert int(stored.counts[~row.loss_mask].sum()) == 0 and float(stored.tail.sum()) == 0
+    assert int(stored.counts[~row.is_real].sum()) == 0 and float(stored.tail.sum()) == 0
     found = restored(TREE, replace(row, stored=stored))
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-7)
-    assert float((found[row.loss_mask].sum(-1) - 1).abs().max()) < 1e-6
+    assert float((found[row.is_real].sum(-1) - 1).abs().max()) < 1e-6
 
 
 def test_what_is_left_out_goes_to_the_pairs_that_tokens_allow() -> None:
@@ -35,7 +35,7 @@ def test_what_is_left_out_goes_to_the_pairs_that_tokens_allow() -> None:
     stored = truncated(exact, 2)
     assert int(stored.counts.max()) == 2 and float(stored.tail[0]) > 0.1
     found = restored(TREE, replace(row, stored=stored))
-    assert float((found[row.loss_mask].sum(-1) - 1).abs().max()) < 1e-6
+    assert float((found[row.is_real].sum(-1) - 1).abs().max()) < 1e-6
     assert torch.equal(found > 0, exact > 0)  # no impossible pair, and no possible one without mass
     first, possible = brute_force(logits[0], b"").float(), found[0] > 0
     largest = first.topk(2).indices
