@@ -57,7 +57,7 @@ class ChunkPooling(str, Enum):
 class ByteSideConfig:
     """Byte embedding, encoder, router and decoder. Defaults are the paper's; widths in units of features."""
 
-    backbone_width: int = field(metadata={"help": "E: width of the teacher's hidden state"})
+    backbone_width: int = field(metadata={"help": "E: width of the teacher's hidden state; 0 takes the teacher's"})
     byte_width: int = field(default=1536, metadata={"help": "D: width of the byte encoder and decoder"})
     byte_ngram_tables: tuple[int, ...] = field(
         default=(),

@@ -233,7 +233,7 @@ def _summary(evaluation: Evaluation, stages: list[StageRow], samples: list[str],
 
 def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     """The closing table, the figures and the sample, for a person."""
-    header = ("stage", "what", "bytes seen", "time", "its own measure (held-out)", "bits per byte")
+    header = ("stage", "what", "bytes seen", "time", "its own last validation", "bits per byte")
     say("\n" + columns(header, summary["stages"], left=len(header), ruled=True) + "\n")
     if not summary["is_bound"]:
         say("official dechunk reads p, which knows the next byte: the student's figures below are no bounds\n")
