@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """How many bytes, and how much time, stage 2 needs with the teacher's exact targets instead of hard labels.
 
-    python benchmarks/data_efficiency.py             # three seeds: about an hour and a half on two cores
+    python benchmarks/data_efficiency.py             # three seeds: within an hour on two cores
+    python benchmarks/data_efficiency.py --long      # of twice the bytes, docs/results.md's: about an hour and a half
     python benchmarks/data_efficiency.py --short     # one seed, shorter runs: about five minutes
     python benchmarks/data_efficiency.py --quick     # under a minute: shows that it runs, its figures mean nothing
 
@@ -82,7 +83,7 @@ class Form:
     timed_updates: int
 
 
-FULL = Form(
+LONG = Form(
     stage1={"1a": 600, "1b": 50, "1c": 75},
     sizes={
         "hard": (1024, 2048, 4096),
@@ -95,6 +96,10 @@ FULL = Form(
     every=1,
     held_out_bytes=100_000,
     timed_updates=40,
+)
+FULL = replace(
+    LONG,
+    sizes={"hard": (512, 1024, 2048), "exact": (512, 1024), "mixed": (1024,), "cached": (1024,), "own": (512, 1024)},
 )
 SHORT = Form(
     stage1={"1a": 300, "1b": 25, "1c": 40},
@@ -452,15 +457,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     size = parser.add_mutually_exclusive_group()
+    size.add_argument("--long", action="store_true", help="of twice the bytes: about an hour and a half")
     size.add_argument("--short", action="store_true", help="one seed, shorter runs: about five minutes")
     size.add_argument("--quick", action="store_true", help="few updates: under a minute")
     parser.add_argument("--seeds", help="instead of the form's, as 1,2,3")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of one thread ({WORKERS})")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/data_efficiency"))
     arguments = parser.parse_args(argv)
-    name, form = "full", FULL
-    if arguments.short or arguments.quick:
-        name, form = ("short", SHORT) if arguments.short else ("quick", QUICK)
+    chosen = next((name for name in ("long", "short", "quick") if getattr(arguments, name)), "full")
+    name, form = chosen, {"full": FULL, "long": LONG, "short": SHORT, "quick": QUICK}[chosen]
     if arguments.seeds:
         form = replace(form, seeds=[int(seed) for seed in arguments.seeds.split(",")])
     root: Path = arguments.work_dir / name

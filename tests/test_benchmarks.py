@@ -82,7 +82,7 @@ def test_a_time_factor_weighs_both_stages_by_their_bytes() -> None:
 
 
 def test_an_arm_that_is_a_doubling_ahead_has_the_factor_two(tmp_path: Path) -> None:
-    form = data_efficiency.FULL
+    form = data_efficiency.LONG
     answers: dict[str, dict[str, Any]] = {
         data_efficiency.point_name(arm, size, seed): {
             "bits_per_byte": 4.0 - 0.1 * math.log2(size if arm == "hard" else 2 * size) + 0.001 * seed,
@@ -116,7 +116,7 @@ def test_an_arm_that_is_a_doubling_ahead_has_the_factor_two(tmp_path: Path) -> N
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("form", ["FULL", "SHORT", "QUICK"])
+@pytest.mark.parametrize("form", ["FULL", "LONG", "SHORT", "QUICK"])
 def test_stage_2_reads_the_bytes_that_a_form_says(form: str) -> None:
     for size in data_efficiency.sizes_of(data_efficiency.REFERENCE, getattr(data_efficiency, form)):
         flags = curriculum_runs.iteration_flags(data_efficiency.stage2_updates(size))
