@@ -119,11 +119,15 @@ class StageRunner:
         """Whether the student's backbone is the teacher's until the stage ends: one copy of the weights serves both."""
         if not stage.keeps_backbone(config, self.prepared.model_config.backbone):
             return False
-        checkpoint, what = (own.checkpoint, "") if own is not None else starting_point(self.prepared, stage.name)
+        checkpoint, what = self._weights_of(stage.name, own)
         if what == "teacher":
             return True
         kept = kept_backbone(checkpoint)
         return kept is not None and kept == self._teachers_backbone()
+
+    def _weights_of(self, name: str, own: StageProgress | None) -> tuple[Path, str]:
+        """(checkpoint, name of what it holds) with which the stage begins here: its own where it goes on."""
+        return (own.checkpoint, f"stage {name}") if own is not None else starting_point(self.prepared, name)
 
     def _teachers_backbone(self) -> KeptBackbone | None:
         """What a checkpoint of this run says whose backbone is the teacher's; None where nobody knows which that is."""
@@ -256,11 +260,8 @@ class StageRunner:
 
     def _limit_before(self, name: str, own: StageProgress | None) -> SameLimit | None:
         """What the stage this one builds on merged tokens with at its end, which it goes on with."""
-        if own is not None:
-            limit = chunk_limit(own.checkpoint)
-        else:
-            checkpoint, what = starting_point(self.prepared, name)
-            limit = None if what == "teacher" else chunk_limit(checkpoint)
+        checkpoint, what = self._weights_of(name, own)
+        limit = None if what == "teacher" else chunk_limit(checkpoint)
         if limit is None:
             return None
         self._say(f" stage {name} merges tokens as the stage before it did")
