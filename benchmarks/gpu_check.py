@@ -30,7 +30,6 @@ import torch  # noqa: E402
 from kernel_cases import CASES, UNTIMED, Case, MakeCase, Sizes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megabyte_distill import optional  # noqa: E402
 from megabyte_distill.config.training import KernelMode  # noqa: E402
 from megabyte_distill.kernels.selection import choose  # noqa: E402
 
@@ -240,14 +239,18 @@ def time_one(name: str, cases: Sequence[Case], rate: float, device: torch.device
 
 def time_step(device: torch.device, check: Check) -> dict[str, Any]:
     """Updates at a published model's shape, fused and reference (benchmarks/gpu_training.py)."""
-    output, code = run_limited([sys.executable, "benchmarks/gpu_training.py"], check.left())
+    return benchmark_of_its_own("gpu_training.py", check)
+
+
+def benchmark_of_its_own(name: str, check: Check) -> dict[str, Any]:
+    """What another benchmark printed, and found."""
+    output, code = run_limited([sys.executable, f"benchmarks/{name}"], check.left())
     lines = output.strip().splitlines() or [""]
     if code:
         print(f"exit code {code}", *lines[-40:], sep="\n  ", flush=True)
-        return {"exit_code": code}
+        return {name: {"exit_code": code}}
     print(*lines[:-1], sep="\n", flush=True)
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+    return {name: json.loads(lines[-1])}
 
 
 def check_curriculum(device: torch.device, check: Check) -> dict[str, Any]:
@@ -295,21 +298,9 @@ def speeds(output: str) -> dict[str, float]:
     return {stage: float(value) for stage, value in _SPEED.findall(output)}
 
 
-def check_fp8(device: torch.device, check: Check) -> dict[str, Any]:
-    """One FP8 product through Transformer Engine, where it is installed."""
-    if optional.usable("transformer_engine") is None:
-        print("transformer_engine is not usable here")
-        return {"transformer_engine": None}
-    te = optional.usable("transformer_engine.pytorch")
-    assert te is not None
-    layer = te.Linear(1024, 1024, bias=False, params_dtype=torch.bfloat16)
-    x = torch.randn(256, 1024, device=device, dtype=torch.bfloat16, requires_grad=True)
-    with te.fp8_autocast(enabled=True):
-        y = layer(x)
-    y.float().square().mean().backward()
-    error = norm(y.detach() - x.detach() @ layer.weight.detach().t()) / norm(y.detach())
-    print(f"FP8 product: relative error {error:.3f} against bf16")
-    return {"relative_error": error}
+def time_backbone(device: torch.device, check: Check) -> dict[str, Any]:
+    """Layers of a backbone by megatron-core, Transformer Engine and FP8 (benchmarks/backbone_speed.py)."""
+    return benchmark_of_its_own("backbone_speed.py", check)
 
 
 SECTIONS: dict[str, Callable[[torch.device, Check], dict[str, Any]]] = {
@@ -317,7 +308,7 @@ SECTIONS: dict[str, Callable[[torch.device, Check], dict[str, Any]]] = {
     "timing": time_ops,
     "step": time_step,
     "curriculum": check_curriculum,
-    "fp8": check_fp8,
+    "fp8": time_backbone,
 }
 """In this order: what must be right before what is nice to know."""
 

@@ -107,7 +107,7 @@ class Trial:
         byte_side = settings.model.byte_side_for(backbone.hidden_size)
         student = build_student(ModelConfig(backbone=backbone, byte_side=byte_side), overrides=overrides)
         student.to(device=here.device, dtype=dtype)
-        _draw(student.backbone)
+        draw(student.backbone)
         set_trainable(student, stage.trains(config, backbone))
         teacher = None
         if stage.teacher(config) is not TeacherNeed.NONE:
@@ -115,7 +115,7 @@ class Trial:
             shares_teacher = {one.name: one.shares_teacher for one in planned_stages(settings, backbone)}
             if not shares_teacher[name]:
                 teacher = Backbone(backbone, transformer_config(backbone, **overrides)).to(here.device, dtype)
-                _draw(teacher)
+                draw(teacher)
                 teacher.requires_grad_(False).eval()
         stream, table = text or (
             MockRowStream(backbone.vocab_size, row_bytes=config.seq_length, chunk_bucket=config.chunk_bucket, seed=1),
@@ -141,7 +141,8 @@ class Trial:
         self.updates += 1
 
 
-def _draw(module: torch.nn.Module) -> None:
+def draw(module: torch.nn.Module) -> None:
+    """Random matrices, ones for all that is a vector."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
 

@@ -32,8 +32,13 @@ def test_whatever_went_wrong_is_named(gpu_check: ModuleType) -> None:
     assert gpu_check.broken_in(ops) == ["F2"]
     assert gpu_check.broken_in(timing) == ["F3"]
     assert gpu_check.broken_in(training) == ["fused"]
-    assert gpu_check.broken_in({"transformer_engine": None}) == []
-    assert gpu_check.broken_in({"relative_error": 0.03}) == []
+    assert gpu_check.broken_in({"gpu_training.py": {"device": "a card", "2b_fused": {"seconds": 1.0}}}) == []
+
+
+def test_a_benchmark_of_its_own_is_named_where_it_fails(gpu_check: ModuleType) -> None:
+    check = gpu_check.Check(1.0, {})
+    found = gpu_check.benchmark_of_its_own("no_such_benchmark.py", check)
+    assert gpu_check.broken_in(found) == ["no_such_benchmark.py"]
 
 
 def test_a_command_that_takes_too_long_ends_with_all_it_started(gpu_check: ModuleType, tmp_path: Path) -> None:

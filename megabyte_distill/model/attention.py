@@ -34,6 +34,8 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     """The same, cumulated, on the device [S + 1] int32."""
     rotations: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
     """Of :class:`RotaryTable`."""
+    angles: tuple[Tensor, Tensor] | None = None
+    """In the place of rotations, of its ``angles``, for layers that turn by them."""
 
     @classmethod
     def of(cls, cu_seqlens: Tensor) -> PackedSegments:
@@ -82,8 +84,7 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
     ) -> Tensor:
         """[N, 1, heads, d], [N, 1, groups, d] twice → [N, 1, heads · d]; N packed positions, or K rows of a cache."""
         assert isinstance(packed_seq_params, (PackedSegments, CachedRows))
-        rotations = self.reach.choose(packed_seq_params.rotations)
-        query, key = (rotate(x[:, 0], rotations) for x in (query, key))
+        query, key = (self.rotated(x, packed_seq_params) for x in (query, key))
         if isinstance(packed_seq_params, PackedSegments):
             out = self.attend(query, key, value[:, 0], packed_seq_params)
         else:
@@ -101,6 +102,10 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
                 scale=self.softmax_scale,
             )
         return out[:, None]
+
+    def rotated(self, x: Tensor, carrier: PackedSegments | CachedRows) -> Tensor:
+        """Heads [N, 1, heads, d] at their positions → [N, heads, d]."""
+        return rotate(x[:, 0], self.reach.choose(carrier.rotations))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments) -> Tensor:
         """Rotated queries [N, heads, d], keys and values [N, groups, d] of packed segments → [N, heads · d]."""

@@ -117,6 +117,9 @@ class Backbone(MegatronModule):  # type: ignore[misc]
                 init_method=transformer.init_method, config=transformer,
             )  # fmt: skip
         parts = parts or _parts_of(transformer, config)
+        if parts.gate is not None:
+            # by the field, not by megatron's spec, whose module for it has no part in a checkpoint and breaks saving
+            transformer.use_te_activation_func, transformer.activation_func = True, parts.gate
         self.decoder = TransformerBlock(
             transformer, block_spec(transformer, config, parts, vp_stage),
             pre_process=pre_process, post_process=post_process, vp_stage=vp_stage,
@@ -137,6 +140,7 @@ class Backbone(MegatronModule):  # type: ignore[misc]
             self.embedding.weight.shared_embedding = True
             self.embedding.weight.shared = not pre_process
         self._rotary = RotaryTable(config)
+        self._turns_by_angles = parts.turns_by_angles and self._rotary.magnitude == 1.0
 
     @property
     def padded_vocab_size(self) -> int:
@@ -219,7 +223,11 @@ class Backbone(MegatronModule):  # type: ignore[misc]
                 f"the backbone got {size} vectors for segments of {sum(segments.lengths)}; pipeline stages must agree "
                 "on the boundaries"
             )
-        segments.rotations = self._rotary(packed_positions(cu_seqlens, size))
+        positions = packed_positions(cu_seqlens, size)
+        if self._turns_by_angles:
+            segments.angles = self._rotary.angles(positions)
+        else:
+            segments.rotations = self._rotary(positions)
         if self.pre_process:
             x = x.to(self.dtype)[:, None]
             if cuts:

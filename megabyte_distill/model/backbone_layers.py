@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec_for_backend
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -71,10 +72,11 @@ class FullRMSNorm(torch.nn.Module):
         self._eps, self._features, self._is_cut = eps, heads * head_dim, ranks > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._is_cut:  # torch has one kernel for it
+            normed: Tensor = F.rms_norm(x.flatten(-2), (self._features,), self.weight.flatten(), self._eps)
+            return normed.view_as(x)
         wide = x.float()
-        squares = wide.square().sum((-2, -1), keepdim=True)
-        if self._is_cut:
-            squares = total_over_ranks(squares)
+        squares = total_over_ranks(wide.square().sum((-2, -1), keepdim=True))
         normed = (wide * torch.rsqrt(squares / self._features + self._eps)).type_as(x)
         return normed * self.weight
 
@@ -155,6 +157,10 @@ class LayerParts:
     head_norm: Any
     """RMSNorm over each head."""
     core_attention: ModuleSpec
+    turns_by_angles: bool = False
+    """Whether the core attention takes its positions as angles (``PackedSegments.angles``)."""
+    gate: Callable[[Tensor], Tensor] | None = None
+    """The MLP's gate in one kernel, [.., 2 F] → [.., F]; None leaves it to megatron's MLP."""
 
     def column_parallel_linear(self) -> Any:
         return self.column

@@ -7,6 +7,7 @@ megatron-core puts stand-ins in their place.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,26 +16,42 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from megabyte_distill import optional
-from megabyte_distill.config.model import BackboneConfig
-from megabyte_distill.model.attention import PackedSegments, SegmentAttention
+from megabyte_distill.config.model import Activation, BackboneConfig
+from megabyte_distill.model.attention import CachedRows, PackedSegments, SegmentAttention
 from megabyte_distill.model.backbone_layers import LayerParts
 
 
 class EngineAttention(SegmentAttention):
-    """Rotates as the local layers do, at the same exact frequencies, and leaves the attention itself to ``core``.
+    """Rotates at the same exact angles as the local layers, in ``turn``, and leaves the attention itself to ``core``.
 
     ``core`` is built as megatron's TEDotProductAttention is, and called with rotated queries [N, heads, d], keys and
-    values [N, groups, d] in the format "thd". Steps with a cache stay ours.
+    values [N, groups, d] in the format "thd". ``turn`` is called as megatron's fused_apply_rotary_pos_emb is, each
+    position with its own angles. Steps with a cache stay ours.
     """
 
-    def __init__(self, config: Any, *arguments: Any, backbone: BackboneConfig, core: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *arguments: Any,
+        backbone: BackboneConfig,
+        core: Any,
+        turn: Callable[[Tensor, Tensor], Tensor],
+        **options: Any,
+    ) -> None:
         super().__init__(config, *arguments, backbone=backbone, **options)
+        self.turn = turn
         window = self.reach.window
         if window is not None:
             # megatron's wrapper reads the window from its configuration; positions before one's own, and behind it
             config = copy.copy(config)
             config.window_size, config.window_attn_skip_freq = (window - 1, 0), None
         self.core = core(config, *arguments, **options)
+
+    def rotated(self, x: Tensor, carrier: PackedSegments | CachedRows) -> Tensor:
+        """Heads [N, 1, heads, d] at their positions → [N, heads, d]."""
+        if not isinstance(carrier, PackedSegments) or carrier.angles is None:
+            return super().rotated(x, carrier)
+        return self.turn(x, self.reach.choose(carrier.angles)[:, None, None])[:, 0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments) -> Tensor:
         """Rotated queries [N, heads, d], keys and values [N, groups, d] of packed segments → [N, heads · d]."""
@@ -70,9 +87,24 @@ def engine_parts(backbone: BackboneConfig) -> LayerParts:
         norm=engine.TENorm,
         head_norm=engine.TENorm,
         core_attention=ModuleSpec(
-            module=EngineAttention, params={"backbone": backbone, "core": engine.TEDotProductAttention}
+            module=EngineAttention,
+            params={
+                "backbone": backbone,
+                "core": engine.TEDotProductAttention,
+                "turn": engine.fused_apply_rotary_pos_emb,
+            },
         ),
+        turns_by_angles=True,
+        gate=_swiglu() if backbone.activation is Activation.SILU else None,
     )
+
+
+def _swiglu() -> Callable[[Tensor], Tensor]:
+    """silu(first half) · second half, as a function: it has no state."""
+    operations = optional.usable("transformer_engine.pytorch.ops")
+    assert operations is not None
+    swiglu = operations.SwiGLU()
+    return lambda x: swiglu(x)
 
 
 def requantize_weights(model: nn.Module) -> None:

@@ -106,6 +106,11 @@ class RotaryTable:
         self._magnitude = rotation_magnitude(config.rope_scaling, config.rope_scaling_kind)
 
     @property
+    def magnitude(self) -> float:
+        """Factor on the full layers' turns (YaRN's), else 1."""
+        return self._magnitude
+
+    @property
     def frequencies(self) -> tuple[Tensor, Tensor, float]:
         """(radians a position of full layers [head_dim / 2], of sliding layers, factor on the full layers' turns)."""
         return self._full, self._sliding, self._magnitude
@@ -115,10 +120,16 @@ class RotaryTable:
 
         Layers with a window turn at unscaled frequencies, of a base of their own where the configuration has one.
         """
+        full, sliding = self.angles(positions)
+        turned = turns(full, self._magnitude)
+        return turned, turns(sliding) if self._has_sliding else turned
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as angles [N, head_dim] fp32, without :attr:`magnitude`."""
         if self._full.device != positions.device:
             self._full, self._sliding = self._full.to(positions.device), self._sliding.to(positions.device)
-        full = turns(rotary_angles(positions, self._full), self._magnitude)
-        return full, turns(rotary_angles(positions, self._sliding)) if self._has_sliding else full
+        full = rotary_angles(positions, self._full)
+        return full, rotary_angles(positions, self._sliding) if self._has_sliding else full
 
 
 @dataclass(frozen=True, slots=True)

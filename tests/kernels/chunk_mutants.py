@@ -73,13 +73,23 @@ def cross_entropy_agrees(library: Library) -> None:
 
 def ngrams_agree(library: Library) -> None:
     """F1's n-gram tables; the byte table's gradient is another file's."""
-    byte_ids, indices = ngrams.reads(50, 6)
+    _ngrams_agree(*ngrams.reads(50, 6))
+
+
+def ngram_runs_agree(library: Library) -> None:
+    """A row's places end with a piece of the order."""
+    indices = torch.full((129, 1), 5)
+    indices[-1] = 9
+    _ngrams_agree(torch.zeros(129, dtype=torch.int64), indices)
+
+
+def _ngrams_agree(byte_ids: Tensor, indices: Tensor) -> None:
     table, ngram_table = ngrams.tables_of(40, torch.float32)
     assert_agrees(
         lambda own: ops.ngram_embedding(byte_ids, indices, table, own),
         lambda own: reference.ngram_embedding(byte_ids, indices, table.to(own.dtype), own),
         [ngram_table],
-        torch.randn(50, 40),
+        torch.randn(byte_ids.shape[0], 40),
     )
 
 
@@ -124,8 +134,14 @@ MUTANTS: dict[str, Mutant] = {
     "target distributions taken to sum to one": _mutant(
         "joint_cross_entropy.cu", "fmaf(on_soft, warp_sum(sum), on_hard)", "on_soft + on_hard", cross_entropy_agrees
     ),
-    "a piece added up for a row that has but its ends": _mutant(
-        "ngram_embedding.cu", "end_piece = end / kPiece;", "end_piece = (end + kPiece - 1) / kPiece;", ngrams_agree
+    "a run that goes on behind its piece stored as the whole": _mutant(
+        "ngram_embedding.cu", "if (current == before || current == behind)", "if (current == before)", ngrams_agree
+    ),
+    "the parts of a row from the wrong slots": _mutant(
+        "ngram_embedding.cu", "(at * 2 + (at == first))", "(at * 2 + (at != first))", ngrams_agree
+    ),
+    "a piece's last row stored without the places behind": _mutant(
+        "ngram_embedding.cu", "(ends - 1) / kPiece", "ends / kPiece", ngram_runs_agree
     ),
 }
 """What is wrong → the change."""

@@ -161,6 +161,13 @@ MUTANTS: dict[str, Mutant] = {
         file="dechunk_forward.h",
         old="      if (t + r >= end) break;",
         new="      if (t + r >= end - 1) break;",
+        check=dechunk_agrees(DechunkMode.CAUSAL),
+    ),
+    "the text's last byte left out": Mutant(
+        source=DECHUNK,
+        file="dechunk_forward.h",
+        old="    if (first + r >= bytes) break;",
+        new="    if (first + r >= bytes - 1) break;",
         check=dechunk_agrees(DechunkMode.HARD),
     ),
 }

@@ -16,7 +16,7 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megabyte_distill.config.model import BackboneConfig
+from megabyte_distill.config.model import Activation, BackboneConfig
 from megabyte_distill.model.backbone_layers import BackboneRMSNorm, HeadRMSNorm, LayerParts
 from megabyte_distill.model.engine_layers import EngineAttention
 from megabyte_distill.model.packed_attention import packed_attention
@@ -94,6 +94,19 @@ class ThdAttention(torch.nn.Module):
         return packed_attention(query, key, value, lengths, window, self.scale)
 
 
+def turn(x: Tensor, angles: Tensor) -> Tensor:
+    """As megatron's fused_apply_rotary_pos_emb: [N, 1, heads, d], angles [N, 1, 1, d] in fp32."""
+    assert x.dim() == 4 and angles.shape == (x.shape[0], 1, 1, x.shape[3]) and angles.dtype is torch.float32
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+
+
+def gate(x: Tensor) -> Tensor:
+    """As Transformer Engine's SwiGLU."""
+    first, second = x.chunk(2, dim=-1)
+    return F.silu(first) * second
+
+
 def twin_parts(backbone: BackboneConfig) -> LayerParts:
     """As ``engine_parts``."""
     return LayerParts(
@@ -102,5 +115,9 @@ def twin_parts(backbone: BackboneConfig) -> LayerParts:
         row=tensor_parallel.RowParallelLinear,
         norm=BackboneRMSNorm,
         head_norm=HeadRMSNorm,
-        core_attention=ModuleSpec(module=EngineAttention, params={"backbone": backbone, "core": ThdAttention}),
+        core_attention=ModuleSpec(
+            module=EngineAttention, params={"backbone": backbone, "core": ThdAttention, "turn": turn}
+        ),
+        turns_by_angles=True,
+        gate=gate if backbone.activation is Activation.SILU else None,
     )

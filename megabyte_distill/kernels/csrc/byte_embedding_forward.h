@@ -7,10 +7,6 @@ namespace {
 
 constexpr int kGatherRows = 2;  // of a block that gathers
 
-// Numbers a thread handles of a row of T: 16 bytes.
-template <class T>
-constexpr int kNumbers = 16 / int(sizeof(T));
-
 // out[t] = table[ids[t]] + added[t]; NaN for an id outside the table, so that it is seen.
 template <class T, class Out, bool ADDED>
 __global__ void __launch_bounds__(kFlatThreads)

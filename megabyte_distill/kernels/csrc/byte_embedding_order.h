@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   int* const next = shared_memory<int>();  // [warps, ids]: where the warp's next byte of an id goes
   int* const sums = next + kOrderWarps * kIds;
   int before = 0, all = 0;
-#pragma unroll 8
+#pragma unroll 16
   for (int block = 0; block < blocks; ++block) {
     const int count = __ldg(counts + block * kIds + threadIdx.x);
     all += count;

@@ -8,6 +8,10 @@ namespace {
 constexpr int kIds = 256;          // at most, in a table
 constexpr int kFlatThreads = 256;  // of blocks that need no sum over the width
 
+// Numbers a thread handles of a row of T: 16 bytes.
+template <class T>
+constexpr int kNumbers = 16 / int(sizeof(T));
+
 // Threads and tiles of a row of ``width`` numbers, N a thread.
 inline dim3 flat_grid(int64_t blocks, int64_t width, int numbers, int* threads) {
   *threads = int(min(int64_t(kFlatThreads), ceil_div<int64_t>(ceil_div<int64_t>(width, numbers), 32) * 32));
@@ -18,7 +22,6 @@ __device__ __forceinline__ int64_t flat_column() {
   return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * N;
 }
 __device__ __forceinline__ bool in_table(int64_t id, int64_t ids_in_table) { return id >= 0 && id < ids_in_table; }
-__device__ __forceinline__ float nan() { return __uint_as_float(0x7fc00000u); }
 
 // With an added state every row has its own norm; a block holds whole rows, so that one barrier serves several.
 template <int PASSES>

@@ -367,6 +367,8 @@ T atomicAdd(T* place, T value) {
 template <class T>
 T __ldg(const T* place) { return *place; }
 template <class T>
+T __ldcs(const T* place) { return *place; }
+template <class T>
 void __stcs(T* place, T value) { *place = value; }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(int bits) { return bits ? std::countr_zero(unsigned(bits)) + 1 : 0; }

@@ -7,7 +7,8 @@
 // that is large, a tile of it; sums over the width need no atomics. No state passes between blocks: a block begins with
 // the sum of the chunks in front, each times the product of the decays in between, as far back as that product matters (or
 // a segment begins); the backward pass does the same ahead.
-// Then it walks its bytes, a few rows at a time while the next few are on their way; chunks change in between.
+// Then it walks its bytes, a few rows at a time while the next few are on their way; chunks change in between. Forward in
+// hard mode there is nothing to carry: each byte's row is made alone.
 #include "dechunk_forward.h"
 #include "dechunk_backward.h"
 
@@ -39,7 +40,8 @@ int refuse(int64_t bytes, int64_t span, int64_t width, int64_t tile) {
 }  // namespace mbk
 
 // h [chunks, width], p [bytes] fp32, residual [bytes, width], null_group [width] or null; the layout as in struct Layout.
-// Out: z [bytes, width]; states [chunks, width] or null. span: bytes of a block, at most 512; tile: its part of the width.
+// Out: z [bytes, width]; states [chunks, width] or null. span: bytes of a block, at most 512 (not in
+// hard mode); tile: its part of the width.
 MBK_API int mbk_dechunk_forward(const void* h, const float* p, const void* residual, const void* null_group,
                                 const int64_t* ends, const int64_t* chunk_of_byte, const uint8_t* starts, void* z,
                                 void* states, int64_t chunks, int64_t bytes, int64_t width, int64_t span, int64_t tile,
@@ -50,11 +52,17 @@ MBK_API int mbk_dechunk_forward(const void* h, const float* p, const void* resid
   return for_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     return for_mode(mode, [&](auto which) {
+      constexpr int64_t kMode = decltype(which)::value;
       const Layout at{ends, chunk_of_byte, starts, p, chunks, bytes};
       const ForwardRows<T> rows{static_cast<const T*>(h), static_cast<const T*>(residual),
                                 static_cast<const T*>(null_group), static_cast<T*>(z), static_cast<T*>(states)};
-      return launch(dechunk_forward<T, decltype(which)::value>, grid_of(bytes, span, width, tile), dim3(unsigned(tile / kVec)),
-                    Run::bytes_of(span), stream, at, rows, width, int(span));
+      const dim3 threads(unsigned(tile / kVec));
+      if constexpr (kMode == kHard)
+        return launch(dechunk_hard_forward<T>, grid_of(bytes, kHardRows, width, tile), threads, 0, stream, chunk_of_byte, rows,
+                      bytes, width);
+      else
+        return launch(dechunk_forward<T, kMode>, grid_of(bytes, span, width, tile), threads, Run::bytes_of(span), stream, at,
+                      rows, width, int(span));
     });
   });
 }

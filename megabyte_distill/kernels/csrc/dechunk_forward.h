@@ -1,4 +1,5 @@
-// F4 forward: a block walks its bytes with the state of the chunk that they read.
+// F4 forward: a block walks its bytes with the state of the chunk that they read; in hard mode, where no state passes from
+// chunk to chunk, each byte reads its chunk's row.
 #pragma once
 #include "dechunk_layout.h"
 #include "dechunk_rows.h"
@@ -14,6 +15,32 @@ struct ForwardRows {
   T* z;                 // [P, width]
   T* states;            // [M, width] or null
 };
+
+// Bytes a thread of hard mode handles, whose loads are under way together.
+constexpr int kHardRows = 2;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    dechunk_hard_forward(const int64_t* __restrict__ chunk_of_byte, ForwardRows<T> rows, int64_t bytes, int64_t width) {
+  const int64_t first = int64_t(blockIdx.x) * kHardRows;
+  Row<T> h[kHardRows], residual[kHardRows];
+  int64_t chunk[kHardRows];
+#pragma unroll
+  for (int r = 0; r < kHardRows; ++r) {
+    chunk[r] = first + r < bytes ? __ldg(chunk_of_byte + first + r) : -1;
+    if (first + r < bytes) residual[r].load(rows.residual, first + r, width);
+    if (chunk[r] >= 0) h[r].load(rows.h, chunk[r], width);
+  }
+#pragma unroll
+  for (int r = 0; r < kHardRows; ++r) {
+    if (first + r >= bytes) break;
+    float z[kVec];
+    fill(z, chunk[r] < 0 ? nan() : 0.f);
+    if (chunk[r] >= 0) blend<T>(z, 0.f, 1.f, h[r]);
+    blend<T>(z, 1.f, 1.f, residual[r]);
+    store_row<T>(rows.z, first + r, width, z);
+  }
+}
 
 // The state in front of chunk `first`: the chunks before it, the nearest first, until too little is left of them in `first`.
 template <class T, int64_t MODE>
@@ -38,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) dechunk_forward(Layout at, ForwardRo
   const int count = int(own.end - own.first);
   float state[kVec];
   fill(state, 0.f);
-  if (MODE != kHard && count > 0) warm_up<T, MODE>(at, rows.h, own.first, width, state);
+  if (count > 0) warm_up<T, MODE>(at, rows.h, own.first, width, state);
   int t = blockIdx.x ? own.begins[0] : 0;  // the bytes in front of all chunks are the first block's
   const int end = own.begins[max(count, 0)];
   int i = -1, stop = t, next_begin = own.begins[0];
@@ -64,12 +91,12 @@ __global__ void __launch_bounds__(kThreads) dechunk_forward(Layout at, ForwardRo
         next_begin = own.begins[i + 1];
         if (MODE == kOfficial) stop = own.stops[i];
         if (next_begin < end) next_h.load(rows.h, own.first + i + 1, width);
-        blend<T>(state, MODE == kHard ? 0.f : own.decay[i], MODE == kHard ? 1.f : own.weight[i], h);
-        if (MODE != kHard && rows.states) store_row<T>(rows.states, own.first + i, width, state);
+        blend<T>(state, own.decay[i], own.weight[i], h);
+        if (rows.states) store_row<T>(rows.states, own.first + i, width, state);
       }
       float z[kVec];
       if (i < 0 || (MODE == kOfficial && t + r >= stop)) {
-        fill(z, rows.null_group ? 0.f : __uint_as_float(0x7fc00000u));
+        fill(z, rows.null_group ? 0.f : nan());
         if (rows.null_group) {
           Row<T> null;
           null.load(rows.null_group, 0, width);

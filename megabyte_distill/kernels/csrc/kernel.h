@@ -103,6 +103,7 @@ __device__ __forceinline__ unsigned bf16_pair(float low, float high) {
 #endif
 }
 
+__device__ __forceinline__ float nan() { return __uint_as_float(0x7fc00000u); }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) {
   return __uint_as_float(unsigned(*reinterpret_cast<const uint16_t*>(&x)) << 16);
@@ -136,6 +137,8 @@ template <>
 struct Packet<bf16> {
   uint4 bits;
   __device__ __forceinline__ void load(const bf16* from) { bits = __ldg(reinterpret_cast<const uint4*>(from)); }
+  // What nobody reads again.
+  __device__ __forceinline__ void load_streaming(const bf16* from) { bits = __ldcs(reinterpret_cast<const uint4*>(from)); }
   __device__ __forceinline__ void unpack(float (&to)[kVec]) const {
     to[0] = bf16_low(bits.x), to[1] = bf16_high(bits.x), to[2] = bf16_low(bits.y), to[3] = bf16_high(bits.y);
     to[4] = bf16_low(bits.z), to[5] = bf16_high(bits.z), to[6] = bf16_low(bits.w), to[7] = bf16_high(bits.w);
@@ -249,28 +252,30 @@ __device__ __forceinline__ void add_groups(float (&sum)[kVec]) {
 }
 
 constexpr int kSumGroups = 8;  // rows of threads that share the summing of one column
+constexpr int kRowGroups = 32;  // as many for few, long columns: each thread's loads are all under way together
 
 // to[column] = sum of the n rows of from [n, width], in a fixed order.
 template <class T>
-__global__ void __launch_bounds__(32 * kSumGroups)
+__global__ void __launch_bounds__(32 * kRowGroups)
     sum_rows_kernel(const float* __restrict__ from, T* __restrict__ to, int64_t n, int64_t width) {
   const int64_t column = (int64_t(blockIdx.x) * 32 + threadIdx.x) * kVec;
   float sum[kVec];
   fill(sum, 0.f);
   if (column < width)
-    for (int64_t row = threadIdx.y; row < n; row += kSumGroups) {
+#pragma unroll 8
+    for (int64_t row = threadIdx.y; row < n; row += kRowGroups) {
       float more[kVec];
       load(from + row * width + column, more);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[i] += more[i];
     }
-  add_groups<kSumGroups>(sum);
+  add_groups<kRowGroups>(sum);
   if (threadIdx.y == 0 && column < width) store(to + column, sum);
 }
 template <class T>
 int sum_rows(const float* from, T* to, int64_t n, int64_t width, void* stream) {
-  return launch(sum_rows_kernel<T>, dim3(unsigned(ceil_div<int64_t>(width, 32 * kVec))), dim3(32, kSumGroups),
-                sum_groups_bytes(kSumGroups), stream, from, to, n, width);
+  return launch(sum_rows_kernel<T>, dim3(unsigned(ceil_div<int64_t>(width, 32 * kVec))), dim3(32, kRowGroups),
+                sum_groups_bytes(kRowGroups), stream, from, to, n, width);
 }
 
 }  // namespace mbk

@@ -78,8 +78,9 @@ def refusal(
 FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf16, {VECTORS}")
 
 
-FORWARD_TILE, BACKWARD_TILE = 1024, 2048
-"""Columns of a block at most. The backward pass sums over the width, so it takes all of it where it can."""
+FORWARD_TILE, WHOLE_TILE = 1024, 2048
+"""Columns of a block at most. The backward pass sums over the width, so it takes all of it where it can, and hard mode's
+forward pass gains by few, large blocks."""
 
 
 _BLOCKS = 256
@@ -133,7 +134,7 @@ def _forward(
         residual.shape[0],
         width,
         _span(residual.shape[0], mode),
-        _tile(width, FORWARD_TILE),
+        _tile(width, WHOLE_TILE if mode == MODE_CODES[DechunkMode.HARD] else FORWARD_TILE),
         mode,
         dtype_code(h),
     )
@@ -174,7 +175,7 @@ def _backward(
     want_p, want_confidence, want_null = wants
     dh, d_p, d_confidence, d_null = _backward_shapes(h, p, wants)
     rows = p.shape[0]
-    span, tile = _span(rows, mode), _tile(width, BACKWARD_TILE)
+    span, tile = _span(rows, mode), _tile(width, WHOLE_TILE)
     blocks, tiles = max(1, -(-rows // span)), -(-width // tile)
     library_for(h).call(
         "dechunk_backward",

@@ -19,8 +19,8 @@ from megabyte_distill.kernels.fused.arguments import (
 )
 from megabyte_distill.kernels.library import library_for, prepared
 
-_PIECE = 64
-"""Places of the sorted order that are added up apart (kPiece)."""
+_PIECE = 128
+"""Places of the sorted order that are walked together (kPiece)."""
 
 
 def fused_ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> 
 
 @torch.library.custom_op("megabyte::ngram_embedding_backward", mutates_args=())
 def _backward(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
-    """Gradient of the n-gram table [N, D]."""
+    """Gradient of the n-gram table [N, D] from the stream's [P, D] in the table's dtype."""
     size, width = ngram_table.shape
     # a radix sort takes as many passes as a key has bytes
     values, order = indices.flatten().to(torch.int32).sort(stable=True)
@@ -85,13 +85,14 @@ def _backward(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
         "ngram_embedding_backward",
         prepared(d_stream),
         values,
-        order // indices.shape[1],
+        order,
         runs,
-        scratch(ngram_table, values.shape[0] // _PIECE, width),
+        scratch(ngram_table, -(-values.shape[0] // _PIECE), 2, width),
         d_ngram_table,
         width,
         values.shape[0],
         size,
+        indices.shape[1],
         dtype_code(ngram_table),
     )
     return d_ngram_table
@@ -109,14 +110,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, d_stream: Tensor) -> tuple[Tensor | None, ...]:
     byte_ids, indices, table, ngram_table = ctx.saved_tensors
     d_table = d_ngram_table = None
-    if ctx.needs_input_grad[2]:
-        no_scale = scratch(table, 0)
-        only_table = [True, False, False]
-        d_table, _, _ = torch.ops.megabyte.byte_embedding_backward(
-            d_stream, None, byte_ids, table, None, None, no_scale, only_table
+    of_table, of_ngrams = ctx.needs_input_grad[2:]
+    if of_table:
+        # the pass that reads the stream's gradient rounds it, too: every table's sum reads half as much
+        wants = [True, of_ngrams and table.dtype != d_stream.dtype, False]
+        d_table, rounded, _ = torch.ops.megabyte.byte_embedding_backward(
+            d_stream, None, byte_ids, table, None, None, scratch(table, 0), wants
         )
-    if ctx.needs_input_grad[3]:
-        d_ngram_table = torch.ops.megabyte.ngram_embedding_backward(d_stream, indices, ngram_table)
+        d_stream = rounded if wants[1] else d_stream
+    if of_ngrams:
+        d_ngram_table = torch.ops.megabyte.ngram_embedding_backward(
+            d_stream.to(ngram_table.dtype), indices, ngram_table
+        )
     return None, None, d_table, d_ngram_table
 
 
