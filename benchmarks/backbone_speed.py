@@ -3,10 +3,11 @@
 
     python benchmarks/backbone_speed.py [--preset olmo2-1b] [--layers 4] [--chunks 16384]
 
-Random weights, packed segments of at most 4,096 chunks, bf16. "trained" takes all gradients, as 1b, 2b and 3a do;
-"frozen" only that of the states, as 2a and the teacher's pass in 1b do. What megatron-core's own layers take over what
-the others take is the figure; ways that cannot run here are named with the reason. --quick: small, anywhere. The last
-line is one JSON object.
+Random weights, packed segments of 4,096 chunks on average, bf16. "trained" takes all gradients, as 1b, 2b and 3a do;
+"frozen" only that of the states, as 2a does. What the local layers (megatron-core's, with this package's rotation and
+attention, nothing fused across them) take over what the others take is the figure; ways that cannot run here are named
+with the reason. Times are between two events on the device, the wait for the segments' lengths included. --quick:
+small, anywhere. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from megabyte_distill.model.engine_layers import requantize_weights  # noqa: E40
 from megabyte_distill.parallel.process_groups import world  # noqa: E402
 from megabyte_distill.pretrain.engine_limits import device_problems  # noqa: E402
 
-LOCAL = "megatron-core, bf16"
+LOCAL = "local (megatron-core), bf16"
 
 
 def ways() -> dict[str, EngineConfig]:
@@ -54,8 +55,10 @@ def ways() -> dict[str, EngineConfig]:
     }
 
 
-def problems(engine: EngineConfig, device: torch.device) -> Iterator[str]:
-    """Why this machine cannot run it."""
+def problems(engine: EngineConfig, chunks: int, device: torch.device) -> Iterator[str]:
+    """Why it cannot run here."""
+    if chunks % engine.chunk_multiple:
+        yield f"takes multiples of {engine.chunk_multiple} chunks, got {chunks:,}"
     if engine.transformer_impl is TransformerImpl.LOCAL:
         return
     if device.type != "cuda":
@@ -78,14 +81,14 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return sorted(times)[1]
 
 
-def measure(config: BackboneConfig, engine: EngineConfig, chunks: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a forward and backward pass of [chunks, E], trained and frozen."""
-    torch.manual_seed(1)
+def measure(config: BackboneConfig, engine: EngineConfig, offsets: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of a forward and backward pass of the segments between ``offsets``, trained and frozen."""
+    device = offsets.device
     transformer = transformer_config(config, **engine.transformer_fields, perform_initialization=False)
     backbone = Backbone(config, transformer).to(device, torch.bfloat16)
     draw(backbone)
-    x = torch.randn(chunks, config.hidden_size, device=device, dtype=torch.bfloat16).requires_grad_()
-    upstream, offsets = torch.randn_like(x), segment_offsets(chunks, device)
+    x = torch.randn(int(offsets[-1]), config.hidden_size, device=device, dtype=torch.bfloat16).requires_grad_()
+    upstream = torch.randn_like(x)
 
     def both() -> None:
         requantize_weights(backbone)
@@ -116,15 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, object] = {"device": name, "chunks": chunks}
     print(f"{name}, {config.num_layers} layers of {'TINY' if asked.quick else asked.preset}, {chunks:,} chunks")
     print(f"{'':36}{'trained, ms':>14}{'x as fast':>11}{'frozen, ms':>14}{'x as fast':>11}")
+    torch.manual_seed(1)
+    offsets = segment_offsets(chunks, device)
     with world():
         base: dict[str, float] = {}
         for way, engine in ways().items():
-            why = next(problems(engine, device), None)
+            why = next(problems(engine, chunks, device), None)
             if why is not None:
                 print(f"{way:36}  {why}")
                 results[way] = why
                 continue
-            found = measure(config, engine, chunks, device)
+            found = measure(config, engine, offsets)
             base = base or found
             ratios = {kind: base[kind] / found[kind] for kind in found}
             print(f"{way:36}", *(f"{found[kind]:13.2f}{ratios[kind]:11.2f}" for kind in found), flush=True)

@@ -142,9 +142,10 @@ class Trial:
 
 
 def draw(module: torch.nn.Module) -> None:
-    """Random matrices, ones for all that is a vector."""
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+    """Random matrices, and ones for norms."""
+    for name, parameter in module.named_parameters():
+        is_norm = parameter.dim() == 1 or "norm" in name
+        torch.nn.init.ones_(parameter) if is_norm else torch.nn.init.normal_(parameter, std=0.02)
 
 
 def run_stage(

@@ -49,7 +49,7 @@ MakeCase = Callable[[Sizes, torch.dtype, torch.device], Case]
 
 
 def segment_offsets(rows: int, device: torch.device) -> Tensor:
-    """cu_seqlens [S+1] int32 of segments of at most SEGMENT_BYTES, ragged."""
+    """cu_seqlens [S+1] int32 of ragged segments, SEGMENT_BYTES on average, less than twice that at most."""
     edges = [0]
     while edges[-1] < rows:
         edges.append(min(rows, edges[-1] + int(torch.randint(1, 2 * SEGMENT_BYTES, ()))))

@@ -313,7 +313,10 @@ def opened(options: argparse.Namespace) -> Iterator[tuple[Student, Callable[[], 
     root, _ = split_stage(options.load)
     enough = 100 * options.longest * options.prompts
     with open_student(options.load) as student:
-        yield student.float(), (lambda: held_out_text(root, at_most=enough)) if is_run(root) else embedded_text
+        yield (
+            student.float(),
+            (lambda: held_out_text(root, at_most=enough, flag="--text")) if is_run(root) else embedded_text,
+        )
 
 
 def run(options: argparse.Namespace) -> None:

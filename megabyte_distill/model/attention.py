@@ -86,7 +86,7 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
         assert isinstance(packed_seq_params, (PackedSegments, CachedRows))
         query, key = (self.rotated(x, packed_seq_params) for x in (query, key))
         if isinstance(packed_seq_params, PackedSegments):
-            out = self.attend(query, key, value[:, 0], packed_seq_params)
+            out = self.attend(query, key, value.squeeze(1), packed_seq_params)
         else:
             # rows stand on the sequence axis
             cache, new = packed_seq_params.cache, packed_seq_params.new
@@ -105,7 +105,8 @@ class SegmentAttention(MegatronModule):  # type: ignore[misc]
 
     def rotated(self, x: Tensor, carrier: PackedSegments | CachedRows) -> Tensor:
         """Heads [N, 1, heads, d] at their positions → [N, heads, d]."""
-        return rotate(x[:, 0], self.reach.choose(carrier.rotations))
+        # a squeezed axis costs its gradient nothing, an index would fill a tensor
+        return rotate(x.squeeze(1), self.reach.choose(carrier.rotations))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments) -> Tensor:
         """Rotated queries [N, heads, d], keys and values [N, groups, d] of packed segments → [N, heads · d]."""

@@ -25,6 +25,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megabyte_distill.config.model import BackboneConfig, QkNorm
+from megabyte_distill.kernels.ops import accumulation_dtype
 from megabyte_distill.model.attention import SegmentAttention
 from megabyte_distill.model.normalization import TeacherRMSNorm, multiplier
 from megabyte_distill.model.parallel_linears import total_over_ranks
@@ -75,10 +76,9 @@ class FullRMSNorm(torch.nn.Module):
         if not self._is_cut:  # torch has one kernel for it
             normed: Tensor = F.rms_norm(x.flatten(-2), (self._features,), self.weight.flatten(), self._eps)
             return normed.view_as(x)
-        wide = x.float()
+        wide = x.to(accumulation_dtype(x.dtype))
         squares = total_over_ranks(wide.square().sum((-2, -1), keepdim=True))
-        normed = (wide * torch.rsqrt(squares / self._features + self._eps)).type_as(x)
-        return normed * self.weight
+        return (wide * torch.rsqrt(squares / self._features + self._eps) * self.weight).type_as(x)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None

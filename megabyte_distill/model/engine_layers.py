@@ -7,6 +7,7 @@ megatron-core puts stand-ins in their place.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ class EngineAttention(SegmentAttention):
         """Heads [N, 1, heads, d] at their positions → [N, heads, d]."""
         if not isinstance(carrier, PackedSegments) or carrier.angles is None:
             return super().rotated(x, carrier)
-        return self.turn(x, self.reach.choose(carrier.angles)[:, None, None])[:, 0]
+        return self.turn(x, self.reach.choose(carrier.angles)[:, None, None]).squeeze(1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: PackedSegments) -> Tensor:
         """Rotated queries [N, heads, d], keys and values [N, groups, d] of packed segments → [N, heads · d]."""
@@ -101,9 +102,7 @@ def engine_parts(backbone: BackboneConfig) -> LayerParts:
 
 def _swiglu() -> Callable[[Tensor], Tensor]:
     """silu(first half) · second half, as a function: it has no state."""
-    operations = optional.usable("transformer_engine.pytorch.ops")
-    assert operations is not None
-    swiglu = operations.SwiGLU()
+    swiglu = importlib.import_module("transformer_engine.pytorch.ops").SwiGLU()
     return lambda x: swiglu(x)
 
 

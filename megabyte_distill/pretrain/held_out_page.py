@@ -50,14 +50,17 @@ def held_out_page(root: Path, *, text_bytes: int, data_path: Sequence[str] = (),
     return HeldOutPage(texts=texts, source=page_source(progress.stage, progress.iteration, datasets[0].name))
 
 
-def held_out_text(root: Path, *, at_most: int) -> bytes:
-    """The first bytes of a run's held-out text, a line end behind each document. ValueError where there is none."""
+def held_out_text(root: Path, *, at_most: int, flag: str) -> bytes:
+    """The first bytes of a run's held-out text, a line end behind each document.
+
+    ValueError where there is none; ``flag`` is the caller's that names another text, for the message.
+    """
     settings = read_run_config(last_stage(root).checkpoint)
     if settings.data.mock_data:
         raise ValueError(f"{root} was trained on mock data, which is no text")
     table = TokenBytes.load(root / TOKENIZER_FOLDER / TOKEN_BYTES_FILE)
     text = bytearray()
-    for dataset in _held_out(root, settings, (), table.hash):
+    for dataset in _held_out(root, settings, (), table.hash, flag):
         for index in dataset.documents:
             if len(text) >= at_most:
                 break
@@ -75,7 +78,9 @@ def _with_router(root: Path) -> StageProgress | None:
     return found[-1] if found else None
 
 
-def _held_out(root: Path, settings: Settings, given: Sequence[str], tokenizer_hash: str) -> list[ByteTokenDataset]:
+def _held_out(
+    root: Path, settings: Settings, given: Sequence[str], tokenizer_hash: str, flag: str = "--data-path"
+) -> list[ByteTokenDataset]:
     data = settings.data
     if given:
         return open_blend(given, tokenizer_hash=tokenizer_hash).datasets
@@ -83,13 +88,13 @@ def _held_out(root: Path, settings: Settings, given: Sequence[str], tokenizer_ha
     stems = [_where_it_lies(root, settings, entry.stem) for entry in parse_blend(words)]
     missing = [stem for stem in stems if not StoredPaths(stem).manifest.exists()]
     if missing:
-        raise ValueError(f"the run's held-out data {missing[0]} is not there; --data-path says where it is")
+        raise ValueError(f"the run's held-out data {missing[0]} is not there; say with {flag} what to read")
     blend = open_blend(stems, tokenizer_hash=tokenizer_hash)
     if data.valid_data_path:
         return blend.datasets
     held_out = blend.part(Part.VALIDATION, data.split_shares).without_empty().datasets
     if not held_out:
-        raise ValueError("the run held out no document; --data-path names text to show")
+        raise ValueError(f"the run held out no document; {flag} names other text")
     return held_out
 
 

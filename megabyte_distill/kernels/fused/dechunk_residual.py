@@ -79,7 +79,7 @@ FUSED = FusedOp(run=fused_dechunk_residual, refusal=refusal, limits=f"fp32 or bf
 
 
 FORWARD_TILE, WHOLE_TILE = 1024, 2048
-"""Columns of a block at most. The backward pass sums over the width, so it takes all of it where it can, and hard mode's
+"""Columns of a block at most. The backward pass sums over the width, so it takes all of it where it can; hard mode's
 forward pass gains by few, large blocks."""
 
 

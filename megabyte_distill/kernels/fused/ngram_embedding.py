@@ -24,7 +24,9 @@ _PIECE = 128
 
 
 def fused_ngram_embedding(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> Tensor:
-    """``ops.ngram_embedding``; an id or an index outside its table gives a row of NaN."""
+    """``ops.ngram_embedding``; an id or an index outside its table gives a row of NaN, and no gradient is
+    defined with it.
+    """
     stream: Tensor = torch.ops.megabyte.ngram_embedding(byte_ids, indices, table, ngram_table)
     return stream
 
@@ -76,6 +78,7 @@ def _(byte_ids: Tensor, indices: Tensor, table: Tensor, ngram_table: Tensor) -> 
 @torch.library.custom_op("megabyte::ngram_embedding_backward", mutates_args=())
 def _backward(d_stream: Tensor, indices: Tensor, ngram_table: Tensor) -> Tensor:
     """Gradient of the n-gram table [N, D] from the stream's [P, D] in the table's dtype."""
+    assert d_stream.dtype == ngram_table.dtype, (d_stream.dtype, ngram_table.dtype)
     size, width = ngram_table.shape
     # a radix sort takes as many passes as a key has bytes
     values, order = indices.flatten().to(torch.int32).sort(stable=True)
