@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training waits for a save, at once and beside it, and how long its check takes.
 
-    python benchmarks/checkpoints.py [--megabytes 1024] [--folder DIR]
+    python benchmarks/checkpoints.py [--megabytes 1024] [--folder DIR] [--quick]
 
 Saves random weights of that size on one rank, with and without hashes, and prints one JSON object of seconds.
 """
@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--megabytes", type=int, default=1024, help="size of the weights (1024)")
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder if not given")
     parser.add_argument("--repeats", type=int, default=3, help="of which the fastest counts (3)")
+    parser.add_argument("--quick", action="store_true", help="32 MB, once: under a minute")
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.megabytes, arguments.repeats = 32, 1
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         print(json.dumps(measure(Path(folder), arguments.megabytes, arguments.repeats)))
     return 0

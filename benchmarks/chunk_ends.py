@@ -1,6 +1,6 @@
 """How hard merged chunk ends are to tell from the bytes around them: --target-bytes-per-chunk against counting bytes.
 
-    python benchmarks/chunk_ends.py [--bytes 600000] [--length 6]
+    python benchmarks/chunk_ends.py [--bytes 600000] [--length 6] [--quick]
 
 Bits a byte that the ends of the second half of the embedded text cost, told from the last four bytes and the next one
 by what followed them in the text so far. At the same mean length: the rule's ends, and "the first token end at or
@@ -90,10 +90,11 @@ def main() -> None:
     )
     parser.add_argument("--bytes", type=int, default=600_000, help="text, the second half of which is scored (600000)")
     parser.add_argument("--length", type=int, default=6, help="bytes that the other rule counts to (6)")
+    parser.add_argument("--quick", action="store_true", help="20,000 bytes, under a minute; the figures mean little")
     arguments = parser.parse_args()
-    figures = measure(arguments.bytes, arguments.length)
+    figures = measure(20_000 if arguments.quick else arguments.bytes, arguments.length)
     ratio = figures["rule_bits_per_byte"] / figures["counting_bits_per_byte"]
-    print(json.dumps({**figures, "ratio": ratio}, indent=1))
+    print(json.dumps({**figures, "ratio": ratio}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast an exported student generates: stock ``generate`` over the byte filter beside its own ``generate_bytes``.
 
-    python benchmarks/export_speed.py --hf-path OUT
+    python benchmarks/export_speed.py --hf-path OUT [--quick]
 
 Both greedy, from the same prompts, on one thread; prints one JSON object with bytes per second (all rows together,
 prompts not counted but read in the time) and their ratio.
@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="an exported student")
     parser.add_argument("--bytes", type=int, default=128, help="new bytes of each row (128)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the fastest counts (3)")
+    parser.add_argument("--quick", action="store_true", help="8 bytes, once: under a minute")
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.bytes, arguments.repeats = 8, 1
     print(json.dumps(measure(arguments.hf_path, arguments.bytes, arguments.repeats)))
     return 0
 

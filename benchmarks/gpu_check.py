@@ -1,6 +1,6 @@
 """Everything that needs a GPU in one go of a few minutes: are the fused kernels right and fast, does training run.
 
-    bash benchmarks/gpu_check.sh [--only ops,timing,step,curriculum,fp8] [--operators F1,F4] [--minutes 6]
+    bash benchmarks/gpu_check.sh [--only ops,timing,step,curriculum,fp8] [--operators F1,F4] [--minutes 6] [--quick]
 
 Prints as it goes; a section that fails or runs out of time does not stop the others. The last line is one JSON object.
 """
@@ -321,7 +321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas (all)")
     parser.add_argument("--minutes", type=float, default=6.0, help="time for everything together (6)")
     parser.add_argument("--operators", default="", help="F1,F4: only those whose names begin so (all)")
+    parser.add_argument("--quick", action="store_true", help="whether every operator is right, under a minute")
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.only = "ops"
     try:
         cases = cases_named(arguments.operators)
     except ValueError as error:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the kernels where that is not done, then checks and times everything that needs a GPU (about 6 minutes).
 #
-#   bash benchmarks/gpu_check.sh [--only ops,timing,step,curriculum,fp8] [--operators F1,F4] [--minutes 6]
+#   bash benchmarks/gpu_check.sh [--only ops,timing,step,curriculum,fp8] [--operators F1,F4] [--minutes 6] [--quick]
 #
 # On a machine without a network, packages that are missing there travel as wheels:
 #   pip download --no-deps --python-version 3.12 --only-binary=:all: -d wheels megatron-core orjson zstandard

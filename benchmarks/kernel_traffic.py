@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Bytes that each fused operator moves, forward and backward, against torch's operators, torch.compile and the floor.
 
-    python benchmarks/kernel_traffic.py [--only F2,F5] [--rows 2048] [--no-compile]
+    python benchmarks/kernel_traffic.py [--only F2,F5] [--rows 2048] [--no-compile] [--quick]
 
 Counted on a CPU, at bf16 and a few thousand bytes of text; no GPU is needed and nothing is estimated:
 
@@ -220,7 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--byte-width", type=int, default=1024, help="D (1024)")
     parser.add_argument("--backbone-width", type=int, default=2048, help="E (2048)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as well")
+    parser.add_argument("--quick", action="store_true", help="256 bytes, narrow, no torch.compile: under a minute")
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.rows, arguments.byte_width, arguments.backbone_width, arguments.compile = 256, 256, 512, False
     sizes = Sizes(rows=arguments.rows, byte_width=arguments.byte_width, backbone_width=arguments.backbone_width)
     wanted = tuple(arguments.only.split(","))
     results: dict[str, dict[str, float]] = {}

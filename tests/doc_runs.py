@@ -51,12 +51,6 @@ LONG = re.compile(
     r"python (benchmarks/|tools/train_teacher)"
 )
 """What takes more than seconds: several ranks, the embedded text, benchmarks."""
-BENCHMARKS: dict[str, Sequence[str]] = {
-    "checkpoints": ("--megabytes", "2", "--repeats", "1"),
-    "chunk_ends": ("--bytes", "20000"),
-    "export_speed": ("--bytes", "8", "--repeats", "1"),
-}
-"""Flags of those that have no --quick."""
 READERS = {
     "STEM": "data/corpus_text_document", "DATA": "data/corpus_text_document", "TEACHER": "DIR",
     "/data/corpus_text_document": "data/corpus_text_document", "/runs/teacher": "CKPT",
@@ -185,7 +179,7 @@ class Place:
         elif program == "train_teacher":
             words += ["--train-iters", "1"]
         elif (ROOT / "benchmarks" / f"{program}.py").exists():
-            words += BENCHMARKS.get(program, ["--quick"])
+            words += ["--quick"]
         return words
 
     def _train(self, words: Sequence[str]) -> None:

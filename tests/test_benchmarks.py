@@ -306,3 +306,8 @@ def test_figures_of_stage_1_are_ratios_of_sums() -> None:
     assert found["alignment_mse_relative"] == 0.25 and found["boundary_f1"] == 0.5
     assert found["boundary_precision"] == pytest.approx(2 / 3) and found["boundary_recall"] == 0.4
     assert "boundary_f1" not in run_figures.stage1_figures(sums, variance=2.0)
+
+
+@pytest.mark.parametrize("path", [path for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()], ids=str)
+def test_each_has_a_quick_form(path: Path) -> None:
+    assert '"--quick"' in path.read_text(encoding="utf-8")
