@@ -25,6 +25,13 @@ def dry_run(settings: Settings, world_size: int, hf_teacher: Path | None = None)
     for name, config in settings.stages.items():
         say(
             f"stage {name}: {config.train_iters:,} updates of {config.bytes_per_update:,} bytes = "
-            f"{config.train_iters * config.bytes_per_update / 1e9:,.2f} billion bytes"
+            f"{_in_words(config.train_iters * config.bytes_per_update)} bytes"
         )
     say("dry run: nothing was read, trained or written")
+
+
+def _in_words(count: int) -> str:
+    for name, size in (("billion", 10**9), ("million", 10**6)):
+        if count >= size:
+            return f"{count / size:,.2f} {name}"
+    return f"{count:,}"

@@ -48,7 +48,8 @@ def test_the_embedded_teacher_is_taken_where_nobody_names_one(
 ) -> None:
     flags = ["--stages", "1a", "--dry-run"]
     assert main(flags, example_folder=ROOT / "examples" / "tiny", example_run=tmp_path / "run") == 0
-    assert "0.0052 B" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "0.0052 B" in text and "1,500 updates of 2,048 bytes = 3.07 million bytes" in text
     assert not (tmp_path / "run").exists()
 
 
