@@ -171,6 +171,7 @@ def evaluate_run(
     paths: int = 4,
     path_bytes: int = 20_000,
     merge_limit: float | None = None,
+    show: Show = silent,
 ) -> Evaluation:
     """All figures on the given rows of one data set (``held_out.held_out_rows``), without intervals.
 
@@ -191,6 +192,7 @@ def evaluate_run(
         stage1_student=stage1_student,
         aligned_student=aligned_student,
         unigram=unigram,
+        show=show,
     )
     return found.total
 

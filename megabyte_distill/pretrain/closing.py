@@ -16,6 +16,7 @@ from megabyte_distill.config import STAGE_ORDER, Settings
 from megabyte_distill.config.stage import TRAINS_DECODER
 from megabyte_distill.curriculum.stages import STAGES
 from megabyte_distill.data.chunk_merging import merge_row
+from megabyte_distill.data.progress import shown, silent
 from megabyte_distill.evaluation.anchors import token_counts, unigram_nll
 from megabyte_distill.evaluation.bits_per_byte import Evaluation, evaluate_run
 from megabyte_distill.evaluation.boundary_picture import plot_boundaries
@@ -160,6 +161,7 @@ def _measure(
         unigram=unigram_nll(token_counts(training), prepared.token_bytes),
         paths=settings.run.summary_paths,
         merge_limit=limit,
+        show=shown if world.is_main else silent,
     )
     stages = _stage_rows(root, speaks=world.is_main)
     marked, samples = mark_sentence(loaded.student, merge_row(rows[0], limit)), _samples(loaded.student)
