@@ -88,7 +88,7 @@ def _held_out(
     stems = [_where_it_lies(root, settings, entry.stem) for entry in parse_blend(words)]
     missing = [stem for stem in stems if not StoredPaths(stem).manifest.exists()]
     if missing:
-        raise ValueError(f"the run's held-out data {missing[0]} is not there; say with {flag} what to read")
+        raise ValueError(f"the run's held-out data {missing[0]} is not there; {flag} says where it is")
     blend = open_blend(stems, tokenizer_hash=tokenizer_hash)
     if data.valid_data_path:
         return blend.datasets
