@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import signal
 import sys
 import threading
@@ -209,8 +210,7 @@ def _parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """(what the flags say, defaults in place of what they must not; what is wrong with them)."""
     arguments, unknown = parser.parse_known_args(argv)
-    nobodys = unknown and not takes_others
-    problems = [f"{' '.join(unknown)}: no flag, and no flag takes it; --help lists them"] if nobodys else []
+    problems = [] if takes_others else [_nobodys(words, _flags_of(parser)) for words in _by_flag(unknown)]
     problems += [f"{flag}: missing, and required; --help says what it is" for flag in arguments.missing]
     del arguments.missing
     for name, value in list(vars(arguments).items()):
@@ -222,6 +222,29 @@ def _parse(
     arguments.typed = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
     arguments.others = unknown
     return arguments, problems
+
+
+def _by_flag(words: Sequence[str]) -> list[list[str]]:
+    """A list for each flag with the words behind it; words in front of all flags are a list of their own."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
+
+
+def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Of a parser and its commands."""
+    commands = [action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    return own + [flag for parsers in commands for one in parsers for flag in _flags_of(one)]
+
+
+def _nobodys(words: Sequence[str], flags: Sequence[str]) -> str:
+    close = difflib.get_close_matches(words[0].split("=")[0], flags, n=1, cutoff=0.75)
+    hint = f"did you mean {close[0]}?" if close else "--help lists them"
+    return f"{' '.join(words)}: no flag, and no flag takes it; {hint}"
 
 
 def _shown(action: argparse.Action) -> str:

@@ -116,6 +116,7 @@ def refused(words: list[str], places: dict[str, str], capsys: pytest.CaptureFixt
         ),
         ([*GENERATE, "--frob", "3"], "--frob 3: no flag, and no flag takes it; --help lists them"),
         ([*GENERATE, "--temp", "0"], "--temp 0: no flag, and no flag takes it; --help lists them"),
+        ([*GENERATE, "--stopp", "."], "--stopp .: no flag, and no flag takes it; did you mean --stop?"),
         (GENERATE[:3], "--prompt or --prompt-file or --interactive: missing, and required; --help says what it is"),
         (["plot_run"], "RUN: missing, and required"),
         (["convert_checkpoint"], "{{import,export,compare,roundtrip}}: missing, and required"),
