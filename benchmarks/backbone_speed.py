@@ -15,9 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 warnings.simplefilter("ignore")
 
-from benchmarks.gpu_check import median_time  # noqa: E402 - after the path is set
+from benchmarks.gpu_check import milliseconds  # noqa: E402 - after the path is set
 from benchmarks.gpu_training import TINY, draw  # noqa: E402
 from benchmarks.kernel_cases import segment_offsets  # noqa: E402
 from megabyte_distill import optional  # noqa: E402
@@ -67,18 +66,6 @@ def problems(engine: EngineConfig, chunks: int, device: torch.device) -> Iterato
         yield f"transformer_engine {why}"
     elif engine.fp8_format is not None:
         yield from device_problems(engine.fp8_recipe, torch.cuda.get_device_capability(device))
-
-
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median of the device's time."""
-    if device.type == "cuda":
-        return median_time(lambda _: run()).device
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - started))
-    return sorted(times)[1]
 
 
 def measure(config: BackboneConfig, engine: EngineConfig, offsets: torch.Tensor) -> dict[str, float]:

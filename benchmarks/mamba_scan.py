@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 import torch  # noqa: E402 - after the path is set
 from torch import Tensor  # noqa: E402
 
-from benchmarks.gpu_check import median_time  # noqa: E402
+from benchmarks.gpu_check import milliseconds  # noqa: E402
 from benchmarks.kernel_cases import segment_offsets  # noqa: E402
 from megabyte_distill.kernels.fused import mamba_scan  # noqa: E402
 from megabyte_distill.kernels.segments import Segments  # noqa: E402
@@ -40,16 +39,10 @@ def measure(run: Callable[[], object], device: torch.device) -> dict[str, float]
     """Milliseconds (the median) and, on a GPU, GiB beyond what was there."""
     run()
     if device.type != "cuda":
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - started))
-        return {"ms": sorted(times)[1]}
+        return {"ms": milliseconds(run, device)}
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    milliseconds = median_time(lambda _: run()).device
-    return {"ms": milliseconds, "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
+    return {"ms": milliseconds(run, device), "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -140,7 +140,7 @@ class Backbone(MegatronModule):  # type: ignore[misc]
             self.embedding.weight.shared_embedding = True
             self.embedding.weight.shared = not pre_process
         self._rotary = RotaryTable(config)
-        self._turns_by_angles = parts.turns_by_angles and self._rotary.magnitude == 1.0
+        self._turns_by_angles = parts.turns_by_angles and self._rotary.frequencies[2] == 1.0  # YaRN has a factor
 
     @property
     def padded_vocab_size(self) -> int:

@@ -106,11 +106,6 @@ class RotaryTable:
         self._magnitude = rotation_magnitude(config.rope_scaling, config.rope_scaling_kind)
 
     @property
-    def magnitude(self) -> float:
-        """Factor on the full layers' turns (YaRN's), else 1."""
-        return self._magnitude
-
-    @property
     def frequencies(self) -> tuple[Tensor, Tensor, float]:
         """(radians a position of full layers [head_dim / 2], of sliding layers, factor on the full layers' turns)."""
         return self._full, self._sliding, self._magnitude
@@ -125,7 +120,7 @@ class RotaryTable:
         return turned, turns(sliding) if self._has_sliding else turned
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The same as angles [N, head_dim] fp32, without :attr:`magnitude`."""
+        """The same as angles [N, head_dim] fp32, without the factor on the full layers' turns."""
         if self._full.device != positions.device:
             self._full, self._sliding = self._full.to(positions.device), self._sliding.to(positions.device)
         full = rotary_angles(positions, self._full)
