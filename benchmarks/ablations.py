@@ -16,8 +16,9 @@ own forward    its own bits as input, its own dechunk, gold bits as label, as th
                below what stepping gives: the leak
 
 Each arm is compared with the one that differs from it in one thing: most with the base; of those on hard labels the
-ones under the router's bits with gold bits and the same dechunk, other dechunks under gold bits with the hard one; the
-one without 1b with the base whose 2a takes the teacher's own targets, as it must.
+ones under the router's bits with gold bits and the same dechunk, other dechunks under gold bits with the hard one, and
+other learning rates with the preset's; the one without 1b with the base whose 2a takes the teacher's own targets, as it
+must.
 A difference of two runs counts where it is above twice its own spread, the square root of two times that over seeds,
 which is data_efficiency.py's.
 """
@@ -92,6 +93,35 @@ def _leaks() -> list[Arm]:
     ]
 
 
+def _targets() -> list[Arm]:
+    group = "targets"
+    mixtures = [
+        Arm(
+            group=group,
+            name=f"{alpha} of exact",
+            flags=("--byte-targets", "mixed", "--kd-loss-alpha", alpha),
+            from_stage1=True,
+        )
+        for alpha in ("0.25", "0.5", "0.75")
+    ]
+    temperatures = [
+        Arm(group=group, name=f"temperature {value}", flags=("--kd-temperature", value), from_stage1=True)
+        for value in ("0.7", "1.5", "2", "4")
+    ]
+    rates = [
+        Arm(
+            group=group,
+            name=f"{name}, 2a at {rate}",
+            flags=(*flags, "--2a.lr", rate),
+            from_stage1=True,
+            against=against,
+        )
+        for name, flags, against in (("exact", (), BASE), ("hard", ("--byte-targets", "hard"), HARD_LABELS))
+        for rate in ("2.5e-3", "1e-2")
+    ]
+    return [*mixtures, *temperatures, *rates]
+
+
 ARMS: Sequence[Arm] = (
     Arm(group="stages", name=BASE, from_stage1=True),
     Arm(group="stages", name="without 1a", without="1a"),
@@ -110,6 +140,7 @@ ARMS: Sequence[Arm] = (
     Arm(group="document masks", name="no document mask", flags=("--no-document-mask",)),
     Arm(group="alignment layers", name="2 layers", flags=("--align-layers", "2")),
     Arm(group="alignment layers", name="4 layers", flags=("--align-layers", "4")),
+    *_targets(),
     *_leaks(),
     Arm(
         group="backbone in 2b",

@@ -147,6 +147,8 @@ def choices(arm: ablations.Arm) -> dict[str, str]:
             found[flag] = word
     if FROZEN in found:  # what is frozen has no rate of its own: one choice
         found.pop("--2b.backbone-lr")
+    if found.get("--byte-targets") == "mixed":  # no other targets have a share
+        found["--byte-targets"] += found.pop("--kd-loss-alpha")
     return found
 
 

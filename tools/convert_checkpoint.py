@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from megabyte_distill.config import ranges
 from megabyte_distill.conversion.hf_config import HfConfig
+from megabyte_distill.conversion.model_config import MODEL_CONFIG_FILE
+from megabyte_distill.conversion.new_folder import EXPORT_MARKER, check_replaceable
 from megabyte_distill.data.progress import shown
 from megabyte_distill.run_folder import require_run, split_stage
 from megabyte_distill.tool import (
@@ -125,10 +127,20 @@ def check(arguments: argparse.Namespace) -> Iterable[str]:
         yield from problems_of("--megatron-path", lambda: folder_to_read(stored))
     elif stored is not None and command == "export":
         yield from problems_of("--megatron-path", lambda: require_run(split_stage(stored)[0]))
+    if command == "import":
+        yield from _not_replaceable(arguments, "--megatron-path", stored, MODEL_CONFIG_FILE)
+    elif command == "export":
+        yield from _not_replaceable(arguments, "--hf-path", arguments.hf_path, EXPORT_MARKER)
     if command == "export" and arguments.teacher:
         for flag, value in (("--paths", arguments.paths), ("--boundary-threshold", arguments.boundary_threshold)):
             if value is not None:
                 yield f"{flag}: belongs to a student's byte model; leave it out, or leave --teacher out"
+
+
+def _not_replaceable(arguments: argparse.Namespace, flag: str, output: Path | None, marker: str) -> list[str]:
+    if output is None:
+        return []
+    return problems_of(flag, lambda: check_replaceable(output, overwrite=arguments.overwrite, marker=marker))
 
 
 def run(arguments: argparse.Namespace) -> None:

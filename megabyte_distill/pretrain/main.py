@@ -75,7 +75,7 @@ def main(argv: Sequence[str], *, example_folder: Path | None = None, example_run
         report_failure("another rank has ended; what stopped it is in its own message", rank=rank)
         return exit_codes.FAILURE
     except KeyboardInterrupt:
-        report_failure("interrupted; the same command goes on from the last checkpoint", rank=rank, everywhere=True)
+        report_failure("interrupted; the same command goes on from what was saved", rank=rank, everywhere=True)
         return exit_codes.INTERRUPTED
 
 

@@ -44,6 +44,9 @@ def test_an_existing_output_needs_overwrite(llama: Path, tmp_path: Path, capsys:
     assert main(command) == 0
     assert main(command) == 2
     assert "give --overwrite" in capsys.readouterr().err
+    assert main(["import", "--hf-model", str(tmp_path / "no"), *command[3:]]) == 2
+    error = capsys.readouterr().err  # told before the model is touched, with the other mistakes
+    assert "--hf-model: " in error and "--megatron-path: " in error and "give --overwrite" in error
     assert main([*command, "--overwrite", "--torch-dtype", "bfloat16"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
