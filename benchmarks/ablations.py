@@ -17,10 +17,11 @@ own forward    its own bits as input, its own dechunk, gold bits as label, as th
 
 Each arm is compared with the one that differs from it in one thing: most with the base; of those on hard labels the
 ones under the router's bits with gold bits and the same dechunk, other dechunks under gold bits with the hard one, and
-other learning rates with the preset's; the one without 1b with the base whose 2a takes the teacher's own targets, as it
-must.
-A difference of two runs counts where it is above twice its own spread, the square root of two times that over seeds,
-which is data_efficiency.py's.
+other learning rates with the preset's; the ones without 1a and 1b with the base whose 2a takes the teacher's own
+targets, as they do.
+A difference counts where it is above twice its spread over seeds, which is data_efficiency.py's at the size nearest to
+the bytes of stage 2 here: that of differences between arms of one stage 1 where both start from it, else the square
+root of two times that of one arm.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,10 @@ from benchmarks.curriculum_runs import (
     joint_bits,
     run_jobs,
 )
+from benchmarks.curves import PAIRED_SPREAD, SPREAD
 
 STAGE_1 = ("1a", "1b", "1c")
+STAGE_1_JOB = "stage1"
 UPDATES = {"1a": 450, "1b": 40, "1c": 75, "2a": 500, "2b": 60}
 """Of the base."""
 QUICK_UPDATES = {"1a": 2, "1b": 2, "1c": 2, "2a": 2, "2b": 2}
@@ -124,7 +127,13 @@ def _targets() -> list[Arm]:
 
 ARMS: Sequence[Arm] = (
     Arm(group="stages", name=BASE, from_stage1=True),
-    Arm(group="stages", name="without 1a", without="1a"),
+    Arm(
+        group="stages",
+        name="without 1a",
+        without="1a",
+        flags=("--2a.exact-targets-from", "teacher"),  # its own would be those of 1b's few updates
+        against=TEACHERS,
+    ),
     Arm(group="stages", name=TEACHERS, flags=("--2a.exact-targets-from", "teacher"), from_stage1=True),
     Arm(group="stages", name="hard labels in 2b", flags=("--2b.byte-targets", "hard"), from_stage1=True),
     Arm(
@@ -176,9 +185,9 @@ def train_and_read(run: Run, shared: Shared, arm: Arm, held_out_bytes: int) -> d
 
 
 def job_of(arm: Arm, updates: Mapping[str, int], root: Path, shared: Shared, held_out_bytes: int) -> Job:
-    """The arm's job; the common stage 1 must be there for one that starts from it."""
+    """The arm's job."""
     name = f"{arm.group}-{arm.name}".replace(" ", "-").replace(",", "")
-    load = root / "stage1" if arm.from_stage1 else shared.teacher
+    load = root / STAGE_1_JOB if arm.from_stage1 else shared.teacher
     chosen = updates_of(arm, updates)
     measured = ("--summary-bytes", str(held_out_bytes), "--summary-paths", "0")
     run = Run(folder=root / name, load=load, seed=1, flags=(*iteration_flags(chosen), *arm.flags, *measured))
@@ -187,18 +196,42 @@ def job_of(arm: Arm, updates: Mapping[str, int], root: Path, shared: Shared, hel
         work=partial(train_and_read, run, shared, arm, held_out_bytes),
         identity={"updates": updates, "flags": run.flags},
         cost=len(chosen),
+        after=(STAGE_1_JOB,) if arm.from_stage1 else (),
     )
 
 
 def stage1_job(updates: Mapping[str, int], root: Path, shared: Shared) -> Job:
     """What the base and others start stage 2 from."""
     flags = tuple(iteration_flags({stage: updates[stage] for stage in STAGE_1}))
-    run = Run(folder=root / "stage1", load=shared.teacher, seed=1, flags=flags)
-    return Job(name="stage1", work=partial(run.train, shared), identity={"flags": flags}, cost=len(STAGE_1))
+    run = Run(folder=root / STAGE_1_JOB, load=shared.teacher, seed=1, flags=flags)
+    # before all others, of which many wait for it
+    return Job(name=STAGE_1_JOB, work=partial(run.train, shared), identity={"flags": flags}, cost=math.inf)
 
 
-def table(found: Mapping[str, Mapping[str, Any]], spread: float | None) -> str:
-    """Markdown for docs/results.md, a line an arm of which there are figures."""
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Above what a difference counts, bits per byte."""
+
+    of_one_stage1: float
+    of_two: float
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any], size: int) -> Bounds:
+        """From what data_efficiency.py found at the size of stage 2 that is nearest to ``size`` bytes."""
+
+        def nearest(spreads: Mapping[str, float]) -> float:
+            return spreads[min(spreads, key=lambda other: abs(math.log(int(other) / size)))]
+
+        return cls(2 * nearest(result[PAIRED_SPREAD]), 2 * math.sqrt(2) * nearest(result[SPREAD]))
+
+    def between(self, arm: Arm, other: Arm) -> float:
+        """For two arms."""
+        return self.of_one_stage1 if arm.from_stage1 and other.from_stage1 else self.of_two
+
+
+def table(found: Mapping[str, Mapping[str, Any]], bounds: Bounds | None) -> str:
+    """Markdown for docs/results.md, a line an arm of which there are figures; differences that count are bold."""
+    named = {arm.name: arm for arm in ARMS}
     lines = [
         "| arm | flags | step path | worse by | than | router's bits | own forward | boundary F1 |",
         "|---|---|---|---|---|---|---|---|",
@@ -209,10 +242,16 @@ def table(found: Mapping[str, Mapping[str, Any]], spread: float | None) -> str:
             continue
         flags = f"`{' '.join(arm.flags)}`" if arm.flags else ""
         other = found.get(arm.against) if arm.against != arm.name else None
-        worse = ["", ""] if other is None else [f"{own['step_path'] - other['step_path']:+.4f}", arm.against]
+        worse = ["", ""]
+        if other is not None:
+            difference = own["step_path"] - other["step_path"]
+            counts = bounds is not None and abs(difference) > bounds.between(arm, named[arm.against])
+            worse = [f"**{difference:+.4f}**" if counts else f"{difference:+.4f}", arm.against]
         step_path, *others = (f"{own[name]:.4f}" for name in ("step_path", "router_bits", "own_forward", "boundary_f1"))
         lines.append(f"| {' | '.join([f'{arm.group}: {arm.name}', flags, step_path, *worse, *others])} |")
-    note = "not known, run data_efficiency.py" if spread is None else f"{2 * math.sqrt(2) * spread:.4f}"
+    note = "not known, run data_efficiency.py"
+    if bounds is not None:
+        note = f"{bounds.of_one_stage1:.4f} between arms of the common stage 1, {bounds.of_two:.4f} between others"
     return "\n".join([*lines, "", f"A difference counts above twice its spread over seeds: {note}."])
 
 
@@ -221,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="two short updates a stage")
+    parser.add_argument("--quick", action="store_true", help="two short updates a stage, an arm a group")
     parser.add_argument(
         "--only", metavar="WORD", help="arms whose group or name holds it, and what they are compared with"
     )
@@ -235,19 +274,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared.prepare()
     word = arguments.only or ""
     chosen = [arm for arm in ARMS if word in f"{arm.group}: {arm.name}"]
+    if arguments.quick:
+        chosen = list({arm.group: arm for arm in reversed(chosen)}.values())
     arms = [arm for arm in ARMS if arm in chosen or arm.name in {other.against for other in chosen}]
-    answers: dict[str, dict[str, Any]] = {}
-    stage1 = [stage1_job(updates, root, shared)]
-    for start in (False, True):
-        jobs = {a.name: job_of(a, updates, root, shared, held_out_bytes) for a in arms if a.from_stage1 is start}
-        found = run_jobs([*stage1, *jobs.values()], root / "answers", workers=arguments.workers)
-        answers |= {name: found[job.name] for name, job in jobs.items()}
-        stage1 = []
-    spread = None
+    jobs = {arm.name: job_of(arm, updates, root, shared, held_out_bytes) for arm in arms}
+    found = run_jobs([stage1_job(updates, root, shared), *jobs.values()], root / "answers", workers=arguments.workers)
+    answers = {name: found[job.name] for name, job in jobs.items()}
+    bounds = None
     if arguments.spread_from.exists():
-        spread = json.loads(arguments.spread_from.read_text(encoding="utf-8"))["spread_bits_per_byte"]
-    print(f"\n{table(answers, spread)}\n", flush=True)
-    print(json.dumps({"updates": updates, "spread_bits_per_byte": spread, "arms": answers}))
+        size = sum(count * bytes_per_update(stage) for stage, count in updates.items() if stage not in STAGE_1)
+        bounds = Bounds.of(json.loads(arguments.spread_from.read_text(encoding="utf-8")), size)
+    print(f"\n{table(answers, bounds)}\n", flush=True)
+    counts = None if bounds is None else asdict(bounds)
+    print(json.dumps({"updates": updates, "counts_above": counts, "arms": answers}))
 
 
 if __name__ == "__main__":

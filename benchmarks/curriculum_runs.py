@@ -12,8 +12,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,9 @@ EXAMPLE = ROOT / "examples" / "tiny"
 WORKERS = 2
 """Processes of one thread each."""
 PATH_FLAGS = ("--load", "--save", "--train-data-path", "--valid-data-path", "--logits-load-dir")
-SHARD_BYTES = 1 << 20
-"""Of a target cache: two of them are made side by side in little memory."""
+CACHED = {"context_tokens": 480, "overlap_tokens": 120, "shard_bytes": 1 << 20}
+"""How a target cache is made: in windows as long as what the embedded teacher was trained on (rows of 2,048 bytes), in
+shards so small that two are made side by side in little memory."""
 
 
 def bytes_per_update(stage: str) -> int:
@@ -126,7 +127,7 @@ class Shared:
                 teacher.backbone.requires_grad_(False).eval(),
                 teacher.token_bytes,
                 [ByteTokenDataset(str(self.train))],
-                CacheSettings(shard_bytes=SHARD_BYTES),
+                CacheSettings(**CACHED),
                 teacher_hash=teacher_hash(find_teacher(self.teacher).checkpoint),
                 world=here,
                 say=print,
@@ -280,7 +281,9 @@ class Job:
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What the answer depends on, as JSON: where it is another one, the job is done anew."""
     cost: float = 0.0
-    """Those of high cost begin first."""
+    """Of those that can begin, the one of highest cost does."""
+    after: Sequence[str] = ()
+    """Names of the jobs whose work this one reads: it begins when they are done."""
 
     def stored(self, folder: Path) -> dict[str, Any] | None:
         """The answer of an earlier call."""
@@ -316,23 +319,33 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, workers: int = WORKERS) -> di
         print(f"{len(found)} of {len(jobs)} jobs were done by an earlier call", flush=True)
     if not left:
         return found
-    started = time.monotonic()
+    started, number = time.monotonic(), len(left)
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers, before they import torch
     parent = os.getpid()
-    with ProcessPoolExecutor(min(workers, len(left)), context, _end_with, (parent,)) as pool:
-        running = {pool.submit(_work, job, folder / f"{job.name}.log"): job for job in left}
+    running: dict[Future[dict[str, Any]], Job] = {}
+    with ProcessPoolExecutor(min(workers, number), context, _end_with, (parent,)) as pool:
         try:
-            for number, future in enumerate(as_completed(running), start=1):
-                job = running[future]
-                found[job.name] = future.result()
-                job.store(folder, found[job.name])
-                minutes = (time.monotonic() - started) / 60
-                print(f"[{minutes:5.1f} min] {number} of {len(left)}: {job.name}", flush=True)
+            while left or running:
+                for job in _ready(left, found)[: workers - len(running)]:
+                    left.remove(job)
+                    running[pool.submit(_work, job, folder / f"{job.name}.log")] = job
+                if not running:
+                    raise ValueError(f"jobs wait for others that are not there: {[(j.name, j.after) for j in left]}")
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    found[job.name] = future.result()
+                    job.store(folder, found[job.name])
+                    minutes, done = (time.monotonic() - started) / 60, number - len(left) - len(running)
+                    print(f"[{minutes:5.1f} min] {done} of {number}: {job.name}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return found
+
+
+def _ready(left: Sequence[Job], done: Container[str]) -> list[Job]:
+    return [job for job in left if all(name in done for name in job.after)]
 
 
 def _work(job: Job, log: Path) -> dict[str, Any]:

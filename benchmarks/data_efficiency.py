@@ -24,7 +24,6 @@ line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import shutil
@@ -39,6 +38,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.curriculum_runs import (
+    CACHED,
     WORKERS,
     Job,
     Run,
@@ -48,6 +48,7 @@ from benchmarks.curriculum_runs import (
     joint_bits,
     run_jobs,
 )
+from benchmarks.curves import bytes_needed, factors, headline, spread, spreads
 from megabyte_distill.config import parse_arguments
 
 ARMS: Mapping[str, tuple[str, ...]] = {
@@ -59,6 +60,7 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 }
 """``cached`` with the target cache beside it."""
 REFERENCE = "hard"
+CACHE_JOB = "cache"
 WITH_CACHING = "time_factor_cached_with_its_making"
 SHARE_OF_2B = 1 / 8
 """Of the bytes of stage 2; the demo's is about as large."""
@@ -103,7 +105,7 @@ FULL = replace(
 )
 SHORT = Form(
     stage1={"1a": 300, "1b": 25, "1c": 40},
-    sizes={"hard": (256, 512, 1024), "exact": (256, 512), "mixed": (512,), "cached": (512,), "own": (512,)},
+    sizes={"hard": (128, 256, 512), "exact": (128, 256), "mixed": (256,), "cached": (256,), "own": (256,)},
     seeds=(1,),
     every=8,
     held_out_bytes=50_000,
@@ -193,47 +195,6 @@ def time_updates(shared: Shared, updates: int) -> dict[str, Any]:
 
 # --- what is made of their answers
 
-Curve = Mapping[int, float]
-"""Bytes of stage 2 → bits per byte."""
-
-
-def bytes_needed(curve: Curve, quality: float) -> float | None:
-    """Bytes at which a curve first reaches so many bits per byte, linear on the logarithm of bytes; None outside it."""
-    points = sorted(curve.items())
-    if points[0][1] < quality:
-        return None
-    for (size, bits), (next_size, next_bits) in itertools.pairwise(points):
-        if next_bits <= quality <= bits:
-            share = (bits - quality) / (bits - next_bits) if bits > next_bits else 0.0
-            return float(size * (next_size / size) ** share)
-    return None
-
-
-def factors(reference: Curve, arm: Curve) -> dict[int, float | None]:
-    """By the arm's bytes: how many times these the reference needs for the same quality; None where it ends before."""
-    needed = {size: bytes_needed(reference, bits) for size, bits in arm.items()}
-    return {size: None if value is None else value / size for size, value in needed.items()}
-
-
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation over seeds; 0 for one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def headline(by_seed: Sequence[Mapping[int, float | None]]) -> dict[str, Any]:
-    """Mean and spread of the factor at the most bytes at which every seed has one, and at all such sizes."""
-    every: dict[int, list[float]] = {}
-    for size in sorted(by_seed[0]):
-        values = [found for seed in by_seed if (found := seed[size]) is not None]
-        if len(values) == len(by_seed):
-            every[size] = values
-    at_all = {size: {"mean": statistics.mean(v), "spread": spread(v)} for size, v in every.items()}
-    if not every:
-        return {"at_bytes": None, "mean": None, "spread": None, "at_all": {}}
-    largest = max(every)
-    # JSON has no other keys
-    return {"at_bytes": largest, **at_all[largest], "at_all": {str(size): found for size, found in at_all.items()}}
-
 
 def cost_ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """What a byte of stage 2 costs in each arm over one with hard labels, both stages weighed by their bytes."""
@@ -269,15 +230,20 @@ class Plan:
         flags = tuple(iteration_flags(self.form.stage1))
         return Run(folder=self.root / f"stage1-{seed}", load=self.shared.teacher, seed=seed, flags=flags)
 
-    def needed_first(self) -> list[Job]:
-        """Jobs before all others."""
-        common = {"stage1": self.form.stage1, "every": self.form.every}
-        runs = [self.stage1(seed) for seed in self.form.seeds]
-        jobs = [Job(name=run.folder.name, work=partial(run.train, self.shared), identity=common) for run in runs]
-        made = {"every": self.form.every, "measured": "processor_seconds"}
-        return [Job(name="cache", work=self.shared.make_cache, identity=made, cost=1), *jobs]
+    def jobs(self) -> list[Job]:
+        """All of them."""
+        return [*self._needed_first(), *self._points(), *self._others()]
 
-    def points(self) -> list[Job]:
+    def _needed_first(self) -> list[Job]:
+        common = {"stage1": self.form.stage1, "every": self.form.every}
+        made = {"every": self.form.every, "measured": "processor_seconds", **CACHED}
+        jobs = [Job(name=CACHE_JOB, work=self.shared.make_cache, identity=made, cost=math.inf)]
+        for run in map(self.stage1, self.form.seeds):
+            work = partial(run.train, self.shared)
+            jobs.append(Job(name=run.folder.name, work=work, identity=common, cost=math.inf))
+        return jobs
+
+    def _points(self) -> list[Job]:
         """A job a point of each arm's curve."""
         arms = [(arm, size) for arm in ARMS for size in sizes_of(arm, self.form)]
         return [self._point(arm, size, seed) for arm, size in arms for seed in self.form.seeds]
@@ -285,12 +251,14 @@ class Plan:
     def _point(self, arm: str, size: int, seed: int) -> Job:
         name, updates = point_name(arm, size, seed), stage2_updates(size)
         flags = (*iteration_flags(updates), *flags_of(arm, self.shared))
-        run = Run(folder=self.root / "runs" / name, load=self.stage1(seed).folder, seed=seed, flags=flags)
+        start = self.stage1(seed).folder
+        run = Run(folder=self.root / "runs" / name, load=start, seed=seed, flags=flags)
         return Job(
             name=name,
             work=partial(train_arm, run, self.shared, self.form.held_out_bytes),
-            identity={**self._judged, "updates": updates, "flags": ARMS[arm]},
+            identity={**self._judged, "updates": updates, "flags": ARMS[arm], **(CACHED if arm == "cached" else {})},
             cost=size,
+            after=(start.name, CACHE_JOB) if arm == "cached" else (start.name,),
         )
 
     @property
@@ -298,7 +266,7 @@ class Plan:
         form = self.form
         return {"stage1": form.stage1, "every": form.every, "held_out_bytes": form.held_out_bytes}
 
-    def others(self) -> list[Job]:
+    def _others(self) -> list[Job]:
         """The teacher trained on, on as many bytes as the longest arm beside hard labels; and the times."""
         size = max(size for arm in ARMS if arm != REFERENCE for size in sizes_of(arm, self.form))
         judged, held_out_bytes = {**self._judged, "bytes": size}, self.form.held_out_bytes
@@ -314,7 +282,9 @@ class Plan:
         ]
         updates = self.form.timed_updates
         timed = {"updates": updates, "flags": dict(ARMS)}
-        return [*jobs, Job(name="times", work=partial(time_updates, self.shared, updates), identity=timed)]
+        times = partial(time_updates, self.shared, updates)
+        # the longest that no other waits for, so not last and alone
+        return [*jobs, Job(name="times", work=times, identity=timed, cost=math.inf, after=(CACHE_JOB,))]
 
 
 def result_of(form: Form, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -344,7 +314,7 @@ def result_of(form: Form, answers: Mapping[str, Mapping[str, Any]]) -> dict[str,
     return {
         **result,
         "bits_per_byte": {arm: [{str(size): bits for size, bits in c.items()} for c in curves[arm]] for arm in ARMS},
-        "spread_bits_per_byte": pooled_spread(list(curves.values())),
+        **spreads(list(curves.values())),
         "teacher": {
             "before": next(iter(teacher.values()))[0]["before"],
             "after": {str(rate): [one["after"] for one in found] for rate, found in teacher.items()},
@@ -359,12 +329,6 @@ def over_cost(bytes_factor: Mapping[str, Any], cost: float) -> dict[str, Any]:
     """The time factor of an arm whose bytes cost so much."""
     scaled = {name: None if bytes_factor[name] is None else bytes_factor[name] / cost for name in ("mean", "spread")}
     return {"at_bytes": bytes_factor["at_bytes"], **scaled}
-
-
-def pooled_spread(curves: Sequence[Sequence[Curve]]) -> float:
-    """Standard deviation over seeds of bits per byte at one size and arm, pooled over all of them."""
-    variances = [spread([curve[size] for curve in seeds]) ** 2 for seeds in curves for size in seeds[0]]
-    return math.sqrt(statistics.mean(variances))
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -471,9 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     root: Path = arguments.work_dir / name
     shared = Shared(arguments.work_dir / "shared", every=form.every)
     shared.prepare()
-    plan = Plan(form, root, shared)
-    answers = run_jobs(plan.needed_first(), root / "answers", workers=arguments.workers)
-    answers |= run_jobs([*plan.points(), *plan.others()], root / "answers", workers=arguments.workers)
+    answers = run_jobs(Plan(form, root, shared).jobs(), root / "answers", workers=arguments.workers)
     result = result_of(form, answers)
     (root / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(result, root / "data_efficiency.png")

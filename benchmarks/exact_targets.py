@@ -66,7 +66,7 @@ from megabyte_distill.training.throughput import FlopCount  # noqa: E402
 PRESETS = ("llama3.2-3b", "qwen3-4b", "olmo2-1b")
 STAGE_NAMES = ("2a", "2b")
 MATMUL_RATE, COPY_RATE = 760e12, 4.27e12
-"""FLOP/s of an 8192³ bf16 product and bytes/s read and written, as docs/gpu.md measured them on an H200."""
+"""FLOP/s of an 8192³ bf16 product and bytes/s read and written, measured on an H200 (the copy before docs/gpu.md's)."""
 BYTES_PER_TOKEN = 4.4
 TARGETS, HEAD, TEACHER, OTHER = "targets", "head", "teacher", "student"
 

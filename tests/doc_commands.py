@@ -222,6 +222,8 @@ def check_training_flags(words: Sequence[str], world_size: int) -> None:
     # a dry run of Transformer Engine's layers needs no such package
     parse_arguments([*words, "--dry-run"], defaults, world_size=world_size, warn=idle.append)
     idle = [text for text in idle if "is not among --stages" not in text]
+    if "--preset" not in words:  # two rows of the embedded example, which may grow
+        idle = [text for text in idle if "updates grow" not in text]
     assert not idle, idle
 
 

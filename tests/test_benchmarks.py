@@ -7,12 +7,13 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import ablations, controls, curriculum_runs, data_efficiency, mamba_scan, run_figures
+from benchmarks import ablations, controls, curriculum_runs, curves, data_efficiency, mamba_scan, run_figures
 from megabyte_distill.config import parse_arguments
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -46,25 +47,25 @@ def test_a_difference_counts_above_twice_the_pooled_spread() -> None:
 
 def test_bytes_needed_are_interpolated_on_the_logarithm_of_bytes() -> None:
     curve = {1024: 3.0, 4096: 2.0, 8192: 1.9}
-    assert data_efficiency.bytes_needed(curve, 2.5) == pytest.approx(2048)
-    assert data_efficiency.bytes_needed(curve, 3.0) == 1024 and data_efficiency.bytes_needed(curve, 1.9) == 8192
-    assert data_efficiency.bytes_needed(curve, 3.1) is None and data_efficiency.bytes_needed(curve, 1.8) is None
+    assert curves.bytes_needed(curve, 2.5) == pytest.approx(2048)
+    assert curves.bytes_needed(curve, 3.0) == 1024 and curves.bytes_needed(curve, 1.9) == 8192
+    assert curves.bytes_needed(curve, 3.1) is None and curves.bytes_needed(curve, 1.8) is None
 
 
 def test_a_curve_that_rises_again_is_read_where_it_first_arrives() -> None:
-    assert data_efficiency.bytes_needed({1: 3.0, 2: 2.0, 4: 2.2, 8: 1.0}, 2.1) == pytest.approx(2**0.9)
+    assert curves.bytes_needed({1: 3.0, 2: 2.0, 4: 2.2, 8: 1.0}, 2.1) == pytest.approx(2**0.9)
 
 
 def test_the_factor_is_read_at_the_most_bytes_at_which_every_seed_has_one() -> None:
     hard = {1: 3.0, 2: 2.5, 4: 2.0, 8: 1.5}
     one, other = (
-        data_efficiency.factors(hard, {1: 2.5, 2: 2.0, 4: 1.2}),
-        data_efficiency.factors(hard, {1: 2.5, 2: 1.5, 4: 1.4}),
+        curves.factors(hard, {1: 2.5, 2: 2.0, 4: 1.2}),
+        curves.factors(hard, {1: 2.5, 2: 1.5, 4: 1.4}),
     )
     assert one == {1: pytest.approx(2), 2: pytest.approx(2), 4: None}
-    found = data_efficiency.headline([one, other])
+    found = curves.headline([one, other])
     assert found["at_bytes"] == 2 and found["mean"] == pytest.approx(3) and found["spread"] == pytest.approx(2**0.5)
-    assert data_efficiency.headline([{4: None}])["mean"] is None
+    assert curves.headline([{4: None}])["mean"] is None
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,8 @@ def test_an_arm_that_is_a_doubling_ahead_has_the_factor_two(tmp_path: Path) -> N
     # of 2 MiB that are half text read again, each byte cached costs half of an update's
     assert result["time_factor_cached"]["mean"] == pytest.approx(2)
     assert result[data_efficiency.WITH_CACHING]["mean"] == pytest.approx(2 / (1 + 0.5 / 2))
-    assert result["spread_bits_per_byte"] == pytest.approx(0.001)
+    assert list(result[curves.SPREAD].values()) == pytest.approx([0.001] * 3)
+    assert list(result[curves.PAIRED_SPREAD].values()) == pytest.approx([0.0] * 2, abs=1e-9)
     lines = data_efficiency.tables(json.loads(json.dumps(result))).splitlines()
     table = lines[: lines.index("")]
     assert len(table) == 2 + len(form.sizes["hard"]) and len({line.count("|") for line in table}) == 1
@@ -162,9 +164,19 @@ def test_an_ablation_is_compared_with_what_differs_in_one_thing() -> None:
         assert len(differ) == (arm.name != ablations.BASE), (arm.name, differ)
     found = {name: {"step_path": 2.0, "router_bits": 2.1, "own_forward": 1.9, "boundary_f1": 0.9} for name in arms}
     found["without 1b"]["step_path"] = 2.25
-    lines = [line for line in ablations.table(found, 0.01).splitlines() if "without 1b" in line]
-    assert "| 2.2500 | +0.2500 | targets of the teacher | 2.1000 |" in lines[0]
-    assert "0.0283" in ablations.table(found, 0.01)
+    found["temperature 2"]["step_path"] = 1.97
+    result = {
+        curves.PAIRED_SPREAD: {"1048576": 0.01, "4194304": 1.0},
+        curves.SPREAD: {"1048576": 0.1, "4194304": 1.0},
+    }
+    bounds = ablations.Bounds.of(result, 1_150_000)
+    assert (bounds.of_one_stage1, bounds.of_two) == (pytest.approx(0.02), pytest.approx(0.2828, abs=1e-4))
+    text = ablations.table(found, bounds)
+    (without,) = (line for line in text.splitlines() if "without 1b" in line)
+    assert "| 2.2500 | +0.2500 | targets of the teacher | 2.1000 |" in without  # its stage 1 is its own
+    (temperature,) = (line for line in text.splitlines() if "temperature 2" in line)
+    assert "| 1.9700 | **-0.0300** | base |" in temperature
+    assert "0.0200 between arms of the common stage 1, 0.2828" in text
 
 
 def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
@@ -206,6 +218,36 @@ run_jobs([Job(name="a", work=work, identity={})], Path(sys.argv[1]), workers=1)
         parent.kill()
         # the worker writes to the same pipe, which has an end when nobody is left
         parent.communicate(timeout=10)
+
+
+def _note(folder: Path, name: str) -> dict[str, Any]:
+    with (folder / "order").open("a", encoding="utf-8") as order:
+        order.write(f"{name} ")
+    return {"name": name}
+
+
+def test_a_job_begins_behind_those_that_it_reads_the_dearest_first(tmp_path: Path) -> None:
+    job = partial(curriculum_runs.Job, identity={})
+    jobs = [
+        job(name="cheap", work=partial(_note, tmp_path, "cheap"), cost=1),
+        job(name="dear", work=partial(_note, tmp_path, "dear"), cost=9, after=("first",)),
+        job(name="next", work=partial(_note, tmp_path, "next"), cost=2),
+        job(name="first", work=partial(_note, tmp_path, "first"), cost=3),
+    ]
+    found = curriculum_runs.run_jobs(jobs, tmp_path / "answers", workers=1)
+    assert (tmp_path / "order").read_text(encoding="utf-8").split() == ["first", "dear", "next", "cheap"]
+    assert found == {name: {"name": name} for name in ("cheap", "dear", "next", "first")}
+    with pytest.raises(ValueError, match=r"not there.*lone.*nobody"):
+        curriculum_runs.run_jobs([job(name="lone", work=dict, after=("nobody",))], tmp_path / "answers", workers=1)
+
+
+@pytest.mark.parametrize("form", ["FULL", "LONG", "SHORT", "QUICK"])
+def test_a_comparison_waits_for_jobs_that_it_has(form: str, tmp_path: Path) -> None:
+    shared = curriculum_runs.Shared(tmp_path)
+    jobs = data_efficiency.Plan(getattr(data_efficiency, form), tmp_path, shared).jobs()
+    names = {job.name for job in jobs}
+    assert len(names) == len(jobs)
+    assert all(set(job.after) <= names for job in jobs)
 
 
 @pytest.mark.slow

@@ -14,12 +14,16 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megabyte_distill.alphabet import JOINT_CLASSES
 from megabyte_distill.config import ranges
 from megabyte_distill.config.blend import parse_split
 from megabyte_distill.data.named_sets import set_problems
 from megabyte_distill.tool import ToolParser, folder_to_read, in_range, judged, run_tool
+
+if TYPE_CHECKING:
+    from megabyte_distill.pretrain.cache_teacher import CacheSettings
 
 
 def build_parser() -> ToolParser:
@@ -39,8 +43,8 @@ def build_parser() -> ToolParser:
         help="text of a shard, about (8388608)")  # fmt: skip
     cache("--json", action="store_true", help="print one JSON object at the end (default: a sentence)")
     work = parser.add_argument_group("teacher's passes").add_argument
-    work("--context-tokens", type=in_range(ranges.COUNT), default=2048, metavar="TOKENS",
-        help="tokens of a document that the teacher reads at once (2048)")  # fmt: skip
+    work("--context-tokens", type=in_range(ranges.COUNT), metavar="TOKENS",
+        help="tokens of a document that the teacher reads at once (2048, or what it has positions for)")  # fmt: skip
     work("--overlap-tokens", type=in_range(ranges.SIZE), metavar="TOKENS",
         help="of them, those repeated from before as context (a quarter)")  # fmt: skip
     work("--micro-batch-tokens", type=in_range(ranges.COUNT), default=8192, metavar="TOKENS",
@@ -56,16 +60,6 @@ def check(arguments: argparse.Namespace) -> Iterable[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Makes the cache; ValueError for what the user can mend."""
-    from megabyte_distill.pretrain.cache_teacher import CacheSettings
-
-    overlap = arguments.context_tokens // 4 if arguments.overlap_tokens is None else arguments.overlap_tokens
-    settings = CacheSettings(
-        top_k=arguments.logits_save_top_k,
-        context_tokens=arguments.context_tokens,
-        overlap_tokens=overlap,
-        shard_bytes=arguments.shard_bytes,
-        batch_tokens=arguments.micro_batch_tokens,
-    )
     import torch
 
     from megabyte_distill.conversion.teacher_folder import find_teacher, load_teacher
@@ -81,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     # ranks wait for the slowest one at the end
     with world(timeout_minutes=24 * 60) as ranks:
         stored = find_teacher(arguments.load)
+        settings = _settings(arguments, stored.config.max_position_embeddings)
         blend = open_blend(arguments.data_path, tokenizer_hash=stored.token_bytes.hash)
         name = teacher_hash(stored.checkpoint)
         teacher = load_teacher(arguments.load, dtype=torch.bfloat16 if arguments.bf16 else None)
@@ -88,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.logits_save_dir,
             teacher.backbone.requires_grad_(False).eval(),
             teacher.token_bytes,
-            blend.part(Part.TRAINING, arguments.split).datasets,
+            blend.part(Part.TRAINING, arguments.split).without_empty().datasets,
             settings,
             teacher_hash=name,
             world=ranks,
@@ -104,6 +99,25 @@ def run(arguments: argparse.Namespace) -> None:
         f"{report.cache_bytes_per_text_byte:.2f} bytes on the disk and {report.entries_per_target:.2f} pairs a byte of "
         f"text; hard labels: {report.replaced:.2e} of all bytes; teacher's mass left out: {report.excluded:.2e}\n"
         f"--logits-load-dir {arguments.logits_save_dir}"
+    )
+
+
+def _settings(arguments: argparse.Namespace, positions: int) -> CacheSettings:
+    from megabyte_distill.pretrain.cache_teacher import CacheSettings
+
+    longest = positions - 1
+    context = min(2048, longest) if arguments.context_tokens is None else arguments.context_tokens
+    if context > longest:
+        raise ValueError(
+            f"--context-tokens: got {context}, expected at most {longest}; the teacher has {positions} positions "
+            "(max_position_embeddings), one of them for a document's start"
+        )
+    return CacheSettings(
+        top_k=arguments.logits_save_top_k,
+        context_tokens=context,
+        overlap_tokens=context // 4 if arguments.overlap_tokens is None else arguments.overlap_tokens,
+        shard_bytes=arguments.shard_bytes,
+        batch_tokens=arguments.micro_batch_tokens,
     )
 
 

@@ -3,7 +3,8 @@
 #
 #   export IMAGE=$PWD/megabyte-distill.sqsh DATA=/lustre/corpus RUNS=/lustre/runs
 #   sbatch --nodes=4 examples/slurm/pretrain.sh --preset llama3.2-3b --load /runs/teacher --save /runs/first --bf16 \
-#       --data-path /data/corpus_text_document
+#       --data-path /data/corpus_text_document --use-distributed-optimizer \
+#       --overlap-grad-reduce --overlap-param-gather --recompute-byte-mixers
 #
 # Paths in the flags are those inside the container: DATA is /data, RUNS is /runs. Slurm's warning before the time limit
 # is passed on, so that the ranks save and exit; the same command again goes on from there.

@@ -47,18 +47,20 @@ def parse_arguments(
     """Settings for a job of ``world_size`` ranks.
 
     Weakest first: the dataclasses' defaults, the caller's ``defaults`` (by field name, for the whole run or all
-    stages), the preset, ``--smoke``, flags, flags for one stage. ``warn`` is told of flags that change nothing.
+    stages), the preset, ``--smoke``, flags, flags for one stage. ``warn`` is told of flags that change nothing, and of
+    batches that grow.
     Raises ConfigError with every problem at once.
     """
     read = read_flags(argv, all_options())
     settings, preset_problems = _resolve(read, defaults or {})
+    as_preset = settings
     settings = _fit_micro_batches(settings, read, world_size)
     settings, file_problems = _with_blend_file(settings)
     problems = [*read.problems, *preset_problems, *file_problems, *problems_of(settings, world_size=world_size)]
     if problems:
         raise ConfigError(problems)
     if warn is not None:
-        for message in (*read.notices, *_without_effect(read, settings)):
+        for message in (*read.notices, *_without_effect(read, settings), *_grown_batches(as_preset, settings)):
             warn(message)
     return settings
 
@@ -142,6 +144,21 @@ def _fit_micro_batches(settings: Settings, read: ReadFlags, world_size: int) -> 
         return replace(config, global_batch_size=rows, micro_batch_size=share)
 
     return replace(settings, stages={stage: fit(stage, config) for stage, config in settings.stages.items()})
+
+
+def _grown_batches(as_preset: Settings, fitted: Settings) -> list[str]:
+    """That a preset's updates read more, where it has fewer rows than there are copies of the model."""
+    grown = [
+        f"{stage} {before.global_batch_size} to {after.global_batch_size} rows ({after.bytes_per_update:,} bytes)"
+        for (stage, before), after in zip(as_preset.stages.items(), fitted.stages.values(), strict=True)
+        if before.global_batch_size != after.global_batch_size
+    ]
+    if not grown:
+        return []
+    return [
+        f"the preset's updates grow, so that their rows divide over all copies of the model: {', '.join(grown)}; "
+        "its learning rates and numbers of updates stay. --STAGE.global-batch-size (and --STAGE.seq-length) choose"
+    ]
 
 
 def _without_effect(read: ReadFlags, settings: Settings) -> list[str]:

@@ -217,7 +217,11 @@ TABLE: Mapping[str, tuple[MegatronFlag, ...]] = MappingProxyType(
             _absent("fim-data fim-rate", "documents are learned in their order"),
         ),
         "Checkpoints": (
-            _same("save load save-interval ckpt-step no-load-optim no-load-rng save-retain-interval", ""),
+            _same("save save-interval", "a run goes on from what its --save folder has, without --load"),
+            _same("load", "weights alone; optimizer and counters are those of the --save folder"),
+            _same("ckpt-step", "of the run that --load names"),
+            _same("no-load-optim no-load-rng", "where a run goes on from --save"),
+            _same("save-retain-interval", "beside --keep-last-checkpoints, without which all are kept"),
             _same("async-save", "from a copy in host memory, by a thread; the end of a stage waits for it"),
             _absent(
                 "async-strategy use-persistent-ckpt-worker",

@@ -309,3 +309,8 @@ class StageConfig:
                 f"{max(rows, self.global_batch_size // rows * rows)} would be"
             )
         return self.global_batch_size // rows
+
+
+def runs_backbone(stage: str, config: StageConfig) -> bool:
+    """Whether a stage's forward goes through the backbone, or its first layers."""
+    return stage in WITH_BACKBONE or (stage == "1a" and config.align_layers > 0)

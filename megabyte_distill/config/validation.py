@@ -16,12 +16,12 @@ from megabyte_distill.config.stage import (
     CHOOSES_TARGETS,
     MERGES_IN,
     STAGE_ORDER,
-    WITH_BACKBONE,
     BoundarySource,
     ByteTargets,
     RecomputeGranularity,
     StageConfig,
     TargetsFrom,
+    runs_backbone,
 )
 from megabyte_distill.config.training import ParallelConfig, Settings
 
@@ -286,11 +286,7 @@ def _fp8(settings: Settings, uses_engine: bool) -> Iterator[str]:
     multiple = engine.chunk_multiple * max(1, ranks)
     because = f"--fp8-recipe {engine.fp8_recipe.value} multiplies rows by {engine.chunk_multiple}s"
     because += f" on each of {ranks} ranks" if ranks > 1 else ""
-    buckets = {
-        stage: config.chunk_bucket
-        for stage, config in settings.stages.items()
-        if stage in WITH_BACKBONE or (stage == "1a" and config.align_layers)
-    }
+    buckets = {stage: config.chunk_bucket for stage, config in settings.stages.items() if runs_backbone(stage, config)}
     found: dict[str, str | None] = dict.fromkeys(buckets)
     for stage, bucket in buckets.items():
         if bucket > 0 and bucket % multiple:

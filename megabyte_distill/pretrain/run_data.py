@@ -15,6 +15,7 @@ from megabyte_distill.data.mock import MockRowStream
 from megabyte_distill.data.packing import PackedRow
 from megabyte_distill.data.sampler import RowPlan, RowStream
 from megabyte_distill.data.stored_targets import StoredTargets
+from megabyte_distill.pretrain.context import beyond_context
 from megabyte_distill.pretrain.prepare import Prepared
 from megabyte_distill.training.checkpoint import find_checkpoint
 from megabyte_distill.training.target_cache import TargetCache, teacher_hash
@@ -91,6 +92,12 @@ class RunData:
             return MockRowStream(vocab_size, seed=seed, **size), MockRowStream(vocab_size, seed=1, **size)
         held_out = RowStream(*sets.held_out, seed=1, **size) if sets.held_out.datasets else None
         return RowStream(*sets.training, seed=seed, **size), held_out
+
+    def beyond_context(self, config: StageConfig) -> str | None:
+        """What is wrong where a stage that runs the backbone reads documents longer than that was made for."""
+        sets = self._of_stage(config)
+        positions = self._prepared.model_config.backbone.max_position_embeddings
+        return None if sets is None else beyond_context(sets.training.datasets, config.seq_length, positions)
 
     def chunk_sample(self) -> list[PackedRow]:
         """Training text on which chunks are measured: the same in every stage, at any length of rows and for any seed.

@@ -13,7 +13,7 @@ from torch import nn
 
 from megabyte_distill.config import STAGE_ORDER, Settings, StageConfig
 from megabyte_distill.config.run_config import RUN_CONFIG_NAME, diff, read_run_config, run_config_text
-from megabyte_distill.config.stage import MERGES_IN, OF_DIALOGUES, ByteTargets
+from megabyte_distill.config.stage import MERGES_IN, OF_DIALOGUES, ByteTargets, runs_backbone
 from megabyte_distill.conversion.teacher_folder import BACKBONE_PREFIX, load_teacher_stages
 from megabyte_distill.curriculum.stage import Stage, TeacherNeed
 from megabyte_distill.curriculum.stages import STAGES, resolved_stages
@@ -81,6 +81,8 @@ class StageRunner:
         keeps_backbone = self._keeps_backbone(stage, config, progress)
         shares_teacher = keeps_backbone and self.settings.engine.serves_twice
         self._say_targets(stage, config, shares_teacher=shares_teacher)
+        if runs_backbone(name, config) and (trouble := self.data.beyond_context(config)) is not None:
+            self._say(f" warning: stage {name}: {trouble}")
         student, teacher = self._models(stage, config, progress, shares_teacher=shares_teacher)
         sizes = self._chunk_sizes(name, config, progress)
         identity = self._identity(name, progress, keeps_backbone=keeps_backbone)

@@ -279,6 +279,11 @@ def test_settings_cannot_be_changed() -> None:
 def test_a_preset_fits_any_number_of_ranks_and_a_flag_is_taken_as_given() -> None:
     assert parse_arguments([*MOCK, "--global-batch-size", "4"]).stages["2a"].micro_batch_size == 2
     assert parse_arguments([*MOCK, "--global-batch-size", "4"], world_size=4).stages["2a"].micro_batch_size == 1
-    assert parse_arguments(MOCK, world_size=3).stages["2a"].global_batch_size == 3
+    told: list[str] = []
+    assert parse_arguments(MOCK, world_size=3, warn=told.append).stages["2a"].global_batch_size == 3
+    (warning,) = told
+    assert "2a 2 to 3 rows (3,072 bytes)" in warning and "learning rates and numbers of updates stay" in warning
+    for words, ranks in (([], 2), (["--global-batch-size", "6"], 3)):
+        assert parse_arguments([*MOCK, *words], world_size=ranks, warn=told.append) and told == [warning]
     with pytest.raises(ConfigError, match="micro-batch-size 2"):
         parse_arguments([*MOCK, "--global-batch-size", "4", "--micro-batch-size", "2"], world_size=4)

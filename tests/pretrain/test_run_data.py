@@ -11,8 +11,35 @@ import pytest
 from megabyte_distill.config import parse_arguments
 from megabyte_distill.data.dataset import ByteTokenDataset
 from megabyte_distill.pretrain import run_data
+from megabyte_distill.pretrain.context import beyond_context
 from megabyte_distill.pretrain.prepare import Prepared
 from tests.pretrain.job import Job
+
+
+class Documents:
+    """Tokens and bytes of each."""
+
+    def __init__(self, *sizes: tuple[int, int]) -> None:
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def num_tokens(self, document: int) -> int:
+        return self._sizes[document][0]
+
+    def num_bytes(self, document: int) -> int:
+        return self._sizes[document][1]
+
+
+def test_documents_beyond_the_teachers_positions_are_told() -> None:
+    sets = cast(Any, [Documents((10, 40), (0, 0)), Documents((300, 1000), (100, 400))])
+    assert beyond_context(sets, 2048, 301) is None  # with the position of its start
+    told = beyond_context(sets, 2048, 300)
+    assert told is not None and "documents of 300 tokens" in told and "--seq-length of 996 cuts" in told
+    told = beyond_context(sets, 500, 100)  # half of the longest
+    assert told is not None and "rows of 500 bytes hold documents of 150 tokens" in told and "of 330 cuts" in told
+    assert beyond_context([], 2048, 2) is None
 
 
 def test_each_blend_is_opened_once_for_all_stages(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
