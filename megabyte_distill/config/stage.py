@@ -190,7 +190,7 @@ class StageConfig:
         TargetsFrom.AUTO,
         "whose next-token distribution makes the exact targets: the teacher's, which runs beside the student, or that "
         "of the student's own frozen backbone and token head, which costs no second forward; auto: the latter behind "
-        "1b, where chunks are the teacher's tokens",
+        "1a and 1b, where chunks are the teacher's tokens",
         stages=("2a",),
     )
     logits_load_dir: str | None = option(

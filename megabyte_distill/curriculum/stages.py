@@ -25,8 +25,9 @@ STAGES: dict[str, Stage] = {
 def resolved_stages(stages: Mapping[str, StageConfig], behind: Sequence[str] = ()) -> dict[str, StageConfig]:
     """The stages' settings where ``--exact-targets-from auto`` is decided.
 
-    The student's own backbone tells what the teacher would where its chunks are tokens and 1b has taught it to read the
-    encoder's states, and nothing since has changed it under its token head.
+    The student's own backbone tells what the teacher would where its chunks are tokens, 1a and 1b have taught it to
+    read the encoder's states (1b's few updates alone do not: docs/results.md, "Ablations"), and nothing since has
+    changed it under its token head.
 
     Args:
         stages: settings by name, in the order in which they run one after the other.
@@ -37,7 +38,7 @@ def resolved_stages(stages: Mapping[str, StageConfig], behind: Sequence[str] = (
         if config.exact_targets_from is TargetsFrom.AUTO:
             are_tokens = config.boundary_source is BoundarySource.GOLD and config.target_bytes_per_chunk is None
             since = passed[len(passed) - passed[::-1].index("1b") :] if "1b" in passed else TRAINS_ALL
-            tells = are_tokens and not set(since) & set(TRAINS_ALL)
+            tells = are_tokens and "1a" in passed and not set(since) & set(TRAINS_ALL)
             config = replace(config, exact_targets_from=TargetsFrom.STUDENT if tells else TargetsFrom.TEACHER)
         found[name] = config
         passed.append(name)

@@ -88,7 +88,7 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
     ("changes", "behind", "whose"),
     [
         ({}, ["1a", "1b", "1c"], TargetsFrom.STUDENT),
-        ({}, ["1b"], TargetsFrom.STUDENT),
+        ({}, ["1b"], TargetsFrom.TEACHER),
         ({}, [], TargetsFrom.TEACHER),
         ({}, ["1a", "1c"], TargetsFrom.TEACHER),
         ({}, ["1a", "1b", "1c", "2a", "2b"], TargetsFrom.TEACHER),
@@ -100,7 +100,7 @@ def test_the_exact_loss_is_the_cross_entropy_with_the_teachers_distribution(
         ({"exact_targets_from": TargetsFrom.STUDENT}, [], TargetsFrom.STUDENT),
     ],
 )
-def test_auto_takes_the_students_backbone_where_it_is_the_token_model_that_1b_made(
+def test_auto_takes_the_students_backbone_where_it_is_the_token_model_that_1a_and_1b_made(
     changes: dict[str, Any], behind: list[str], whose: TargetsFrom
 ) -> None:
     config = replace(StageConfig(byte_targets=ByteTargets.EXACT), **changes)
