@@ -134,6 +134,13 @@ ARMS: Sequence[Arm] = (
         flags=("--2a.exact-targets-from", "teacher"),  # its own would be those of 1b's few updates
         against=TEACHERS,
     ),
+    Arm(
+        group="stages",
+        name="without 1a, its own targets",
+        without="1a",
+        flags=("--2a.exact-targets-from", "student"),
+        against="without 1a",
+    ),
     Arm(group="stages", name=TEACHERS, flags=("--2a.exact-targets-from", "teacher"), from_stage1=True),
     Arm(group="stages", name="hard labels in 2b", flags=("--2b.byte-targets", "hard"), from_stage1=True),
     Arm(
@@ -283,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bounds = None
     if arguments.spread_from.exists():
         size = sum(count * bytes_per_update(stage) for stage, count in updates.items() if stage not in STAGE_1)
-        bounds = Bounds.of(json.loads(arguments.spread_from.read_text(encoding="utf-8")), size)
+        result = json.loads(arguments.spread_from.read_text(encoding="utf-8"))
+        bounds = Bounds.of(result, size) if PAIRED_SPREAD in result else None  # else of an earlier version
     print(f"\n{table(answers, bounds)}\n", flush=True)
     counts = None if bounds is None else asdict(bounds)
     print(json.dumps({"updates": updates, "counts_above": counts, "arms": answers}))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How many bytes, and how much time, stage 2 needs with the teacher's exact targets instead of hard labels.
 
-    python benchmarks/data_efficiency.py             # three seeds: about an hour on two cores
+    python benchmarks/data_efficiency.py             # three seeds: an hour on two quiet cores
     python benchmarks/data_efficiency.py --long      # of twice the bytes, docs/results.md's: about an hour and a half
     python benchmarks/data_efficiency.py --short     # one seed, shorter runs: about five minutes
     python benchmarks/data_efficiency.py --quick     # under a minute: shows that it runs, its figures mean nothing
