@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.logits_save_dir,
             teacher.backbone.requires_grad_(False).eval(),
             teacher.token_bytes,
-            blend.part(Part.TRAINING, arguments.split).without_empty().datasets,
+            blend.part(Part.TRAINING, arguments.split).datasets,
             settings,
             teacher_hash=name,
             world=ranks,

@@ -235,12 +235,12 @@ def make_cache(
 ) -> CacheReport:
     """Writes the cache of whole data sets into ``folder``, going on where an earlier run ended; verifies it at the end.
 
-    Each rank makes every so-manieth shard. ValueError where the folder holds a cache of something else, or somebody
-    else is writing it.
+    Each rank makes every so-manieth shard. Sets without documents are left out, as in training. ValueError where none
+    has any, the folder holds a cache of something else, or somebody else is writing it.
     """
-    for dataset in datasets:
-        if not len(dataset):
-            raise ValueError(f"{dataset.name}: no documents (after the split); give more text or another --split")
+    datasets = [dataset for dataset in datasets if len(dataset)]
+    if not datasets:
+        raise ValueError("no documents (after the split); give more text or another --split")
     identity = CacheIdentity(
         tokenizer_hash=table.hash,
         teacher_hash=teacher_hash,

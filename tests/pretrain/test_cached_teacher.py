@@ -235,6 +235,10 @@ def test_the_tool_refuses_what_it_cannot_do(
             "--logits-save-top-k: got 0, expected a whole number of at least 1 and at most 512",
         ),
         (cache_flags(job, whole, tmp_path / "c", "--overlap-tokens", "5000"), "--overlap-tokens 5000"),
+        (
+            cache_flags(job, whole, tmp_path / "c", "--context-tokens", "2048"),
+            "--context-tokens: got 2048, expected at most 2047; the teacher has 2048 positions",
+        ),
         (cache_flags(job, whole, tmp_path / "full"), "is not empty and holds no target cache"),
         (cache_flags(job, short, tmp_path / "c", "--split", "0,1,0"), "no documents"),
         (cache_flags(job, "nothing_text_document", tmp_path / "c"), "nothing_text_document"),
