@@ -105,7 +105,7 @@ FULL = replace(
 )
 SHORT = Form(
     stage1={"1a": 300, "1b": 25, "1c": 40},
-    sizes={"hard": (128, 256, 512), "exact": (128, 256), "mixed": (256,), "cached": (256,), "own": (256,)},
+    sizes={"hard": (64, 128, 256), "exact": (64, 128), "mixed": (128,), "cached": (128,), "own": (128,)},
     seeds=(1,),
     every=8,
     held_out_bytes=50_000,
