@@ -86,10 +86,10 @@ def test_a_stage_is_exported_by_its_folder_and_an_early_one_refused(
     early = tmp_path / "early"
     shutil.copytree(finished, early, ignore=shutil.ignore_patterns("2a", "2b"))
     for path, more, message in (
-        (finished / "1b", [], "the decoder is untrained"),
-        (early, [], "after stage 1c the decoder is untrained"),
-        (job.teacher, [], "is not a run"),
-        (finished / "2c", [], "is not a folder"),
+        (finished / "1b", ["--overwrite"], "the decoder is untrained"),
+        (early, ["--overwrite"], "after stage 1c the decoder is untrained"),
+        (job.teacher, ["--overwrite"], "is not a run"),
+        (finished / "2c", ["--overwrite"], "is not a folder"),
         (finished, [], "give --overwrite"),
         (finished, ["--overwrite", "--paths", "0"], "--paths: got 0, expected"),
         (
