@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.curriculum_runs import Run, Shared, bytes_per_update, iteration_flags
+from benchmarks.curves import pooled
 from megabyte_distill.config import CURRICULUM, parse_arguments
 
 ARMS = ("student", "without 1a", "without 1b", "from scratch")
@@ -98,7 +99,7 @@ def verdict(student: list[float], other: list[float]) -> dict[str, float | bool]
     difference = statistics.mean(other) - statistics.mean(student)
     if len(student) < 2:
         return {"worse_by": difference, "spread": math.nan, "above_twice_the_spread": False}
-    spread = math.sqrt((statistics.variance(student) + statistics.variance(other)) / 2)
+    spread = pooled([student, other])
     return {"worse_by": difference, "spread": spread, "above_twice_the_spread": difference > 2 * spread}
 
 

@@ -60,11 +60,12 @@ def spreads(curves: Sequence[Sequence[Curve]]) -> dict[str, dict[str, float]]:
     of_two: dict[str, float] = {}
     for size in sorted({size for seeds in curves for size in seeds[0]}):
         arms = [[curve[size] for curve in seeds] for seeds in curves if size in seeds[0]]
-        of_one[str(size)] = _pooled(arms)
+        of_one[str(size)] = pooled(arms)
         if pairs := list(itertools.combinations(arms, 2)):
-            of_two[str(size)] = _pooled([[x - y for x, y in zip(*pair, strict=True)] for pair in pairs])
+            of_two[str(size)] = pooled([[x - y for x, y in zip(*pair, strict=True)] for pair in pairs])
     return {SPREAD: of_one, PAIRED_SPREAD: of_two}
 
 
-def _pooled(samples: Sequence[Sequence[float]]) -> float:
+def pooled(samples: Sequence[Sequence[float]]) -> float:
+    """Standard deviation over seeds, the root of its mean square over several arms."""
     return math.sqrt(statistics.mean(spread(values) ** 2 for values in samples))
